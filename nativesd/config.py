@@ -1,0 +1,173 @@
+"""The architectures as data: frozen records, and the published families as named presets.
+
+Nothing here knows about tensors or files. A model module is built from one of these records alone, and everything
+that exporters and ControlNets need to know about shapes (`UNetConfig.residual_shapes`) is answered by the record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Prediction = Literal["epsilon", "v", "sample"]
+"""What the UNet's output means: the noise, the velocity (Salimans & Ho 2022, section 2.4), or the clean latents."""
+
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
+
+Depth = int | None
+"""Transformer blocks behind a residual block. None: no attention at all. 0: the attention's shell (norm, proj_in,
+proj_out) without a block, which still computes (SDXL small and mid ControlNets)."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of a UNet: its width, the attention's head count, and a `Depth` for every layer.
+
+    `down` has one entry per layer of the down path, `up` one per layer of the up path (published models: one more).
+    """
+
+    width: int
+    down: tuple[Depth, ...]
+    up: tuple[Depth, ...]
+    heads: int
+
+
+@dataclass(frozen=True)
+class TextTime:
+    """SDXL's added conditioning: a pooled text embedding and `ids` integers, each as a sinusoid of `id_width`."""
+
+    pooled: int
+    ids: int
+    id_width: int = 256
+
+    @property
+    def width(self) -> int:
+        """Length of the vector that enters the embedding MLP: 2816 for SDXL base, 2560 for the refiner."""
+        return self.pooled + self.ids * self.id_width
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """A Stable Diffusion UNet. `mid` has a `Depth` per residual block of the middle; () means no middle block."""
+
+    levels: tuple[Level, ...]
+    mid: tuple[Depth, ...]
+    context: int
+    in_channels: int = 4
+    out_channels: int = 4
+    linear_projection: bool = False
+    added: TextTime | None = None
+    guidance: int | None = None
+    """Width of the embedding of the guidance scale (LCM's `time_cond_proj_dim`: 256)."""
+    groups: int = 32
+
+    @property
+    def time_width(self) -> int:
+        """Width of the time embedding: four times the first level's (published models: 1280, refiner 1536)."""
+        return 4 * self.levels[0].width
+
+    def residual_shapes(self, batch: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
+        """Shapes (B, C, H, W) of the control residuals for `height` x `width` latent cells, down first, mid last.
+
+        There is a residual for conv_in's output, for every layer of the down path, for every downsampling, and one
+        for the middle. A stride-2 convolution with padding 1 rounds UP, so sizes that are no multiple of 2^levels
+        are ceil of half the size above, not floor(size / 2^level).
+        """
+        shapes = [(batch, self.levels[0].width, height, width)]
+        for i, level in enumerate(self.levels):
+            shapes += [(batch, level.width, height, width)] * len(level.down)
+            if i < len(self.levels) - 1:
+                height, width = -(-height // 2), -(-width // 2)
+                shapes.append((batch, level.width, height, width))
+        return [*shapes, (batch, self.levels[-1].width, height, width)]
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder. `scaling` multiplies latents on their way into the diffusion; the pipeline applies it."""
+
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    layers: int = 2
+    latent_channels: int = 4
+    image_channels: int = 3
+    scaling: float = 0.18215
+    groups: int = 32
+    force_upcast: bool = False
+    """The published weights overflow in float16, so the pipeline runs this VAE in float32 (SDXL's `force_upcast`)."""
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent cell along one side (8 as published)."""
+        return 1 << (len(self.widths) - 1)
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """A CLIP text transformer, and what of it the UNet gets."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    activation: Activation
+    projection: int | None = None
+    """Width of the pooled output's projection; None: the pooled output is not projected."""
+    hidden: int = -1
+    """Which layer's output is the context: -1 the last, -2 the one before."""
+    hidden_norm: bool = True
+    """Whether the final layer norm is applied to the context (SD1.x and 2.x) or not (SDXL)."""
+    vocabulary: int = 49408
+    length: int = 77
+
+
+def _levels(widths: tuple[int, ...], heads: tuple[int, ...], down: tuple[Depth, ...], layers: int) -> tuple[Level, ...]:
+    """Levels of the published regular form: one depth per level, `layers` going down and one more going up."""
+    return tuple(
+        Level(width, (depth,) * layers, (depth,) * (layers + 1), head)
+        for width, head, depth in zip(widths, heads, down, strict=True)
+    )
+
+
+# runwayml/stable-diffusion-v1-5 unet/config.json
+SD15_UNET = UNetConfig(
+    levels=_levels((320, 640, 1280, 1280), (8, 8, 8, 8), (1, 1, 1, None), 2), mid=(1, None), context=768
+)
+# stabilityai/stable-diffusion-2-1 unet/config.json (2-1-base has the same names and shapes)
+SD21_UNET = UNetConfig(
+    levels=_levels((320, 640, 1280, 1280), (5, 10, 20, 20), (1, 1, 1, None), 2),
+    mid=(1, None),
+    context=1024,
+    linear_projection=True,
+)
+# stabilityai/stable-diffusion-xl-base-1.0 unet/config.json
+SDXL_UNET = UNetConfig(
+    levels=_levels((320, 640, 1280), (5, 10, 20), (None, 2, 10), 2),
+    mid=(10, None),
+    context=2048,
+    linear_projection=True,
+    added=TextTime(1280, 6),
+)
+# stabilityai/stable-diffusion-xl-refiner-1.0 unet/config.json
+REFINER_UNET = UNetConfig(
+    levels=_levels((384, 768, 1536, 1536), (6, 12, 24, 24), (None, 4, 4, None), 2),
+    mid=(4, None),
+    context=1280,
+    linear_projection=True,
+    added=TextTime(1280, 5),
+)
+
+# vae/config.json of the same repositories
+SD_VAE = VAEConfig()
+SDXL_VAE = VAEConfig(scaling=0.13025, force_upcast=True)
+
+# openai/clip-vit-large-patch14, as in stable-diffusion-v1-5 text_encoder/config.json
+CLIP_L = TextEncoderConfig(768, 12, 12, 3072, "quick_gelu")
+# OpenCLIP ViT-H/14 without its last layer, as in stable-diffusion-2-1 text_encoder/config.json
+OPENCLIP_H = TextEncoderConfig(1024, 23, 16, 4096, "gelu")
+# stable-diffusion-xl-base-1.0 text_encoder and text_encoder_2 (OpenCLIP ViT-bigG/14)
+SDXL_CLIP_L = replace(CLIP_L, hidden=-2, hidden_norm=False)
+SDXL_BIGG = TextEncoderConfig(1280, 32, 20, 5120, "gelu", projection=1280, hidden=-2, hidden_norm=False)
+
+UNETS = {"sd15": SD15_UNET, "sd21": SD21_UNET, "sdxl": SDXL_UNET, "refiner": REFINER_UNET}
+VAES = {"sd": SD_VAE, "sdxl": SDXL_VAE}
+TEXT_ENCODERS = {"clip-l": CLIP_L, "openclip-h": OPENCLIP_H, "sdxl-clip-l": SDXL_CLIP_L, "bigg": SDXL_BIGG}

@@ -1,0 +1,160 @@
+"""Layers that the UNet, the VAE and the text encoders share. torch only; no files, no device decisions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sinusoidal(values: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding, cosines first: (N,) -> (N, width), computed in float32.
+
+    Source: `timestep_embedding` of CompVis/latent-diffusion (ldm/modules/diffusionmodules/util.py), which the
+    published configs state as flip_sin_to_cos = true, freq_shift = 0.
+    """
+    half = width // 2
+    exponents = -math.log(max_period) * torch.arange(half, device=values.device, dtype=torch.float32) / half
+    frequencies = exponents.exp()
+    angles = values.float()[:, None] * frequencies[None]  # (N, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class EmbeddingMLP(nn.Module):
+    """The two-layer SiLU MLP behind a timestep, guidance or added-conditioning embedding.
+
+    `condition` is the width of a second input that is projected onto the first (LCM's guidance embedding).
+    """
+
+    def __init__(self, width_in: int, width: int, condition: int | None = None) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width_in, width)
+        self.linear_2 = nn.Linear(width, width)
+        self.cond_proj = nn.Linear(condition, width_in, bias=False) if condition is not None else None
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """(B, width_in)[, (B, condition)] -> (B, width)."""
+        if self.cond_proj is not None and condition is not None:
+            x = x + self.cond_proj(condition)
+        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return out
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm-SiLU-conv twice, with a shortcut; the time embedding is added between (UNet) or absent (VAE)."""
+
+    def __init__(self, width_in: int, width: int, *, time_width: int | None, groups: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, width_in, eps)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_width, width) if time_width is not None else None
+        self.norm2 = nn.GroupNorm(groups, width, eps)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else None
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """(B, width_in, H, W)[, (B, time_width)] -> (B, width, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None and embedding is not None:
+            h = h + self.time_emb_proj(F.silu(embedding))[:, :, None, None]  # (B, C) -> (B, C, 1, 1)
+        h = self.conv2(F.silu(self.norm2(h)))
+        out: Tensor = (x if self.shortcut is None else self.shortcut(x)) + h
+        return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, causal: bool = False) -> Tensor:
+    """Multi-head scaled dot-product attention: (B, T, C), (B, S, C), (B, S, C) -> (B, T, C)."""
+    # (B, T, C) -> (B, H, T, D)
+    q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return out.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
+
+
+class Attention(nn.Module):
+    """Attention of (B, T, C) over `context` (B, S, context width), or over itself when no context is given.
+
+    `bias` is that of the q, k and v projections; `to_out` always has one.
+    """
+
+    def __init__(self, width: int, heads: int, context: int | None = None, *, bias: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context or width, width, bias=bias)
+        self.to_v = nn.Linear(context or width, width, bias=bias)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, T, C)[, (B, S, context width)] -> (B, T, C)."""
+        source = x if context is None else context
+        out: Tensor = self.to_out(attention(self.to_q(x), self.to_k(source), self.to_v(source), self.heads))
+        return out
+
+
+class GEGLU(nn.Module):
+    """Feed-forward with a gated exact GELU (Shazeer 2020): width -> 2 x 4 width -> width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 8 * width)
+        self.out = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        hidden, gate = self.proj(x).chunk(2, dim=-1)
+        out: Tensor = self.out(hidden * F.gelu(gate))
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each behind a layer norm and added to its input."""
+
+    def __init__(self, width: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads, context)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = GEGLU(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, T, C), (B, S, context width) -> (B, T, C)."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        out: Tensor = x + self.ff(self.norm3(x))
+        return out
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the cells of a feature map, between two projections (1x1 convolution or linear).
+
+    GroupNorm's eps is 1e-6 here, 1e-5 in the UNet's residual blocks (`Normalize` of CompVis ldm/modules/attention.py).
+    """
+
+    def __init__(self, width: int, heads: int, depth: int, context: int, *, linear: bool, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.proj_in: nn.Module = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, context) for _ in range(depth))
+        self.proj_out: nn.Module = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.linear = linear
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W), (B, S, context width) -> (B, C, H, W)."""
+        h: Tensor = self.norm(x)
+        if not self.linear:
+            h = self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, HW, C)
+        if self.linear:
+            h = self.proj_in(h)
+        for block in self.blocks:
+            h = block(h, context)
+        if self.linear:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).reshape(x.shape)  # (B, HW, C) -> (B, C, H, W)
+        if not self.linear:
+            h = self.proj_out(h)
+        return x + h

@@ -1,0 +1,178 @@
+"""The UNet of SD1.5, SD2.x, SDXL, the SDXL refiner and their distilled kin, configured by data (`UNetConfig`).
+
+Structure: CompVis/latent-diffusion ldm/modules/diffusionmodules/openaimodel.py (UNetModel), and for the added
+conditioning Stability-AI/generative-models sgm/modules/diffusionmodules/openaimodel.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nativesd.config import Depth, UNetConfig
+from nativesd.models.layers import EmbeddingMLP, ResnetBlock, SpatialTransformer, sinusoidal
+
+EPS = 1e-5  # of the GroupNorms in residual blocks and before conv_out (`normalization` in the source above)
+
+
+class Stage(nn.Module):
+    """Residual blocks of one resolution, each followed by a transformer where its depth says so.
+
+    `widths_in` has the input width of every block; `resample` adds a strided ("down") or a plain ("up") convolution.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        widths_in: Sequence[int],
+        width: int,
+        heads: int,
+        depths: Sequence[Depth],
+        resample: str | None,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(width_in, width, time_width=config.time_width, groups=config.groups, eps=EPS)
+            for width_in in widths_in
+        )
+        linear, groups = config.linear_projection, config.groups
+        self.attentions = nn.ModuleDict(
+            {
+                str(j): SpatialTransformer(width, heads, depth, config.context, linear=linear, groups=groups)
+                for j, depth in enumerate(depths)
+                if depth is not None
+            }
+        )
+        self.downsample = nn.Conv2d(width, width, 3, stride=2, padding=1) if resample == "down" else None
+        self.upsample = nn.Conv2d(width, width, 3, padding=1) if resample == "up" else None
+
+    def __len__(self) -> int:
+        return len(self.resnets)
+
+    def layer(self, j: int, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+        """Residual block `j` and its transformer: (B, widths_in[j], H, W) -> (B, width, H, W)."""
+        x = self.resnets[j](x, embedding)
+        if str(j) in self.attentions:
+            x = self.attentions[str(j)](x, context)
+        return x
+
+
+class UNetEncoder(nn.Module):
+    """The UNet's embeddings, down path and middle: the part that a ControlNet has in common with it."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        first, last = config.levels[0], config.levels[-1]
+        self.conv_in = nn.Conv2d(config.in_channels, first.width, 3, padding=1)
+        self.time_embedding = EmbeddingMLP(first.width, config.time_width, config.guidance)
+        self.add_embedding = EmbeddingMLP(config.added.width, config.time_width) if config.added is not None else None
+        self.down = nn.ModuleList()
+        width = first.width
+        for level in config.levels:
+            widths_in = [width] + [level.width] * (len(level.down) - 1)
+            resample = None if level is last else "down"
+            self.down.append(Stage(config, widths_in, level.width, level.heads, level.down, resample))
+            width = level.width
+        self.mid = Stage(config, [last.width] * len(config.mid), last.width, last.heads, config.mid, None)
+
+    def embed(
+        self,
+        latents: Tensor,
+        timestep: Tensor | float,
+        pooled: Tensor | None,
+        time_ids: Tensor | None,
+        guidance: Tensor | None,
+    ) -> Tensor:
+        """The embedding (B, time width) of the timestep and of everything else that is one vector per picture."""
+        batch, dtype, config = len(latents), latents.dtype, self.config
+        times = torch.as_tensor(timestep, device=latents.device).expand(batch)  # () or (B,) -> (B,)
+        embedding: Tensor = self.time_embedding(
+            sinusoidal(times, config.levels[0].width).to(dtype), None if guidance is None else guidance.to(dtype)
+        )
+        if self.add_embedding is not None and config.added is not None:
+            if pooled is None or time_ids is None:
+                raise ValueError("this UNet is conditioned on pooled and time_ids: pass both")
+            ids = sinusoidal(time_ids.flatten(), config.added.id_width).reshape(batch, -1)  # (B * n, w) -> (B, n * w)
+            embedding = embedding + self.add_embedding(torch.cat([pooled.to(dtype), ids.to(dtype)], dim=-1))
+        return embedding
+
+    def encode(self, x: Tensor, embedding: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """conv_in's output through down path and middle: (B, C, h, w), and the skips in `residual_shapes` order."""
+        skips = [x]
+        for stage in cast("Iterable[Stage]", self.down):
+            for j in range(len(stage)):
+                x = stage.layer(j, x, embedding, context)
+                skips.append(x)
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+                skips.append(x)
+        for j in range(len(self.mid)):
+            x = self.mid.layer(j, x, embedding, context)
+        return x, skips
+
+    def residual_shapes(self, batch: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
+        """`UNetConfig.residual_shapes` of this network."""
+        return self.config.residual_shapes(batch, height, width)
+
+
+class UNet(UNetEncoder):
+    """Noisy latents to the model's prediction, which is the noise, the velocity or the clean latents."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        first, last = config.levels[0], config.levels[-1]
+        skips = [shape[1] for shape in config.residual_shapes(1, 1, 1)[:-1]]  # channels
+        self.up = nn.ModuleList()
+        width = last.width
+        for level in reversed(config.levels):
+            widths_in = []
+            for _ in level.up:
+                widths_in.append(width + skips.pop())
+                width = level.width
+            resample = None if level is first else "up"
+            self.up.append(Stage(config, widths_in, width, level.heads, level.up, resample))
+        self.norm_out = nn.GroupNorm(config.groups, width, EPS)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor | float,
+        context: Tensor,
+        *,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+        residuals: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Predict from `latents` (B, in_channels, H, W) at `timestep` (a number, () or (B,); 0..999 or between).
+
+        context    (B, T, context width): the text encoder's hidden states
+        pooled     (B, added.pooled), time_ids (B, added.ids): SDXL's added conditioning
+        guidance   (B, config.guidance): LCM's embedding of the guidance scale
+        residuals  tensors of `residual_shapes(B, H, W)`, in that order: added to the skips, and to the middle's output
+
+        Returns (B, out_channels, H, W). Raises ValueError where residuals have other shapes.
+        """
+        embedding = self.embed(latents, timestep, pooled, time_ids, guidance)
+        x, skips = self.encode(self.conv_in(latents), embedding, context)
+        if residuals is not None:
+            expected = self.residual_shapes(len(latents), latents.shape[2], latents.shape[3])
+            found = [tuple(residual.shape) for residual in residuals]
+            if found != expected:
+                raise ValueError(f"control residuals of shapes {found} do not fit: this UNet takes {expected}")
+            *down, middle = residuals
+            skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
+            x = x + middle
+        for stage in cast("Iterable[Stage]", self.up):
+            for j in range(len(stage)):
+                x = stage.layer(j, torch.cat([x, skips.pop()], dim=1), embedding, context)
+            if stage.upsample is not None:
+                x = stage.upsample(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
+        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return out
