@@ -1,0 +1,1 @@
+"""Names, shapes and files: published checkpoints into modules and back."""
