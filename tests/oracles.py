@@ -1,0 +1,351 @@
+"""The published implementations as oracles: the same random weights in theirs and in ours, the same inputs to both.
+
+A pair is built from one of our config records. The published module (diffusers, transformers) gets every parameter
+drawn at random, and our module gets the very same tensors through the weight map: nothing is copied, so a pair needs
+the memory of one model.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from nativesd.config import Depth, TextEncoderConfig, UNetConfig, VAEConfig
+from nativesd.models.clip import TextEncoder, TextOutput
+from nativesd.models.unet import UNet
+from nativesd.models.vae import VAE
+from nativesd.weights.keymap import load_table
+
+TOLERANCE = 1e-5
+"""The largest `difference` that counts as the same result in float32."""
+
+PublishedTextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
+
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+"""Our names of the text encoders' activations -> those of transformers."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The header of a published file, and the config.json beside it."""
+
+    config: dict[str, Any]
+    component: str
+    layout: str
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def table(self) -> str:
+        """The stem of the weight map that reads it."""
+        return f"{self.component.removesuffix('_2')}.{self.layout}"
+
+
+def published_manifests() -> dict[str, Manifest]:
+    """The published folders' UNets, autoencoders and text encoders, by name."""
+    data = json.loads(gzip.decompress((Path(__file__).parent / "manifests" / "published.json.gz").read_bytes()))
+    return {
+        stem: Manifest(
+            manifest["config"],
+            manifest["component"],
+            manifest["layout"],
+            {name: tuple(shape) for name, (_, shape) in manifest["tensors"].items()},
+        )
+        for stem, manifest in data.items()
+    }
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """max|found - expected| / max|expected|; infinite where that has no meaning.
+
+    That is where shapes differ, a value is not finite, or nothing but zeros is expected.
+    """
+    if found.shape != expected.shape or not (found.isfinite().all() and expected.isfinite().all()):
+        return math.inf
+    scale = expected.detach().abs().max().item()
+    return (found - expected).detach().abs().max().item() / scale if scale > 0 else math.inf
+
+
+def unet_kwargs(config: UNetConfig) -> dict[str, Any]:
+    """Arguments of diffusers' UNet2DConditionModel. Raises ValueError where it cannot express the config."""
+    down: list[list[Depth]] = [list(level.down) for level in config.levels]
+    match config.mid:
+        case ():
+            mid_type = None
+        case (None,):
+            mid_type = "UNetMidBlock2D"
+        case (int(depth), None):
+            mid_type = "UNetMidBlock2DCrossAttn"
+            if down[-1][0] is None:  # the middle takes its depth from the last level's entry, used there or not
+                down[-1] = [depth] * len(down[-1])
+            elif down[-1][0] != depth:
+                raise ValueError("diffusers ties the middle's depth to that of the last level")
+        case _:
+            raise ValueError(f"diffusers has no middle block of depths {config.mid}")
+    if any(len(level.up) != len(level.down) + 1 for level in config.levels):
+        raise ValueError("diffusers has one layer more going up than going down")
+    added = config.added
+    return {
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": [level.width for level in config.levels],
+        "layers_per_block": [len(level.down) for level in config.levels],
+        "down_block_types": [_block_type(level.down, "Down") for level in config.levels],
+        "mid_block_type": mid_type,
+        "up_block_types": [_block_type(level.up, "Up") for level in reversed(config.levels)],
+        "transformer_layers_per_block": down,
+        "reverse_transformer_layers_per_block": [list(level.up) for level in reversed(config.levels)],
+        "attention_head_dim": [level.heads for level in config.levels],  # a misnomer: it is the number of heads
+        "cross_attention_dim": config.context,
+        "use_linear_projection": config.linear_projection,
+        "norm_num_groups": config.groups,
+        "addition_embed_type": None if added is None else "text_time",
+        "addition_time_embed_dim": None if added is None else added.id_width,
+        "projection_class_embeddings_input_dim": None if added is None else added.width,
+        "time_cond_proj_dim": config.guidance,
+    }
+
+
+def _block_type(depths: Sequence[Depth], direction: str) -> str:
+    if all(depth is None for depth in depths):
+        return f"{direction}Block2D"
+    if any(depth is None for depth in depths):
+        raise ValueError(f"diffusers has attention behind every layer of a block or behind none, not {depths}")
+    return f"CrossAttn{direction}Block2D"
+
+
+def vae_kwargs(config: VAEConfig) -> dict[str, Any]:
+    """Arguments of diffusers' AutoencoderKL."""
+    return {
+        "in_channels": config.image_channels,
+        "out_channels": config.image_channels,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": list(config.widths),
+        "down_block_types": ["DownEncoderBlock2D"] * len(config.widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(config.widths),
+        "layers_per_block": config.layers,
+        "norm_num_groups": config.groups,
+        "scaling_factor": config.scaling,
+        "force_upcast": config.force_upcast,
+    }
+
+
+def text_kwargs(config: TextEncoderConfig) -> dict[str, Any]:
+    """Arguments of transformers' CLIPTextConfig. The published eos_token_id of 2 makes it pool at the argmax."""
+    kwargs = {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp,
+        "hidden_act": ACTIVATIONS[config.activation],
+        "vocab_size": config.vocabulary,
+        "max_position_embeddings": config.length,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    return kwargs if config.projection is None else {**kwargs, "projection_dim": config.projection}
+
+
+def published_unet(config: UNetConfig) -> UNet2DConditionModel:
+    """diffusers' UNet of our config, on meta."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**unet_kwargs(config))
+
+
+def published_vae(config: VAEConfig) -> AutoencoderKL:
+    """diffusers' autoencoder of our config, on meta."""
+    with torch.device("meta"):
+        return AutoencoderKL(**vae_kwargs(config))
+
+
+def published_text_encoder(config: TextEncoderConfig) -> PublishedTextEncoder:
+    """transformers' text encoder of our config, on meta."""
+    module_type = CLIPTextModel if config.projection is None else CLIPTextModelWithProjection
+    with torch.device("meta"):
+        return module_type(CLIPTextConfig(**text_kwargs(config)))
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """name -> shape of everything that a checkpoint of the module holds."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def draw(module: nn.Module, seed: int) -> None:
+    """Move a module from meta to memory and draw every parameter, at scales that keep activations of order one.
+
+    Nothing keeps a telling initial value: norms are not the identity, and no convolution is zero.
+    """
+    module.to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in module.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                match part:
+                    case nn.GroupNorm() | nn.LayerNorm():
+                        parameter.normal_(1.0 if name == "weight" else 0.0, 0.2, generator=generator)
+                    case nn.Embedding():
+                        parameter.normal_(generator=generator)
+                    case nn.Linear() | nn.Conv2d():
+                        std = 0.1 if name == "bias" else parameter[0].numel() ** -0.5  # 1 / sqrt(fan-in)
+                        parameter.normal_(0.0, std, generator=generator)
+                    case _:
+                        raise TypeError(f"no rule for the parameters of {type(part).__name__}")
+        for name, buffer in module.named_buffers():
+            if not name.endswith("position_ids"):
+                raise TypeError(f"no rule for the buffer {name}")
+            buffer.copy_(torch.arange(buffer.shape[-1]))
+
+
+def share(reference: nn.Module, ours: nn.Module, table: str) -> None:
+    """Give the reference's tensors, themselves, to our module (on meta) through a weight map of the published folders.
+
+    Raises AssertionError where the map and the two modules do not fit each other exactly.
+    """
+    tensors = reference.state_dict()
+    plan = load_table(table).bind().plan(shapes(reference), shapes(ours))
+    assert not plan.problems(), plan.problems()
+    assert not plan.ignored, plan.ignored
+    assert {source.rule.op for source in plan.sources.values()} == {"copy"}
+    ours.load_state_dict({name: tensors[source.keys[0]] for name, source in plan.sources.items()}, assign=True)
+    ours.eval()
+
+
+def unet_pair(config: UNetConfig, seed: int = 0) -> tuple[UNet, UNet2DConditionModel]:
+    """Our UNet and diffusers' with the same random tensors."""
+    reference = published_unet(config)
+    with torch.device("meta"):
+        ours = UNet(config)
+    draw(reference, seed)
+    share(reference, ours, "unet.diffusers")
+    return ours, reference
+
+
+def vae_pair(config: VAEConfig, seed: int = 0) -> tuple[VAE, AutoencoderKL]:
+    """Our autoencoder and diffusers' with the same random tensors."""
+    reference = published_vae(config)
+    with torch.device("meta"):
+        ours = VAE(config)
+    draw(reference, seed)
+    share(reference, ours, "vae.diffusers")
+    return ours, reference
+
+
+def text_pair(config: TextEncoderConfig, seed: int = 0) -> tuple[TextEncoder, PublishedTextEncoder]:
+    """Our text encoder and transformers' with the same random tensors."""
+    reference = published_text_encoder(config)
+    with torch.device("meta"):
+        ours = TextEncoder(config)
+    draw(reference, seed)
+    share(reference, ours, "text_encoder.transformers")
+    return ours, reference
+
+
+@dataclass(frozen=True)
+class UNetInputs:
+    """Everything a UNet of some config takes, apart from control residuals."""
+
+    latents: Tensor
+    timestep: Tensor | float
+    context: Tensor
+    pooled: Tensor | None
+    time_ids: Tensor | None
+    guidance: Tensor | None
+
+
+def unet_inputs(
+    config: UNetConfig,
+    batch: int,
+    height: int,
+    width: int,
+    *,
+    timestep: Tensor | float,
+    tokens: int = 77,
+    seed: int = 1,
+) -> UNetInputs:
+    """Random inputs: normal latents, context, pooled and guidance embeddings; picture sizes up to 1024 as time ids."""
+    generator = torch.Generator().manual_seed(seed)
+    added = config.added
+    return UNetInputs(
+        latents=torch.randn(batch, config.in_channels, height, width, generator=generator),
+        timestep=timestep,
+        context=torch.randn(batch, tokens, config.context, generator=generator),
+        pooled=None if added is None else torch.randn(batch, added.pooled, generator=generator),
+        time_ids=None if added is None else torch.randint(1025, (batch, added.ids), generator=generator).float(),
+        guidance=None if config.guidance is None else torch.randn(batch, config.guidance, generator=generator),
+    )
+
+
+def random_residuals(config: UNetConfig, inputs: UNetInputs, seed: int = 2) -> list[Tensor]:
+    """Control residuals of order one, of the shapes that our config states."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, _, height, width = inputs.latents.shape
+    return [torch.randn(shape, generator=generator) for shape in config.residual_shapes(batch, height, width)]
+
+
+@torch.inference_mode()
+def run_unet(ours: UNet, inputs: UNetInputs, residuals: Sequence[Tensor] | None = None) -> Tensor:
+    """Our prediction."""
+    out: Tensor = ours(
+        inputs.latents,
+        inputs.timestep,
+        inputs.context,
+        pooled=inputs.pooled,
+        time_ids=inputs.time_ids,
+        guidance=inputs.guidance,
+        residuals=residuals,
+    )
+    return out
+
+
+@torch.inference_mode()
+def run_published_unet(
+    reference: UNet2DConditionModel, inputs: UNetInputs, residuals: Sequence[Tensor] | None = None
+) -> Tensor:
+    """diffusers' prediction."""
+    out: Tensor = reference(
+        inputs.latents,
+        inputs.timestep,
+        inputs.context,
+        timestep_cond=inputs.guidance,
+        added_cond_kwargs={"text_embeds": inputs.pooled, "time_ids": inputs.time_ids},
+        down_block_additional_residuals=None if residuals is None else tuple(residuals[:-1]),
+        mid_block_additional_residual=None if residuals is None else residuals[-1],
+    ).sample
+    return out
+
+
+@torch.inference_mode()
+def run_published_encode(reference: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance of the latents from diffusers."""
+    posterior = reference.encode(images).latent_dist
+    return posterior.mean, posterior.logvar
+
+
+@torch.inference_mode()
+def run_published_decode(reference: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images from diffusers."""
+    images: Tensor = reference.decode(latents).sample
+    return images
+
+
+@torch.inference_mode()
+def run_published_text_encoder(
+    reference: PublishedTextEncoder, config: TextEncoderConfig, tokens: Tensor
+) -> TextOutput:
+    """Context and pooled embedding from transformers, chosen as the published pipelines choose them."""
+    out = reference(input_ids=tokens, output_hidden_states=True)
+    hidden = out.hidden_states[config.hidden]  # [0] is the embeddings' output, [-1] the last layer's before the norm
+    if config.hidden_norm:
+        body = reference if config.projection is None else reference.text_model
+        hidden = body.final_layer_norm(hidden)
+    return TextOutput(hidden, out.pooler_output if config.projection is None else out.text_embeds)
