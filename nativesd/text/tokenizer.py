@@ -1,0 +1,94 @@
+"""CLIP's byte-pair encoding, through the `tokenizers` library.
+
+The vocabulary (openai/CLIP, MIT) lies in the embedded model's folder; a model's own tokenizer files win over it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+from nativesd.errors import SourceError
+
+DEFAULT = Path(__file__).parents[1] / "tiny" / "tokenizer"
+
+# openai/CLIP clip/simple_tokenizer.py; as published in tokenizer.json of openai/clip-vit-large-patch14
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class ClipTokenizer:
+    """Prompts to token ids: begin, the text, end, then padding, `length` in all; what is longer is cut off.
+
+    `pad` is 49407 (end of text) for SD1.x and SDXL's first encoder, 0 ("!") for SD2.x and OpenCLIP bigG.
+    """
+
+    def __init__(self, folder: Path = DEFAULT, *, pad: int, length: int = 77) -> None:
+        self._tokenizer = _read(folder)
+        self.begin = self._special("<|startoftext|>", folder)
+        self.end = self._special("<|endoftext|>", folder)
+        self.pad = pad
+        self.length = length
+
+    def _special(self, token: str, folder: Path) -> int:
+        number = self._tokenizer.token_to_id(token)
+        if number is None:
+            raise SourceError(f"{folder} is not a CLIP tokenizer: its vocabulary lacks {token}")
+        return number
+
+    def tokens(self, prompt: str) -> list[int]:
+        """The ids of the text alone."""
+        return list(self._tokenizer.encode(prompt, add_special_tokens=False).ids)
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """One row of `length` ids per prompt."""
+        rows = []
+        for prompt in prompts:
+            row = [self.begin, *self.tokens(prompt)[: self.length - 2], self.end]
+            rows.append(row + [self.pad] * (self.length - len(row)))
+        return rows
+
+
+def pad_id(folder: Path, default: int) -> int:
+    """The padding id that a published tokenizer folder states, or `default`.
+
+    special_tokens_map.json wins over tokenizer_config.json: in SD2.x they disagree, and the loaded tokenizer of
+    the reference pads with the former's "!".
+    """
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        token = json.loads((folder / name).read_text(encoding="utf-8")).get("pad_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        number = _read(folder).token_to_id(text) if isinstance(text, str) else None
+        if number is not None:
+            return int(number)
+    return default
+
+
+def _read(folder: Path) -> Tokenizer:
+    """vocab.json + merges.txt, or tokenizer.json alone (as transformers 5 writes it)."""
+    vocabulary, merges, single = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
+    try:
+        if vocabulary.is_file() and merges.is_file():
+            model = models.BPE.from_file(
+                str(vocabulary), str(merges), unk_token="<|endoftext|>", end_of_word_suffix="</w>"
+            )
+        elif single.is_file():
+            model = Tokenizer.from_file(str(single)).model
+        else:
+            raise SourceError(f"{folder} holds no tokenizer: expected vocab.json and merges.txt, or tokenizer.json")
+    except SourceError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise SourceError(f"the tokenizer files in {folder} cannot be read: {error}") from error
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return tokenizer
