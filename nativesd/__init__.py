@@ -1,0 +1,38 @@
+"""A native PyTorch Stable Diffusion stack. Imports are lazy: torch is loaded when the first function is used.
+
+import nativesd
+nativesd.generate("a hot dog on a blue background").save("hotdog.png")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from nativesd.errors import NativesdError
+from nativesd.version import __version__
+
+if TYPE_CHECKING:
+    from nativesd.loading import load as load
+    from nativesd.pipeline import Pipeline as Pipeline
+    from nativesd.result import Result as Result
+
+_LAZY = {"load": "nativesd.loading", "Pipeline": "nativesd.pipeline", "Result": "nativesd.result"}
+__all__ = ["NativesdError", "Pipeline", "Result", "__version__", "generate", "load"]
+
+LOAD_OPTIONS = ("device", "dtype", "prediction")
+
+
+def generate(prompt: str | Sequence[str], model: str = "tiny", **options: Any) -> Result:
+    """Load `model` and make pictures of `prompt`: the options of `load` and of `Pipeline.__call__`, by name."""
+    from nativesd.loading import load
+
+    loading = {name: options.pop(name) for name in LOAD_OPTIONS if name in options}
+    return load(model, **loading)(prompt, **options)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'nativesd' has no attribute {name!r}")

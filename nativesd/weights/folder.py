@@ -1,0 +1,268 @@
+"""Models in the published folder layout: model_index.json, and a folder with config and weights for every component."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nativesd.config import Activation, Depth, Level, TextEncoderConfig, TextTime, UNetConfig, VAEConfig
+from nativesd.errors import SourceError
+
+Json = Mapping[str, Any]
+T = TypeVar("T")
+
+ACTIVATIONS: dict[str, Activation] = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What the configs of a model folder say; its text encoders by their folders' names, in the UNet's order."""
+
+    path: Path
+    index: Json
+    unet: UNetConfig
+    sample_size: int | None
+    """Side, in latent cells, of the pictures the UNet was trained on, where its config says so."""
+    vae: VAEConfig
+    text_encoders: Mapping[str, TextEncoderConfig]
+    scheduler: Json
+
+
+def read_folder(path: Path) -> Folder:
+    """Read every config of a model folder. Raises SourceError, naming the file and the field."""
+    index = read_json(path / "model_index.json")
+    unet_path = path / "unet" / "config.json"
+    unet_json = read_json(unet_path)
+    sdxl = unet_json.get("addition_embed_type") == "text_time"
+    encoders = {}
+    for name in ("text_encoder", "text_encoder_2"):
+        config_path = path / name / "config.json"
+        if _listed(index, name):
+            encoders[name] = _parse(lambda data: text_config(data, sdxl=sdxl), read_json(config_path), config_path)
+    if not encoders:
+        raise SourceError(f"{path / 'model_index.json'} names no text encoder")
+    *_, last_encoder = encoders.values()
+    unet = _parse(lambda data: unet_config(data, pooled=last_encoder.projection), unet_json, unet_path)
+    context = sum(encoder.width for encoder in encoders.values())
+    if context != unet.context:
+        raise SourceError(
+            f"{path}: the UNet takes a context {unet.context} wide, but {' + '.join(encoders)} gives {context}"
+        )
+    size = unet_json.get("sample_size")
+    return Folder(
+        path=path,
+        index=index,
+        unet=unet,
+        sample_size=size if isinstance(size, int) else None,
+        vae=_parse(vae_config, read_json(path / "vae" / "config.json"), path / "vae" / "config.json"),
+        text_encoders=encoders,
+        scheduler=read_json(path / "scheduler" / "scheduler_config.json"),
+    )
+
+
+def _listed(index: Json, name: str) -> bool:
+    """Whether model_index.json names the component (absent ones stand as [null, null])."""
+    entry = index.get(name)
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+
+def read_json(path: Path) -> Json:
+    """A JSON object from a file. Raises SourceError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SourceError(f"{path} is missing: a model folder in the published layout has it") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise SourceError(f"{path} holds {type(data).__name__}, not a JSON object")
+    return data
+
+
+def _parse(parse: Callable[[Json], T], data: Json, path: Path) -> T:
+    try:
+        return parse(data)
+    except KeyError as error:
+        raise SourceError(f"{path} lacks the field {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SourceError(f"{path}: {error}") from error
+
+
+def _per_level(value: Any, count: int) -> list[Any]:
+    """A config field that is one value for all levels or a list with one for each."""
+    values = list(value) if isinstance(value, list | tuple) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{value} has {len(values)} entries for {count} levels")
+    return values
+
+
+def _require(data: Json, **expected: Any) -> None:
+    """Refuse values that would make another network than the one that is built."""
+    for name, value in expected.items():
+        allowed = value if isinstance(value, tuple) else (value,)
+        if data.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"{name} = {data[name]!r} is not supported (only {' or '.join(map(repr, allowed))})")
+
+
+def unet_config(data: Json, *, pooled: int | None) -> UNetConfig:
+    """UNet2DConditionModel's config.json; `attention_head_dim` is its number of heads. Raises ValueError, KeyError.
+
+    `pooled` is the width of the pooled text embedding, for UNets that are conditioned on it: the rest of
+    `projection_class_embeddings_input_dim` are the time ids.
+    """
+    _require(
+        data, act_fn="silu", flip_sin_to_cos=True, freq_shift=0, center_input_sample=False, downsample_padding=1,
+        class_embed_type=None, num_class_embeds=None, encoder_hid_dim=None, encoder_hid_dim_type=None,
+        resnet_time_scale_shift="default", time_embedding_type="positional", time_embedding_dim=None,
+        only_cross_attention=False, dual_cross_attention=False, conv_in_kernel=3, conv_out_kernel=3,
+        addition_embed_type=(None, "text_time"), norm_eps=1e-5, mid_block_scale_factor=1, timestep_post_act=None,
+        attention_type="default", mid_block_type=("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
+    )  # fmt: skip
+    widths = data["block_out_channels"]
+    count = len(widths)
+    heads = _per_level(data.get("num_attention_heads") or data.get("attention_head_dim", 8), count)
+    layers = _per_level(data.get("layers_per_block", 2), count)
+    depths = _per_level(data.get("transformer_layers_per_block", 1), count)
+    up_depths = data.get("reverse_transformer_layers_per_block") or depths[::-1]
+    down_types, up_types = data["down_block_types"], data["up_block_types"]
+    for types, plain in ((down_types, "DownBlock2D"), (up_types, "UpBlock2D")):
+        for name in types:
+            if name not in (plain, "CrossAttn" + plain):
+                raise ValueError(f"block type {name!r} is not supported (only {plain!r} and 'CrossAttn{plain}')")
+
+    def per_layer(depth: Any, layer_count: int, block_type: str) -> tuple[Depth, ...]:
+        if not block_type.startswith("CrossAttn"):
+            return (None,) * layer_count
+        return tuple(_per_level(depth, layer_count))
+
+    levels = tuple(
+        Level(
+            width=widths[i],
+            down=per_layer(depths[i], layers[i], down_types[i]),
+            up=per_layer(up_depths[-1 - i], layers[i] + 1, up_types[-1 - i]),
+            heads=heads[i],
+        )
+        for i in range(count)
+    )
+    added = None
+    if data.get("addition_embed_type") == "text_time":
+        id_width, total = data["addition_time_embed_dim"], data["projection_class_embeddings_input_dim"]
+        if pooled is None or total <= pooled or (total - pooled) % id_width:
+            raise ValueError(
+                f"the added conditioning of width {total} does not fit a pooled embedding of width {pooled}"
+            )
+        added = TextTime(pooled, (total - pooled) // id_width, id_width)
+    mid_type = data.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    last = depths[-1][-1] if isinstance(depths[-1], list) else depths[-1]
+    mids: dict[str | None, tuple[Depth, ...]] = {
+        "UNetMidBlock2DCrossAttn": (last, None),
+        "UNetMidBlock2D": (None,),
+        None: (),
+    }
+    return UNetConfig(
+        levels=levels,
+        mid=mids[mid_type],
+        context=data["cross_attention_dim"],
+        in_channels=data.get("in_channels", 4),
+        out_channels=data.get("out_channels", 4),
+        linear_projection=bool(data.get("use_linear_projection", False)),
+        added=added,
+        guidance=data.get("time_cond_proj_dim"),
+        groups=data.get("norm_num_groups", 32),
+    )
+
+
+def vae_config(data: Json) -> VAEConfig:
+    """AutoencoderKL's config.json; scaling_factor is 0.18215 where absent (SD1.x, SD2.x). Raises ValueError."""
+    down, up = data.get("down_block_types", ()), data.get("up_block_types", ())
+    if set(down) > {"DownEncoderBlock2D"} or set(up) > {"UpDecoderBlock2D"}:
+        raise ValueError(f"block types {down} / {up} are not supported (only DownEncoderBlock2D / UpDecoderBlock2D)")
+    _require(
+        data, act_fn="silu", latents_mean=None, latents_std=None, shift_factor=(None, 0), use_quant_conv=True,
+        use_post_quant_conv=True, mid_block_add_attention=True,
+    )  # fmt: skip
+    return VAEConfig(
+        widths=tuple(data["block_out_channels"]),
+        layers=data.get("layers_per_block", 1),
+        latent_channels=data.get("latent_channels", 4),
+        image_channels=data.get("in_channels", 3),
+        scaling=data.get("scaling_factor", 0.18215),
+        groups=data.get("norm_num_groups", 32),
+        force_upcast=bool(data.get("force_upcast", False)),
+    )
+
+
+def text_config(data: Json, *, sdxl: bool) -> TextEncoderConfig:
+    """transformers' CLIPTextConfig. What the UNet gets of it is the family's rule: SDXL takes the penultimate layer
+    without the final norm. The token ids in the file are meaningless in published models and not used.
+    Raises ValueError, KeyError.
+    """
+    _require(data, layer_norm_eps=1e-5)
+    if data["hidden_act"] not in ACTIVATIONS:
+        raise ValueError(f"hidden_act = {data['hidden_act']!r} is not supported (only {', '.join(ACTIVATIONS)})")
+    projected = "CLIPTextModelWithProjection" in (data.get("architectures") or ())
+    return TextEncoderConfig(
+        width=data["hidden_size"],
+        layers=data["num_hidden_layers"],
+        heads=data["num_attention_heads"],
+        mlp=data["intermediate_size"],
+        activation=ACTIVATIONS[data["hidden_act"]],
+        projection=data["projection_dim"] if projected else None,
+        hidden=-2 if sdxl else -1,
+        hidden_norm=not sdxl,
+        vocabulary=data.get("vocab_size", 49408),
+        length=data.get("max_position_embeddings", 77),
+    )
+
+
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+
+
+def weight_files(names: Collection[str], component: str, *, half: bool) -> list[str] | None:
+    """Which of a model's files (`names`, relative to its folder) hold a component's weights; None where none do.
+
+    An index stands for its shards and is the only entry then. Plain files are preferred, or, for `half` precision,
+    the fp16 variant; the other is taken where there is only that.
+    """
+    stem = STEMS.get(component, "model")
+    plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
+    fp16 = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors.index.json"]
+    for name in fp16 + plain if half else plain + fp16:
+        if f"{component}/{name}" in names:
+            return [f"{component}/{name}"]
+    return None
+
+
+def local_weights(path: Path, component: str, *, half: bool) -> list[Path]:
+    """The safetensors files of one component of a model folder, shards resolved. Raises SourceError."""
+    folder = path / component
+    names = {f"{component}/{file.name}" for file in folder.glob("*")} if folder.is_dir() else set()
+    chosen = weight_files(names, component, half=half)
+    if chosen is None:
+        pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+        hint = (
+            f"; {pickles[0]} is a pickle, which can run code when opened: convert it to safetensors where it came from"
+            if pickles
+            else ""
+        )
+        raise SourceError(
+            f"{folder} holds no safetensors weights (expected {STEMS.get(component, 'model')}.safetensors){hint}"
+        )
+    first = path / chosen[0]
+    return shards(first) if first.suffix == ".json" else [first]
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that a safetensors index names, which must lie beside it. Raises SourceError."""
+    files = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if not files:
+        raise SourceError(f"{index} names no shards in its weight_map")
+    for name in files:
+        if Path(name).name != name:
+            raise SourceError(f"{index} names the shard {name!r}, which is outside its folder")
+        if not (index.parent / name).is_file():
+            raise SourceError(f"{index} names the shard {name}, which is missing")
+    return [index.parent / name for name in files]

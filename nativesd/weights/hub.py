@@ -1,0 +1,73 @@
+"""Model folders from the Hugging Face hub, through its own client: from the cache where they are complete in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from nativesd.errors import NetworkError, SourceError
+from nativesd.weights.folder import local_weights, read_folder, weight_files
+
+CONFIGS = ["model_index.json", "scheduler/*.json", "tokenizer*/*", "*/config.json"]
+
+
+def fetch(repo_id: str, *, half: bool) -> Path:
+    """The local folder of a hub model. Complete in the cache: no request is made. Raises NetworkError."""
+    try:
+        path = Path(snapshot_download(repo_id, local_files_only=True))
+        if _complete(path, half=half):
+            return path
+    except LocalEntryNotFoundError:
+        pass
+    if constants.HF_HUB_OFFLINE:
+        raise NetworkError(f"{repo_id} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it")
+    try:
+        names = HfApi().list_repo_files(repo_id)
+        if "model_index.json" not in names:
+            raise SourceError(f"{repo_id} has no model_index.json: it is not a model folder in the published layout")
+        index = json.loads(Path(hf_hub_download(repo_id, "model_index.json")).read_text(encoding="utf-8"))
+        patterns = list(CONFIGS)
+        for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
+            if not isinstance(index.get(component), list) or index[component][1] is None:
+                continue
+            files = weight_files(names, component, half=half)
+            if files is None:
+                raise SourceError(f"{repo_id} has no safetensors weights in {component}/")
+            for file in files:
+                patterns.append(file)
+                if file.endswith(".json"):
+                    shard_index = json.loads(Path(hf_hub_download(repo_id, file)).read_text(encoding="utf-8"))
+                    patterns += [f"{component}/{shard}" for shard in set(shard_index.get("weight_map", {}).values())]
+        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise NetworkError(f"{repo_id} is gated: accept its terms on the hub and set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise NetworkError(f"{repo_id} is not on the hub, or is private: check the name, or set HF_TOKEN") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise NetworkError(f"{repo_id} is not in the local cache and the hub cannot be reached") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no status"
+        raise NetworkError(f"the hub answered {status} for {repo_id}: try again later") from error
+    except (OSError, HTTPError) as error:
+        raise NetworkError(f"the hub cannot be reached for {repo_id}: {error}") from error
+
+
+def _complete(path: Path, *, half: bool) -> bool:
+    """Whether a cached snapshot has every file that loading needs."""
+    try:
+        folder = read_folder(path)
+        for component in ("unet", "vae", *folder.text_encoders):
+            local_weights(path, component, half=half)
+    except SourceError:
+        return False
+    return True

@@ -1,0 +1,160 @@
+"""Whole pictures against the diffusers pipelines: same weights, prompt, noise, scheduler and 20 steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import nativesd
+from nativesd.text.tokenizer import DEFAULT
+
+TOLERANCE = 2e-3  # of full scale, before rounding to bytes
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+SCHEDULERS = {
+    "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    "PNDM": (diffusers.PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
+    "Euler": (diffusers.EulerDiscreteScheduler, {"steps_offset": 1}),
+    "Euler a": (diffusers.EulerAncestralDiscreteScheduler, {"steps_offset": 1}),
+    "DPM++ 2M": (diffusers.DPMSolverMultistepScheduler, {"steps_offset": 1}),
+    "DPM++ 2M Karras": (diffusers.DPMSolverMultistepScheduler, {"steps_offset": 1, "use_karras_sigmas": True}),
+    "Euler Karras": (diffusers.EulerDiscreteScheduler, {"steps_offset": 1, "use_karras_sigmas": True}),
+}
+FORMS = ("sd15", "sd21-base", "sd21-v", "sdxl")
+
+
+def text_encoder(width: int, *, act: str, layers: int, projection: int | None = None) -> torch.nn.Module:
+    cls = transformers.CLIPTextModel if projection is None else transformers.CLIPTextModelWithProjection
+    return cls(
+        transformers.CLIPTextConfig(
+            hidden_size=width, intermediate_size=2 * width, num_attention_heads=2, num_hidden_layers=layers,
+            hidden_act=act, vocab_size=49408, projection_dim=projection or width, eos_token_id=2, bos_token_id=0,
+            pad_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def save_model(form: str, folder: Path) -> None:
+    """A small random model of one published form, saved by diffusers."""
+    torch.manual_seed(0)
+    sdxl = form == "sdxl"
+    text = text_encoder(32, act="gelu" if form.startswith("sd21") else "quick_gelu", layers=3)
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=2, sample_size=8, norm_num_groups=16,
+        down_block_types=("DownBlock2D" if sdxl else "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D" if sdxl else "CrossAttnUpBlock2D"),
+        attention_head_dim=8 if form == "sd15" else (2, 4), cross_attention_dim=80 if sdxl else 32,
+        use_linear_projection=form != "sd15", transformer_layers_per_block=(1, 2) if sdxl else 1,
+        **(
+            {"addition_embed_type": "text_time", "addition_time_embed_dim": 16,
+             "projection_class_embeddings_input_dim": 24 + 6 * 16}
+            if sdxl else {}
+        ),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(16, 16, 16, 32), layers_per_block=1, norm_num_groups=8, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=0.13025 if sdxl else 0.18215,
+    )  # fmt: skip
+    pads = {"!": 0, "<|endoftext|>": 49407}
+
+    def tokenizer(pad: str) -> transformers.CLIPTokenizer:
+        found = transformers.CLIPTokenizer.from_pretrained(DEFAULT, pad_token=pad)
+        assert found.pad_token_id == pads[pad]
+        return found
+
+    prediction = "v_prediction" if form == "sd21-v" else "epsilon"
+    cls, options = (
+        (diffusers.EulerDiscreteScheduler, {"timestep_spacing": "leading", "steps_offset": 1})
+        if sdxl
+        else (SCHEDULERS["DDIM" if form == "sd21-v" else "PNDM"])
+    )
+    scheduler = cls(**BETAS, **options, prediction_type=prediction)
+    common = {"unet": unet, "vae": vae, "scheduler": scheduler, "text_encoder": text}
+    pad = "!" if form.startswith("sd21") else "<|endoftext|>"
+    if sdxl:
+        pipe = diffusers.StableDiffusionXLPipeline(
+            **common, tokenizer=tokenizer(pad), tokenizer_2=tokenizer("!"),
+            text_encoder_2=text_encoder(48, act="gelu", layers=4, projection=24), force_zeros_for_empty_prompt=True,
+        )  # fmt: skip
+    else:
+        pipe = diffusers.StableDiffusionPipeline(
+            **common, tokenizer=tokenizer(pad), safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+    pipe.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session", params=FORMS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("models") / request.param
+    save_model(request.param, folder)
+    return request.param, folder
+
+
+@pytest.fixture(scope="session")
+def pipelines(model: tuple[str, Path]) -> tuple[str, nativesd.Pipeline, diffusers.DiffusionPipeline]:
+    form, folder = model
+    theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    return form, nativesd.load(folder, device="cpu"), theirs
+
+
+def their_picture(
+    pipe: diffusers.DiffusionPipeline, prompt: str, guidance: float, seed: int, **options: int
+) -> np.ndarray:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode():
+        out = pipe(
+            prompt, num_inference_steps=20, guidance_scale=guidance, generator=generator, output_type="np", **options
+        )
+    return out.images[0]
+
+
+def our_picture(pipe: nativesd.Pipeline, prompt: str, guidance: float, seed: int, **options: object) -> np.ndarray:
+    result = pipe(prompt, steps=20, guidance_scale=guidance, seed=seed, **options)
+    return pipe.decode_tensor(result.latents)[0].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("sampler", [None, *SCHEDULERS])
+def test_whole_pictures(
+    pipelines: tuple[str, nativesd.Pipeline, diffusers.DiffusionPipeline], sampler: str | None
+) -> None:
+    form, ours, theirs = pipelines
+    own = theirs.scheduler
+    try:
+        if sampler is not None:
+            cls, options = SCHEDULERS[sampler]
+            theirs.scheduler = cls.from_config(own.config, **options)
+        for guidance, size in ((7.5, {}), (1.0, {}), (4.0, {"width": 72, "height": 40})):
+            expected = their_picture(theirs, "a red cat, sitting", guidance, 7, **size)
+            found = our_picture(ours, "a red cat, sitting", guidance, 7, sampler=sampler, **size)
+            assert expected.shape == found.shape
+            assert expected.std() > 0.01, "a flat picture would prove nothing"
+            assert np.abs(expected - found).max() <= TOLERANCE, f"{form} {sampler} guidance {guidance}"
+    finally:
+        theirs.scheduler = own
+
+
+def test_negative_prompt(pipelines: tuple[str, nativesd.Pipeline, diffusers.DiffusionPipeline]) -> None:
+    _, ours, theirs = pipelines
+    generator = torch.Generator().manual_seed(3)
+    with torch.inference_mode():
+        expected = theirs("a boat", negative_prompt="fog", num_inference_steps=20, guidance_scale=6.0,
+                          generator=generator, output_type="np").images[0]  # fmt: skip
+    found = our_picture(ours, "a boat", 6.0, 3, negative_prompt="fog")
+    without = our_picture(ours, "a boat", 6.0, 3)
+    assert np.abs(expected - found).max() <= TOLERANCE
+    assert np.abs(expected - without).max() > TOLERANCE
+
+
+def test_prediction_override(model: tuple[str, Path]) -> None:
+    _, folder = model
+    stated = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["prediction_type"]
+    assert nativesd.load(folder, device="cpu").config.prediction == {"epsilon": "epsilon", "v_prediction": "v"}[stated]
+    assert nativesd.load(folder, device="cpu", prediction="sample").config.prediction == "sample"
