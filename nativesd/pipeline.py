@@ -156,7 +156,7 @@ class Pipeline:
         denoise = self._denoiser(plan, conditioning, guidance_scale, guided, on_step)
         sigmas = plan.sigmas.tolist()
         latents = chosen.run(denoise, noise() * plan.start, sigmas, noise, config.prediction)
-        latents = latents / (1 + sigmas[-1] ** 2) ** 0.5  # a last sigma above zero leaves variance to take out
+        latents = latents / math.hypot(1, sigmas[-1])  # a last sigma above zero leaves variance to take out
         return Result(
             images=self.decode(latents),
             seeds=seeds,
@@ -274,7 +274,7 @@ class Pipeline:
             embedded_guidance = scale.expand(len(conditioning.context), -1).to(self.device)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
-            scaled = x / (1 + sigma**2) ** 0.5
+            scaled = x / math.hypot(1, sigma)
             inputs = torch.cat([scaled, scaled]) if guided else scaled
             output: Tensor = self.unet(
                 inputs.to(self.dtype),
@@ -303,7 +303,7 @@ def to_clean(output: Tensor, x: Tensor, sigma: float, prediction: Prediction) ->
         case "epsilon":
             return x - sigma * output
         case "v":
-            return x / (1 + sigma**2) - output * (sigma / (1 + sigma**2) ** 0.5)
+            return x / (1 + sigma**2) - output * (sigma / math.hypot(1, sigma))
         case "sample":
             return output
 

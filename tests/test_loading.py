@@ -61,7 +61,7 @@ def test_shards_and_variants_load_the_same(folder: Path) -> None:
 def test_a_missing_shard_is_named(folder: Path) -> None:
     shard(folder)
     (folder / "unet" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(SourceError, match="00002-of-00002.safetensors, which is missing"):
+    with pytest.raises(SourceError, match=r"00002-of-00002\.safetensors, which is missing"):
         nativesd.load(folder, device="cpu")
 
 
@@ -171,10 +171,10 @@ class Hub(BaseHTTPRequestHandler):
 
     requests: list[str] = []  # noqa: RUF012 - one server per test
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self.answer(body=False)
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.answer(body=True)
 
     def answer(self, *, body: bool) -> None:

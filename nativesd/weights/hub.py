@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -17,6 +16,9 @@ from huggingface_hub.errors import (
 
 from nativesd.errors import NetworkError, SourceError
 from nativesd.weights.folder import local_weights, read_folder, weight_files
+
+# the client's transport error, of whichever HTTP library it stands on
+TRANSPORT_ERROR: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
 
 CONFIGS = ["model_index.json", "scheduler/*.json", "tokenizer*/*", "*/config.json"]
 
@@ -58,7 +60,7 @@ def fetch(repo_id: str, *, half: bool) -> Path:
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no status"
         raise NetworkError(f"the hub answered {status} for {repo_id}: try again later") from error
-    except (OSError, HTTPError) as error:
+    except (OSError, TRANSPORT_ERROR) as error:
         raise NetworkError(f"the hub cannot be reached for {repo_id}: {error}") from error
 
 
