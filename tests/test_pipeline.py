@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import diffusers
@@ -12,6 +14,7 @@ import torch
 import transformers
 
 import nativesd
+from nativesd.pipeline import Step
 from nativesd.text.tokenizer import DEFAULT
 
 TOLERANCE = 2e-3  # of full scale, before rounding to bytes
@@ -158,3 +161,37 @@ def test_prediction_override(model: tuple[str, Path]) -> None:
     stated = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["prediction_type"]
     assert nativesd.load(folder, device="cpu").config.prediction == {"epsilon": "epsilon", "v_prediction": "v"}[stated]
     assert nativesd.load(folder, device="cpu", prediction="sample").config.prediction == "sample"
+
+
+def test_turbo(model: tuple[str, Path], tmp_path: Path) -> None:
+    """Trailing spacing on an Euler scheduler: four steps and no guidance are the default, one step works."""
+    form, folder = model
+    if form != "sd21-base":
+        pytest.skip("one form is enough")
+    turbo = tmp_path / "turbo"
+    shutil.copytree(folder, turbo)
+    cls = diffusers.EulerAncestralDiscreteScheduler
+    cls(**BETAS, timestep_spacing="trailing").save_pretrained(turbo / "scheduler")
+    index = json.loads((turbo / "model_index.json").read_text())
+    (turbo / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", cls.__name__]}))
+    theirs = diffusers.DiffusionPipeline.from_pretrained(turbo)
+    theirs.set_progress_bar_config(disable=True)
+    ours = nativesd.load(turbo, device="cpu")
+    for steps in (None, 1):
+        generator = torch.Generator().manual_seed(2)
+        with torch.inference_mode():
+            expected = theirs("a bridge", num_inference_steps=steps or 4, guidance_scale=0.0, generator=generator,
+                              output_type="np").images[0]  # fmt: skip
+        result = ours("a bridge", steps=steps, seed=2)
+        found = ours.decode_tensor(result.latents)[0].permute(1, 2, 0).numpy()
+        assert np.abs(expected - found).max() <= TOLERANCE
+
+
+def test_on_step(pipelines: tuple[str, nativesd.Pipeline, diffusers.DiffusionPipeline]) -> None:
+    _, ours, _ = pipelines
+    for sampler in ("DDIM", "PLMS", "Euler a", "DPM++ 2M"):
+        steps: list[Step] = []
+        ours("a bridge", steps=5, sampler=sampler, on_step=steps.append)
+        assert [(step.index, step.total) for step in steps] == [(i, 5) for i in range(5)]
+        assert all(a.sigma > b.sigma for a, b in pairwise(steps))
+        assert steps[0].latents.shape == steps[0].denoised.shape == (1, 4, 8, 8)
