@@ -136,7 +136,7 @@ def test_broken_folders(run: Run, broken: Path, name: str, content: bytes | None
 def test_weights_that_do_not_fit_are_named(run: Run, broken: Path) -> None:
     config = broken / "unet" / "config.json"
     data = json.loads(config.read_text())
-    config.write_text(json.dumps(data | {"block_out_channels": [data["block_out_channels"][0], 192]}))
+    config.write_text(json.dumps(data | {"block_out_channels": [*data["block_out_channels"][:-1], 192]}))
     done = run("generate", "a fox", "--model", str(broken))
     check_mistake(done, 3, "wrong shape mid.resnets.0.conv1.weight: the model has [192, 192, 3, 3]")
 
