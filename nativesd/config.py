@@ -66,6 +66,18 @@ class UNetConfig:
         """Width of the time embedding: four times the first level's (published models: 1280, refiner 1536)."""
         return 4 * self.levels[0].width
 
+    @property
+    def dims(self) -> dict[str, int | tuple[int, ...]]:
+        """What layouts that count their blocks through all levels need to know. Raises ValueError where they cannot.
+
+        levels and layers going down; per level going up, whether its last layer has attention.
+        """
+        layers = {len(level.down) for level in self.levels} | {len(level.up) - 1 for level in self.levels if level.up}
+        if len(layers) != 1:
+            raise ValueError("the UNet has levels with different numbers of layers, which the layout cannot state")
+        attention = tuple(int(level.up[-1] is not None) if level.up else 0 for level in reversed(self.levels))
+        return {"levels": len(self.levels), "layers": layers.pop(), "up_attention": attention}
+
     def residual_shapes(self, batch: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
         """Shapes (B, C, H, W) of the control residuals for `height` x `width` latent cells, down first, mid last.
 
@@ -96,6 +108,11 @@ class VAEConfig:
     """The published weights overflow in float16, so the pipeline runs this VAE in float32 (SDXL's `force_upcast`)."""
 
     @property
+    def dims(self) -> dict[str, int | tuple[int, ...]]:
+        """What the layout needs to know that counts levels from the other end: how many there are."""
+        return {"levels": len(self.widths)}
+
+    @property
     def factor(self) -> int:
         """Image pixels per latent cell along one side (8 as published)."""
         return 1 << (len(self.widths) - 1)
@@ -118,6 +135,80 @@ class TextEncoderConfig:
     """Whether the final layer norm is applied to the context (SD1.x and 2.x) or not (SDXL)."""
     vocabulary: int = 49408
     length: int = 77
+
+
+@dataclass(frozen=True)
+class UnionConfig:
+    """What a ControlNet for several kinds of hint has beside a plain one's layers (xinsir's ControlNet++)."""
+
+    kinds: int = 6
+    """How many kinds of hint it tells apart: 6 as first published, 8 in the promax version."""
+    layers: int = 1
+    """Transformer layers that mix the pooled hints with the pooled latents."""
+    heads: int = 8
+    id_width: int = 256
+    """Length of the sinusoid that says of one kind whether it is used."""
+
+
+@dataclass(frozen=True)
+class ControlNetConfig:
+    """A ControlNet. `unet` describes the encoder it shares with the UNet, with nothing going `up`."""
+
+    unet: UNetConfig
+    hint_widths: tuple[int, ...] = (16, 32, 96, 256)
+    """Widths of the hint's encoder, which halves the picture between them."""
+    hint_channels: int = 3
+    union: UnionConfig | None = None
+
+    @property
+    def dims(self) -> dict[str, int | tuple[int, ...]]:
+        """What layouts that count their blocks through all levels need to know. Raises ValueError where they cannot."""
+        return self.unet.dims
+
+
+@dataclass(frozen=True)
+class TinyVAEConfig:
+    """TAESD, a small autoencoder of convolutions. Blocks per resolution, in the data's order in either half."""
+
+    half: Literal["encoder", "decoder"] | None = None
+    """The only half there is; None: both."""
+    width: int = 64
+    encoder: tuple[int, ...] = (1, 3, 3, 3)
+    decoder: tuple[int, ...] = (3, 3, 3, 1)
+    latent_channels: int = 4
+    image_channels: int = 3
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent cell along one side (8 as published)."""
+        return 1 << (len(self.decoder) - 1)
+
+
+@dataclass(frozen=True)
+class AdapterStage:
+    """One feature map of a T2I-Adapter: its width, and whether it is half the size of the one before."""
+
+    width: int
+    down: bool
+
+
+@dataclass(frozen=True)
+class T2IAdapterConfig:
+    """A T2I-Adapter, full or light. Light: no first convolution, and every stage narrows to a quarter of its width."""
+
+    stages: tuple[AdapterStage, ...]
+    layers: int
+    """Residual blocks per stage."""
+    unshuffle: int = 8
+    """Side of the square of pixels that becomes the channels of one cell."""
+    image_channels: int = 3
+    light: bool = False
+
+    @property
+    def dims(self) -> dict[str, int | tuple[int, ...]]:
+        """What the original layout needs to know: how many blocks of the full form, and stages of the light one."""
+        stages = len(self.stages)
+        return {"blocks": 0 if self.light else stages * self.layers, "light": stages if self.light else 0}
 
 
 def _levels(widths: tuple[int, ...], heads: tuple[int, ...], down: tuple[Depth, ...], layers: int) -> tuple[Level, ...]:
@@ -156,6 +247,42 @@ REFINER_UNET = UNetConfig(
     added=TextTime(1280, 5),
 )
 
+
+def _thinner(config: UNetConfig) -> UNetConfig:
+    """One layer per level going down and two going up: block removal of BK-SDM (Kim et al. 2023, section 3.1)."""
+    return replace(
+        config, levels=tuple(replace(level, down=level.down[:1], up=level.up[:2]) for level in config.levels)
+    )
+
+
+def _without_middle(config: UNetConfig) -> UNetConfig:
+    """Neither the middle nor the lowest level: BK-SDM tiny."""
+    return replace(config, levels=config.levels[:-1], mid=())
+
+
+# nota-ai/bk-sdm-{base,tiny}, bk-sdm-v2-{base,tiny} (segmind/small-sd and tiny-sd have the same form)
+BK_SDM_BASE, BK_SDM_V2_BASE = _thinner(SD15_UNET), _thinner(SD21_UNET)
+BK_SDM_TINY, BK_SDM_V2_TINY = _without_middle(BK_SDM_BASE), _without_middle(BK_SDM_V2_BASE)
+# segmind/SSD-1B and segmind/Segmind-Vega unet/config.json
+SSD_1B_UNET = replace(
+    SDXL_UNET,
+    levels=(
+        SDXL_UNET.levels[0],
+        replace(SDXL_UNET.levels[1], up=(2, 1, 1)),
+        replace(SDXL_UNET.levels[2], down=(4, 4), up=(4, 4, 10)),
+    ),
+    mid=(None,),
+)
+VEGA_UNET = replace(
+    SDXL_UNET,
+    levels=(
+        SDXL_UNET.levels[0],
+        replace(SDXL_UNET.levels[1], down=(1, 1), up=(1, 1, 1)),
+        replace(SDXL_UNET.levels[2], down=(2, 2), up=(2, 2, 2)),
+    ),
+    mid=(None,),
+)
+
 # vae/config.json of the same repositories
 SD_VAE = VAEConfig()
 SDXL_VAE = VAEConfig(scaling=0.13025, force_upcast=True)
@@ -168,6 +295,54 @@ OPENCLIP_H = TextEncoderConfig(1024, 23, 16, 4096, "gelu")
 SDXL_CLIP_L = replace(CLIP_L, hidden=-2, hidden_norm=False)
 SDXL_BIGG = TextEncoderConfig(1280, 32, 20, 5120, "gelu", projection=1280, hidden=-2, hidden_norm=False)
 
-UNETS = {"sd15": SD15_UNET, "sd21": SD21_UNET, "sdxl": SDXL_UNET, "refiner": REFINER_UNET}
+
+def _encoder(config: UNetConfig) -> UNetConfig:
+    """The part of a UNet that a ControlNet copies: nothing going up."""
+    return replace(config, levels=tuple(replace(level, up=()) for level in config.levels))
+
+
+# lllyasviel/control_v11p_sd15_canny config.json, and its kin for SD2.1 and SDXL (diffusers/controlnet-canny-sdxl-1.0)
+SD15_CONTROLNET = ControlNetConfig(_encoder(SD15_UNET))
+SD21_CONTROLNET = ControlNetConfig(_encoder(SD21_UNET))
+SDXL_CONTROLNET = ControlNetConfig(_encoder(SDXL_UNET))
+# diffusers/controlnet-depth-sdxl-1.0-small config.json: the only attention is a shell in the middle
+SDXL_SMALL_CONTROLNET = ControlNetConfig(
+    replace(
+        SDXL_CONTROLNET.unet,
+        levels=tuple(replace(level, down=(None, None)) for level in SDXL_CONTROLNET.unet.levels),
+        mid=(0, None),
+    )
+)
+# xinsir/controlnet-union-sdxl-1.0 config.json and config_promax.json
+SDXL_UNION = replace(SDXL_CONTROLNET, union=UnionConfig(kinds=6))
+SDXL_PROMAX = replace(SDXL_CONTROLNET, union=UnionConfig(kinds=8))
+
+# madebyollin/taesd config.json (taesdxl has the same form)
+TAESD = TinyVAEConfig()
+
+
+def _stages(*down: bool) -> tuple[AdapterStage, ...]:
+    """The published widths, which are those of SD1.5's levels."""
+    return tuple(AdapterStage(width, d) for width, d in zip((320, 640, 1280, 1280), down, strict=True))
+
+
+# TencentARC/T2I-Adapter: Adapter, Adapter_light (ldm/modules/encoders/adapter.py), Adapter_XL (models/adapters.py)
+SD15_ADAPTER = T2IAdapterConfig(_stages(False, True, True, True), layers=2)
+SD15_LIGHT_ADAPTER = T2IAdapterConfig(_stages(False, True, True, True), layers=4, light=True)
+SDXL_ADAPTER = T2IAdapterConfig(_stages(False, False, True, False), layers=2, unshuffle=16)
+
+UNETS = {
+    "sd15": SD15_UNET, "sd21": SD21_UNET, "sdxl": SDXL_UNET, "refiner": REFINER_UNET,
+    "bk-sdm-base": BK_SDM_BASE, "bk-sdm-tiny": BK_SDM_TINY, "bk-sdm-v2-base": BK_SDM_V2_BASE,
+    "bk-sdm-v2-tiny": BK_SDM_V2_TINY, "ssd-1b": SSD_1B_UNET, "vega": VEGA_UNET,
+}  # fmt: skip
 VAES = {"sd": SD_VAE, "sdxl": SDXL_VAE}
 TEXT_ENCODERS = {"clip-l": CLIP_L, "openclip-h": OPENCLIP_H, "sdxl-clip-l": SDXL_CLIP_L, "bigg": SDXL_BIGG}
+CONTROLNETS = {
+    "sd15": SD15_CONTROLNET, "sd21": SD21_CONTROLNET, "sdxl": SDXL_CONTROLNET, "sdxl-small": SDXL_SMALL_CONTROLNET,
+    "sdxl-union": SDXL_UNION, "sdxl-promax": SDXL_PROMAX,
+}  # fmt: skip
+T2I_ADAPTERS = {"sd15": SD15_ADAPTER, "sd15-light": SD15_LIGHT_ADAPTER, "sdxl": SDXL_ADAPTER}
+
+Config = UNetConfig | VAEConfig | TextEncoderConfig | ControlNetConfig | TinyVAEConfig | T2IAdapterConfig
+"""The configuration of any component."""

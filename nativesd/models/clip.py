@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nativesd.config import Activation, TextEncoderConfig
-from nativesd.models.layers import attention
+from nativesd.config import TextEncoderConfig
+from nativesd.models.layers import CLIPLayer
 
 
 class TextOutput(NamedTuple):
@@ -20,66 +19,6 @@ class TextOutput(NamedTuple):
 
     hidden: Tensor
     pooled: Tensor
-
-
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """quick_gelu is x * sigmoid(1.702 x) (OpenAI's CLIP), gelu the exact one (OpenCLIP)."""
-    match activation:
-        case "quick_gelu":
-            return x * torch.sigmoid(1.702 * x)
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-
-
-class CausalAttention(nn.Module):
-    """Self-attention in which a token sees itself and those before it."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        out: Tensor = self.out(attention(self.q(x), self.k(x), self.v(x), self.heads, causal=True))
-        return out
-
-
-class MLP(nn.Module):
-    """The transformer's feed-forward: width -> hidden -> width."""
-
-    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-        self.activation: Activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        out: Tensor = self.fc2(activate(self.fc1(x), self.activation))
-        return out
-
-
-class TextLayer(nn.Module):
-    """One pre-norm transformer layer."""
-
-    def __init__(self, config: TextEncoderConfig) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.width)
-        self.attn = CausalAttention(config.width, config.heads)
-        self.norm2 = nn.LayerNorm(config.width)
-        self.mlp = MLP(config.width, config.mlp, config.activation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
 
 
 class TextEncoder(nn.Module):
@@ -90,7 +29,10 @@ class TextEncoder(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocabulary, config.width)
         self.position_embedding = nn.Embedding(config.length, config.width)
-        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            CLIPLayer(config.width, config.heads, config.mlp, config.activation, causal=True)
+            for _ in range(config.layers)
+        )
         self.final_norm = nn.LayerNorm(config.width)
         self.text_projection = (
             nn.Linear(config.width, config.projection, bias=False) if config.projection is not None else None
