@@ -25,6 +25,7 @@ from nativesd.models.clip import TextEncoder, TextOutput
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
 from nativesd.weights.keymap import load_table
+from nativesd.weights.plan import make_plan
 
 TOLERANCE = 1e-5
 """The largest `difference` that counts as the same result in float32."""
@@ -51,7 +52,7 @@ class Manifest:
 
 
 def published_manifests() -> dict[str, Manifest]:
-    """The published folders' UNets, autoencoders and text encoders, by name."""
+    """The headers of published files of every kind, by name."""
     data = json.loads(gzip.decompress((Path(__file__).parent / "manifests" / "published.json.gz").read_bytes()))
     return {
         stem: Manifest(
@@ -212,8 +213,9 @@ def share(reference: nn.Module, ours: nn.Module, table: str) -> None:
     Raises AssertionError where the map and the two modules do not fit each other exactly.
     """
     tensors = reference.state_dict()
-    plan = load_table(table).bind().plan(shapes(reference), shapes(ours))
-    assert not plan.problems(), plan.problems()
+    plan = make_plan(load_table(table).bind(), shapes(reference), shapes(ours))
+    faults = [plan.missing, plan.unexpected, plan.wrong_shape, plan.duplicate]
+    assert not any(faults), faults
     assert not plan.ignored, plan.ignored
     assert {source.rule.op for source in plan.sources.values()} == {"copy"}
     ours.load_state_dict({name: tensors[source.keys[0]] for name, source in plan.sources.items()}, assign=True)
