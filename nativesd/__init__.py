@@ -14,14 +14,20 @@ from nativesd.errors import NativesdError
 from nativesd.version import __version__
 
 if TYPE_CHECKING:
+    from nativesd.auditing import audit as audit
+    from nativesd.auditing import diff as diff
+    from nativesd.converting import convert as convert
     from nativesd.loading import load as load
     from nativesd.pipeline import Pipeline as Pipeline
     from nativesd.result import Result as Result
 
-_LAZY = {"load": "nativesd.loading", "Pipeline": "nativesd.pipeline", "Result": "nativesd.result"}
-__all__ = ["NativesdError", "Pipeline", "Result", "__version__", "generate", "load"]
+_LAZY = {
+    "audit": "nativesd.auditing", "diff": "nativesd.auditing", "convert": "nativesd.converting",
+    "load": "nativesd.loading", "Pipeline": "nativesd.pipeline", "Result": "nativesd.result",
+}  # fmt: skip
+__all__ = ["NativesdError", "Pipeline", "Result", "__version__", "audit", "convert", "diff", "generate", "load"]
 
-LOAD_OPTIONS = ("device", "dtype", "prediction")
+LOAD_OPTIONS = ("device", "dtype", "prediction", "unet", "vae", "text_encoders", "maps")
 
 
 def generate(prompt: str | Sequence[str], model: str = "tiny", **options: Any) -> Result:

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
+from rich.text import Text
 
-from nativesd.errors import NativesdError
+from nativesd.errors import NativesdError, UsageError
 from nativesd.version import __version__
+
+if TYPE_CHECKING:
+    from nativesd.weights.audit import AuditReport, ComponentReport
+    from nativesd.weights.diff import DiffReport
+
+SHOWN = 20  # findings of a kind, unless all are asked for
 
 
 class Size(click.ParamType[tuple[int, int]]):
@@ -37,7 +46,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("prompt")
-@click.option("--model", default="tiny", show_default=True, help="'tiny' (embedded), a model folder, or a hub id.")
+@click.option("--model", default="tiny", show_default=True, help="'tiny' (embedded), a folder, a file, or a hub id.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Picture to write [default: nativesd-SEED.png].")
 @click.option("--steps", type=int, help="Sampling steps [default: 20; few-step models 4].")
 @click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1 is off [default: the model family's].")
@@ -49,7 +58,11 @@ def main() -> None:
 @click.option("--num-images", type=int, default=1, show_default=True, help="Pictures, with seeds counting up.")
 @click.option("--device", help="cpu, cuda, cuda:1, ... [default: cuda where there is one].")
 @click.option("--dtype", help="float16, bfloat16 or float32 [default: float16 on CUDA, else float32].")
-@click.option("--prediction", help="epsilon, v or sample, where the model's config is wrong.")
+@click.option("--prediction", help="epsilon, v or sample, where the model says it wrong or not at all.")
+@click.option("--unet", type=click.Path(), help="File or folder of a UNet to use instead of the model's.")
+@click.option("--vae", type=click.Path(), help="File or folder of a VAE to use instead of the model's.")
+@click.option("--text-encoder", "text_encoders", type=click.Path(), multiple=True, help="The same; repeatable.")
+@click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
 def generate(output: Path | None, model: str, size: tuple[int, int] | None, **options: Any) -> None:
     """Make pictures of PROMPT; prints the path of each."""
     from tqdm import tqdm
@@ -69,6 +82,171 @@ def generate(output: Path | None, model: str, size: tuple[int, int] | None, **op
         result = pipeline(width=width, height=height, on_step=on_step, **options)
     for path in result.save(output or Path(f"nativesd-{result.seeds[0]}.png")):
         click.echo(path)
+
+
+SOURCE_HELP = "a safetensors file, a model folder, a hub id, or org/name/file.safetensors on the hub"
+
+
+@main.command(help=f"Explain every tensor of SOURCE: {SOURCE_HELP}. Exit code 1 means findings.")
+@click.argument("source")
+@click.option("--keys", is_flag=True, help="List the whole mapping.")
+@click.option("--trace", metavar="NAME", help="Show how a key, or a parameter of ours, is mapped.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON (schema 1: see the README).")
+@click.option("--as", "believed", metavar="FAMILY/LAYOUT", help="Compare with what you take it for: such as sdxl/ldm.")
+@click.option("--diff", "other", metavar="OTHER", help="Compare two checkpoints, whatever their layouts.")
+@click.option("--values", is_flag=True, help="With --diff: compare the tensors too.")
+@click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--all", "everything", is_flag=True, help=f"List every finding, not the first {SHOWN} of a kind.")
+def audit(
+    source: str,
+    keys: bool,
+    trace: str | None,
+    as_json: bool,
+    believed: str | None,
+    other: str | None,
+    values: bool,
+    maps: Path | None,
+    revision: str | None,
+    everything: bool,
+) -> None:
+    """See the command's help."""
+    from nativesd import auditing
+
+    if other is not None:
+        difference = auditing.diff(source, other, values=values, maps=maps)
+        if as_json:
+            click.echo(difference.to_json())
+        else:
+            _print(_diff_lines(difference, len(difference.differences) if everything else SHOWN))
+        sys.exit(0 if difference.ok else 1)
+    if values:
+        raise click.UsageError("--values compares two checkpoints: name the other one with --diff")
+    report = auditing.audit(source, maps=maps, believed=believed, revision=revision)
+    if trace is not None:
+        lines = report.trace(trace)
+        if not lines:
+            raise UsageError(f"{source} has no key, and its model no parameter, called {trace}")
+        _print(Text(line) for line in lines)
+    elif as_json:
+        click.echo(report.to_json())
+    else:
+        _print(_audit_lines(report, keys=keys, shown=sys.maxsize if everything else SHOWN))
+    sys.exit(0 if report.ok else 1)
+
+
+@main.command(help=f"Write SOURCE ({SOURCE_HELP}) to DEST in another layout: a folder, or a .safetensors file for ldm.")
+@click.argument("source")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--layout", required=True, type=click.Choice(["diffusers", "ldm"]), help="The layout of DEST.")
+@click.option("--dtype", type=click.Choice(["f16", "bf16", "f32"]), help="[default: as stored]")
+@click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
+def convert(source: str, dest: Path, layout: str, dtype: str | None, maps: Path | None) -> None:
+    """See the command's help."""
+    from nativesd.converting import convert as run_convert
+
+    done = run_convert(source, dest, layout=layout, dtype=dtype, maps=maps)
+    for reason, keys in _by_reason(done.ignored.items()).items():
+        click.echo(f"left out {_some(keys)}: {reason}", err=True)
+    click.echo(done.path)
+
+
+def _print(lines: Iterable[Text]) -> None:
+    """Colour and width follow the terminal; a pipe gets plain text, unwrapped."""
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    for line in lines:
+        console.print(line)
+
+
+def _by_reason(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """reason -> the keys it is given for."""
+    out: dict[str, list[str]] = {}
+    for key, reason in pairs:
+        out.setdefault(reason, []).append(key)
+    return out
+
+
+def _some(keys: Sequence[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"{len(keys)} tensors ({keys[0]}, ...)"
+
+
+def _audit_lines(report: AuditReport, *, keys: bool, shown: int) -> Iterator[Text]:
+    """The report for people: per component a headline, its sums, the evidence, what is ignored, the findings."""
+    for component in report.components:
+        what = ", ".join(filter(None, (component.family, component.layout)))
+        counts = f"{len(component.mapped)} of {component.expected} mapped" if component.expected else ""
+        yield Text.assemble(
+            (component.name, "bold"), f" ({what})" if what else "", f": {counts}" if counts else "",
+            style="" if component.ok else "red",
+        )  # fmt: skip
+        dtypes = ", ".join(f"{name} x{count}" for name, count in component.dtypes.items())
+        yield _row(
+            "tensors",
+            f"{component.tensors}, {_count(component.parameters)} parameters, {dtypes}, {_size(component.bytes)}",
+        )
+        for entry in component.evidence:
+            override = f"; to choose otherwise: {entry.override}" if entry.override else ""
+            if entry.determined:
+                yield _row(entry.what, f"{entry.value} ({entry.why})")
+            else:
+                yield _row(entry.what, f"{entry.value} by default, not determined ({entry.why}{override})", "yellow")
+        for reason, names in _by_reason((i.key, i.reason) for i in component.ignored).items():
+            yield _row("ignored", f"{_some(names)}: {reason}")
+        if keys:
+            for m in component.mapped:
+                yield _row("mapped", f"{' + '.join(m.keys)} -> {m.parameter} {m.shape} [{m.operation}]")
+        yield from _finding_lines(component, shown)
+
+
+def _finding_lines(component: ComponentReport, shown: int) -> Iterator[Text]:
+    paired = {m.found for m in component.missing if m.found}
+    unexpected = [u for u in component.unexpected if u.key not in paired]
+    for m in component.missing[:shown]:
+        yield _row("missing", f"{m.parameter} {m.shape}", "red")
+        yield _row("", f"expected as {' + '.join(m.expected) or 'nothing any rule names'}")
+        if m.found:
+            yield _row("", f"found {m.found}: {m.hint}")
+    for u in unexpected[:shown]:
+        yield _row("unexpected", f"{u.key} {u.shape} {u.dtype}: {u.reason}", "red")
+    for w in component.wrong_shape[:shown]:
+        yield _row("wrong shape", f"{' + '.join(w.keys)} {w.shape}, for {w.parameter}", "red")
+        yield _row("", f"expected {w.expected} ({w.table} rule {w.rule})")
+    for d in component.duplicate[:shown]:
+        yield _row("duplicate", f"{d.parameter}: claimed by {', '.join(d.keys)}", "red")
+    lists = {
+        "missing": component.missing, "unexpected": unexpected, "of a wrong shape": component.wrong_shape,
+        "duplicate": component.duplicate,
+    }  # fmt: skip
+    for kind, findings in lists.items():
+        if len(findings) > shown:
+            yield _row("", f"and {len(findings) - shown} more {kind} (--all lists them)")
+
+
+def _diff_lines(report: DiffReport, shown: int) -> Iterator[Text]:
+    yield Text(f"{report.same} parameters are the same in {report.first} and {report.second}")
+    for d in report.differences[:shown]:
+        maximum = "" if d.maximum is None else f", max |difference| {d.maximum:g}"
+        sides = " | ".join(side for side in (d.first, d.second) if side)
+        yield _row(d.kind, f"{d.parameter}: {sides}{maximum}", "red")
+    if len(report.differences) > shown:
+        yield _row("", f"and {len(report.differences) - shown} more (--all lists them)")
+
+
+def _row(label: str, text: str, style: str = "") -> Text:
+    return Text.assemble("  ", (f"{label:<20}" if len(label) < 20 else f"{label} ", style), text)
+
+
+def _count(number: int) -> str:
+    """1234567 as 1.23 M."""
+    for limit, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= limit:
+            return f"{number / limit:.2f}{unit}"
+    return str(number)
+
+
+def _size(number: int) -> str:
+    """Bytes in decimal units, as download pages give them."""
+    return _count(number).replace(" B", " G").replace(" k", " k").rstrip() + ("B" if number >= 1000 else " B")
 
 
 def run() -> None:

@@ -1,26 +1,32 @@
-"""A source (the embedded model, a folder, a hub id) to a Pipeline."""
+"""A source (the embedded model, a folder, a single file, a hub id) to a Pipeline."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
-from torch import nn
 
-from nativesd.config import Prediction
+from nativesd.build import build
+from nativesd.config import Prediction, TextEncoderConfig, UNetConfig, VAEConfig
 from nativesd.errors import SourceError, UsageError
 from nativesd.models.clip import TextEncoder
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
 from nativesd.pipeline import Pipeline, PipelineConfig
 from nativesd.sampling.schedule import SchedulerConfig
-from nativesd.text.tokenizer import DEFAULT, ClipTokenizer, pad_id
+from nativesd.text.tokenizer import DEFAULT, ClipTokenizer, pad_id, pad_token
 from nativesd.weights.checkpoint import fill
-from nativesd.weights.folder import Folder, local_weights, read_folder
-from nativesd.weights.keymap import load_table
+from nativesd.weights.describe import prediction as prediction_of
+from nativesd.weights.describe import unet_family
+from nativesd.weights.folder import read_json
+from nativesd.weights.identify import Component, identify_all
+from nativesd.weights.keymap import KeyMap, load_tables
+from nativesd.weights.published import picture_size, scheduler_json
+from nativesd.weights.source import Member, open_source
 
 TINY = Path(__file__).parent / "tiny"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -28,7 +34,26 @@ DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
 }  # fmt: skip
-END_OF_TEXT = 49407
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a source before a tensor is read: for every component, where it is and what it is."""
+
+    path: Path
+    family: str
+    parts: Mapping[str, tuple[Member, Component]]
+    ignored: Mapping[str, str]
+    """Keys beside the components, and why they are not needed."""
+    scheduler: Mapping[str, Any]
+    size: int
+    """Side, in latent cells, of the pictures the UNet was trained on."""
+    zero_empty_negative: bool
+
+    @property
+    def text_encoders(self) -> list[str]:
+        """Their names, in the UNet's order."""
+        return sorted(name for name in self.parts if name.startswith("text_encoder"))
 
 
 def load(
@@ -37,13 +62,21 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     prediction: Prediction | None = None,
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
+    text_encoders: Sequence[str | Path] = (),
+    maps: str | Path | None = None,
 ) -> Pipeline:
     """Load a model.
 
-    source      "tiny" (the embedded model), a folder in the published layout, or a hub id such as "org/name"
-    device      default: cuda where there is one, else cpu
-    dtype       float16, bfloat16 or float32; default float16 on CUDA, float32 elsewhere
-    prediction  "epsilon", "v" or "sample", where the model's scheduler_config.json is wrong
+    source         "tiny" (the embedded model), a folder in the published layout, a single safetensors file of any
+                   layout that the tables know, or a hub id such as "org/name"
+    device         default: cuda where there is one, else cpu
+    dtype          float16, bfloat16 or float32; default float16 on CUDA, float32 elsewhere
+    prediction     "epsilon", "v" or "sample", where the source says it wrong or not at all
+    unet, vae      files or folders with these components, instead of the source's
+    text_encoders  the same for the text encoders; which is which is read off them
+    maps           a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
 
     With all files local no request is made. Raises SourceError and WeightsError for what cannot be read or does not
     fit, NetworkError for the hub, UsageError for an argument that cannot be.
@@ -53,78 +86,135 @@ def load(
     if prediction is not None and prediction not in get_args(Prediction):
         raise UsageError(f"prediction must be one of {', '.join(get_args(Prediction))}, not {prediction!r}")
     half = kind != torch.float32
-    path = _locate(source, half=half)
-    folder = read_folder(path)
-    config = _config(str(source), folder, prediction)
+    tables = load_tables(None if maps is None else Path(maps))
+    model = describe(
+        locate(source, half=half), tables, unet=unet, others=[*([vae] if vae else []), *text_encoders], half=half
+    )
+    scheduler = SchedulerConfig.from_published(model.scheduler)
+    if prediction is not None:
+        scheduler = replace(scheduler, prediction=prediction)
 
-    def make(module: nn.Module, component: str, table: str, dtype: torch.dtype) -> None:
-        fill(module, local_weights(path, component, half=half), load_table(table).bind(), device=place, dtype=dtype)
-        module.eval()
+    def make(name: str, dtype: torch.dtype) -> Any:
+        member, component = model.parts[name]
+        module = build(component.config) if component.config is not None else None
+        assert module is not None  # `describe` takes components with a module only
+        fill(module, member, component, device=place, dtype=dtype)
+        return module.eval()
 
-    with torch.device("meta"):
-        unet, vae = UNet(folder.unet), VAE(folder.vae)
-        encoders = tuple(TextEncoder(encoder) for encoder in folder.text_encoders.values())
-    make(unet, "unet", "unet.diffusers", kind)
-    upcast = folder.vae.force_upcast and kind == torch.float16
-    make(vae, "vae", "vae.diffusers", torch.float32 if upcast else kind)
-    for name, encoder in zip(folder.text_encoders, encoders, strict=True):
-        make(encoder, name, "text_encoder.transformers", kind)
-    return Pipeline(config, unet, vae, encoders, _tokenizers(folder), place, kind)
+    unet_module: UNet = make("unet", kind)
+    vae_config = model.parts["vae"][1].config
+    upcast = isinstance(vae_config, VAEConfig) and vae_config.force_upcast and kind == torch.float16
+    vae_module: VAE = make("vae", torch.float32 if upcast else kind)
+    encoders: tuple[TextEncoder, ...] = tuple(make(name, kind) for name in model.text_encoders)
+    config = PipelineConfig(
+        name=Path(source).stem if Path(source).is_file() else Path(source).name,
+        family=model.family,
+        unet=unet_module.config,
+        vae=vae_module.config,
+        text_encoders=tuple(encoder.config for encoder in encoders),
+        scheduler=scheduler,
+        prediction=scheduler.prediction,
+        size=model.size * vae_module.config.factor,
+        zero_empty_negative=model.zero_empty_negative,
+    )
+    tokenizers = tuple(
+        _tokenizer(model.path, name, encoder.config)
+        for name, encoder in zip(model.text_encoders, encoders, strict=True)
+    )
+    return Pipeline(config, unet_module, vae_module, encoders, tokenizers, place, kind)
 
 
-def _locate(source: str | Path, *, half: bool) -> Path:
-    """The model's local folder."""
+def locate(source: str | Path, *, half: bool) -> Path:
+    """The model's local folder or file."""
     if source == "tiny":
         return TINY
     path = Path(source)
-    if path.is_dir():
+    if path.exists():
         return path
-    if path.is_file():
-        raise SourceError(f"{source} is a file: load takes a folder in the published layout, or a hub id")
     if isinstance(source, Path) or not HUB_ID.fullmatch(source):
-        raise SourceError(f"{source} does not exist; a model is 'tiny', a folder, or a hub id such as org/name")
+        raise SourceError(f"{source} does not exist; a model is 'tiny', a folder, a file, or a hub id such as org/name")
     from nativesd.weights.hub import fetch  # the hub's client is not needed for local files
 
     return fetch(source, half=half)
 
 
-def _config(name: str, folder: Folder, prediction: Prediction | None) -> PipelineConfig:
-    added = folder.unet.added
-    if added is not None:
-        family = "refiner" if added.ids == 5 else "sdxl"
-    else:
-        family = "sd2" if folder.unet.linear_projection else "sd1"
-    scheduler = SchedulerConfig.from_published(folder.scheduler)
-    if prediction is not None:
-        scheduler = replace(scheduler, prediction=prediction)
-    sample_size = folder.sample_size or (128 if added is not None else 64)
-    return PipelineConfig(
-        name=Path(name).name,
+ENCODERS = {"sdxl": ["text_encoder", "text_encoder_2"], "refiner": ["text_encoder_2"]}
+"""The text encoders of the families that do not have just one."""
+
+
+def describe(
+    path: Path,
+    tables: Mapping[str, KeyMap],
+    *,
+    unet: str | Path | None = None,
+    others: Sequence[str | Path] = (),
+    half: bool = False,
+) -> Model:
+    """Identify a model's components; `unet` and `others` are sources of components that replace its own.
+
+    Raises SourceError for what cannot be read, or where a component is missing.
+    """
+    members = [] if unet is None else open_source(unet, half=half)
+    members += open_source(path, half=half)
+    for other in others:
+        members += open_source(other, half=half)
+    parts: dict[str, tuple[Member, Component]] = {}
+    identities = identify_all(members, tables)
+    for member, identity in identities:
+        for component in identity.components:
+            if component.config is not None and not (component.name == "unet" and "unet" in parts):
+                parts[component.name] = member, component
+    if "unet" not in parts:
+        kinds = ", ".join(component.name for _, identity in identities for component in identity.components)
+        raise SourceError(f"{path} has no UNet that is recognised (found: {kinds or 'nothing known'}): see its audit")
+    config = parts["unet"][1].config
+    assert isinstance(config, UNetConfig)
+    family, variant = unet_family(config)
+    wanted = ["vae", *ENCODERS.get(family, ["text_encoder"])]
+    if lacking := [name for name in wanted if name not in parts]:
+        raise SourceError(
+            f"{path} has no {' and no '.join(lacking)}: pass "
+            + " and ".join("vae=" if name == "vae" else "text_encoders=" for name in lacking)
+        )
+    parts = {name: parts[name] for name in ("unet", *wanted)}
+    ignored = {key: reason for _, identity in identities for key, reason in identity.ignored.items()}
+    context = sum(c.width for _, component in parts.values() if isinstance(c := component.config, TextEncoderConfig))
+    if context != config.context:
+        names = " + ".join(wanted[1:])
+        raise SourceError(f"{path}: the UNet takes a context {config.context} wide, but {names} gives {context}")
+    if (path / "model_index.json").is_file():
+        index = read_json(path / "model_index.json")
+        size = read_json(path / "unet" / "config.json").get("sample_size")
+        return Model(
+            path=path,
+            family=family,
+            parts=parts,
+            ignored=ignored,
+            scheduler=read_json(path / "scheduler" / "scheduler_config.json"),
+            size=size if isinstance(size, int) else 128 if config.added is not None else 64,
+            zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", family == "sdxl")),
+        )
+    keys = parts["unet"][0].tensors
+    kind, _ = prediction_of(keys, family, variant)
+    turbo = "denoiser.sigmas" in keys and family == "sd2"  # Stability's sgm export of SD-Turbo
+    return Model(
+        path=path,
         family=family,
-        unet=folder.unet,
-        vae=folder.vae,
-        text_encoders=tuple(folder.text_encoders.values()),
-        scheduler=scheduler,
-        prediction=scheduler.prediction,
-        size=sample_size * folder.vae.factor,
-        zero_empty_negative=bool(folder.index.get("force_zeros_for_empty_prompt", family == "sdxl")),
+        parts=parts,
+        ignored=ignored,
+        scheduler=scheduler_json(family, kind, turbo=turbo, zero_snr="ztsnr" in keys),
+        size=picture_size(family, kind, config),
+        zero_empty_negative=family == "sdxl",
     )
 
 
-def _tokenizers(folder: Folder) -> tuple[ClipTokenizer, ...]:
+def _tokenizer(path: Path, name: str, encoder: TextEncoderConfig) -> ClipTokenizer:
     """The model's own tokenizer files, or the vocabulary in the package with the family's padding."""
-    tokenizers = []
-    for name, encoder in folder.text_encoders.items():
-        own = folder.path / name.replace("text_encoder", "tokenizer")
-        openclip = encoder.activation != "quick_gelu"  # SD2.x and bigG pad with "!"
-        default = 0 if openclip else END_OF_TEXT
-        has_own = own.is_dir() and ((own / "vocab.json").is_file() or (own / "tokenizer.json").is_file())
-        tokenizers.append(
-            ClipTokenizer(own, pad=pad_id(own, default), length=encoder.length)
-            if has_own
-            else ClipTokenizer(DEFAULT, pad=default, length=encoder.length)
-        )
-    return tuple(tokenizers)
+    own = path / name.replace("text_encoder", "tokenizer")
+    default = pad_token(encoder)
+    if (own / "vocab.json").is_file() or (own / "tokenizer.json").is_file():
+        return ClipTokenizer(own, pad=pad_id(own, default), length=encoder.length)
+    return ClipTokenizer(DEFAULT, pad=default, length=encoder.length)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -116,13 +116,13 @@ def check_mistake(done: Done, code: int, words: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("model_index.json", None, "model_index.json is missing"),
+        ("model_index.json", None, "neither model_index.json nor safetensors weights"),
         ("unet/config.json", None, "config.json is missing"),
         ("unet/config.json", b"{", "cannot be read as JSON"),
         ("unet/config.json", b"[1]", "not a JSON object"),
         ("unet/config.json", b"{}", "lacks the field 'block_out_channels'"),
         ("vae/diffusion_pytorch_model.safetensors", None, "holds no safetensors weights"),
-        ("vae/diffusion_pytorch_model.safetensors", b"<html>", "not a readable safetensors file"),
+        ("vae/diffusion_pytorch_model.safetensors", b"<html>", "is a web page"),
         ("tokenizer/merges.txt", b"#version\nx", "tokenizer"),
     ],
 )
@@ -138,7 +138,7 @@ def test_weights_that_do_not_fit_are_named(run: Run, broken: Path) -> None:
     data = json.loads(config.read_text())
     config.write_text(json.dumps(data | {"block_out_channels": [*data["block_out_channels"][:-1], 192]}))
     done = run("generate", "a fox", "--model", str(broken))
-    check_mistake(done, 3, "wrong shape mid.resnets.0.conv1.weight: the model has [192, 192, 3, 3]")
+    check_mistake(done, 3, "wrong shape mid.resnets.0.conv1.weight: the model takes [192, 192, 3, 3]")
 
 
 def test_help_is_fast_and_does_not_import_torch(run: Run) -> None:

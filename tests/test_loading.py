@@ -90,7 +90,7 @@ def test_every_fault_is_named(folder: Path) -> None:
     message = str(caught.value)
     assert "missing conv_in.bias: expected as conv_in.bias" in message
     assert "unexpected mid_block.surprise: no rule names it" in message
-    assert "wrong shape conv_out.bias: the model has [4], conv_out.bias gives [5]" in message
+    assert "wrong shape conv_out.bias: the model takes [4], conv_out.bias has [5]" in message
     assert message.count("\n") == 3
 
 
@@ -118,21 +118,21 @@ def test_an_overflowing_vae_is_said_and_mended() -> None:
 
 MEMORY = """
 import resource, sys, torch, nativesd
-from nativesd.models.unet import UNet
+from nativesd.build import build
 from nativesd.weights.checkpoint import fill
-from nativesd.weights.keymap import load_table
-from nativesd.weights.folder import read_json, unet_config
+from nativesd.weights.identify import identify_all
+from nativesd.weights.keymap import load_tables
+from nativesd.weights.source import open_source
 from pathlib import Path
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(l.split()[1]) for l in lines if l.startswith("RssAnon")) * 1024
 folder, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
-config = unet_config(read_json(folder / "config.json"), pooled=None)
-with torch.device("meta"):
-    unet = UNet(config)
-table = load_table("unet.diffusers").bind()
+[(member, identity)] = identify_all(open_source(folder), load_tables())
+[component] = identity.components
+unet = build(component.config)
 before = anonymous()
-fill(unet, [folder / "diffusion_pytorch_model.safetensors"], table, device=torch.device("cpu"), dtype=dtype)
+fill(unet, member, component, device=torch.device("cpu"), dtype=dtype)
 print((anonymous() - before) / sum(p.numel() * p.element_size() for p in unet.parameters()))
 """
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from nativesd.config import TextEncoderConfig
 from nativesd.errors import SourceError
 
+END_OF_TEXT = 49407
 DEFAULT = Path(__file__).parents[1] / "tiny" / "tokenizer"
 
 # openai/CLIP clip/simple_tokenizer.py; as published in tokenizer.json of openai/clip-vit-large-patch14
@@ -49,6 +51,11 @@ class ClipTokenizer:
             row = [self.begin, *self.tokens(prompt)[: self.length - 2], self.end]
             rows.append(row + [self.pad] * (self.length - len(row)))
         return rows
+
+
+def pad_token(encoder: TextEncoderConfig) -> int:
+    """The padding id of a published text encoder: end of text for CLIP ViT-L, "!" (0) for the OpenCLIP ones."""
+    return END_OF_TEXT if encoder.activation == "quick_gelu" else 0
 
 
 def pad_id(folder: Path, default: int) -> int:

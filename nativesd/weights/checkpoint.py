@@ -11,38 +11,36 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nativesd.errors import SourceError, WeightsError
+from nativesd.weights.audit import compare
+from nativesd.weights.identify import Component
 from nativesd.weights.keymap import BoundMap, Shape, Source
+from nativesd.weights.plan import make_plan
+from nativesd.weights.source import Member
 
 
-def fill(
-    module: nn.Module, files: Sequence[Path], table: BoundMap, *, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Fill `module`, built on the meta device, from safetensors `files` through a weight map.
+def fill(module: nn.Module, member: Member, component: Component, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Fill `module`, built on the meta device, with one component of a checkpoint.
 
     Tensors whose dtype and device already fit are mapped from the file, not read; others are converted one by one, so
     one copy of the weights is in memory at most. Raises SourceError for a file that cannot be read and WeightsError,
     naming every tensor and the rule concerned, before anything is assigned.
     """
+    expected: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    table, tensors = component.table, {key: member.tensors[key] for key in component.found.keys}
+    head = (component.name, component.family, component.layout, component.found.prefix)
+    plan = make_plan(table, {key: info.shape for key, info in tensors.items()}, expected)
+    if problems := compare(table, tensors, expected, head).problems():
+        where = " and ".join(sorted({str(member.files[key]) for key in tensors}))
+        raise WeightsError(
+            f"{where} does not fit the {component.name} ({len(plan.sources)} of {len(expected)} parameters found):\n  "
+            + "\n  ".join(problems)
+        )
     with ExitStack() as stack:
-        handles = {}
-        shapes: dict[str, Shape] = {}
-        for path in files:
-            handle = stack.enter_context(_open(path))
-            for key in handle.keys():  # noqa: SIM118 - not a dict
-                if key in handles:
-                    raise WeightsError(f"{key} is in two files: {path} and another shard")
-                handles[key] = handle
-                shapes[key] = tuple(handle.get_slice(key).get_shape())
-        state = module.state_dict()
-        plan = table.plan(shapes, {name: tuple(tensor.shape) for name, tensor in state.items()})
-        if problems := plan.problems():
-            where = files[0] if len(files) == 1 else files[0].parent
-            raise WeightsError(
-                f"{where} does not fit the {table.keymap.component} that its config describes "
-                f"({len(plan.sources)} of {len(state)} parameters found):\n  " + "\n  ".join(problems)
-            )
+        handles = {path: stack.enter_context(open_tensors(path)) for path in {member.files[key] for key in tensors}}
         filled = {
-            name: apply([handles[key].get_tensor(key) for key in source.keys], source).to(device=device, dtype=dtype)
+            name: apply([handles[member.files[key]].get_tensor(key) for key in source.keys], source).to(
+                device=device, dtype=dtype
+            )
             for name, source in plan.sources.items()
         }
     module.requires_grad_(False)
@@ -56,7 +54,7 @@ def apply(tensors: Sequence[Tensor], source: Source) -> Tensor:
         case "transpose":
             return first.T.contiguous()
         case "conv1x1":
-            return first[:, :, 0, 0]
+            return first[:, :, 0, 0] if first.ndim == 4 else first
         case "split":
             return first.chunk(source.parts)[source.part]
         case "concat":
@@ -76,18 +74,18 @@ def unmap(state: Mapping[str, Tensor], table: BoundMap) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for keys, members in groups.items():
         members.sort(key=lambda member: member[0].part)
-        out |= zip(keys, _revert([tensor for _, tensor in members], members[0][0]), strict=True)
+        out |= zip(keys, revert([tensor for _, tensor in members], members[0][0]), strict=True)
     return out
 
 
-def _revert(parameters: Sequence[Tensor], source: Source) -> list[Tensor]:
+def revert(parameters: Sequence[Tensor], source: Source) -> list[Tensor]:
     """The published tensors that the `parameters` of one rule are stored as: the inverse of `apply`."""
     first = parameters[0]
     match source.rule.op:
         case "transpose":
             return [first.T.contiguous()]
         case "conv1x1":
-            return [first[:, :, None, None]]
+            return [first[:, :, None, None] if first.ndim == 2 else first]
         case "split":
             return [torch.cat(list(parameters))]
         case "concat":
@@ -96,7 +94,31 @@ def _revert(parameters: Sequence[Tensor], source: Source) -> list[Tensor]:
             return [first]
 
 
-def _open(path: Path) -> safe_open:
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+"""The format's names of torch's dtypes."""
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+def read_tensor(member: Member, key: str) -> Tensor:
+    """One tensor of a checkpoint, read into memory of its own: nothing of the file stays mapped. Raises SourceError."""
+    info, path = member.tensors[key], member.files[key]
+    if info.dtype not in DTYPES:
+        raise SourceError(f"{path}: {key} has the dtype {info.dtype}, which torch cannot hold")
+    raw = bytearray(info.nbytes)
+    with path.open("rb") as file:
+        file.seek(member.data_starts[path] + info.start)
+        if file.readinto(raw) != len(raw):
+            raise SourceError(f"{path} ends inside {key}: it changed while it was read")
+    empty = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    return torch.frombuffer(raw, dtype=DTYPES[info.dtype]).reshape(info.shape) if raw else empty
+
+
+def open_tensors(path: Path) -> safe_open:
+    """The file's tensors, mapped. Raises SourceError."""
     try:
         return safe_open(str(path), framework="pt")
     except FileNotFoundError as error:

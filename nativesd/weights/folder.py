@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nativesd.config import Activation, Depth, Level, TextEncoderConfig, TextTime, UNetConfig, VAEConfig
+from nativesd.config import Activation, Config, Depth, Level, TextEncoderConfig, TextTime, UNetConfig, VAEConfig
 from nativesd.errors import SourceError
+from nativesd.weights.header import merge_headers, quote, read_header, read_index
 
 Json = Mapping[str, Any]
 T = TypeVar("T")
@@ -17,56 +17,32 @@ T = TypeVar("T")
 ACTIVATIONS: dict[str, Activation] = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-@dataclass(frozen=True)
-class Folder:
-    """What the configs of a model folder say; its text encoders by their folders' names, in the UNet's order."""
-
-    path: Path
-    index: Json
-    unet: UNetConfig
-    sample_size: int | None
-    """Side, in latent cells, of the pictures the UNet was trained on, where its config says so."""
-    vae: VAEConfig
-    text_encoders: Mapping[str, TextEncoderConfig]
-    scheduler: Json
+CLASSES = {
+    "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}  # fmt: skip
+"""The class of a component, by its folder, where config.json does not say."""
 
 
-def read_folder(path: Path) -> Folder:
-    """Read every config of a model folder. Raises SourceError, naming the file and the field."""
-    index = read_json(path / "model_index.json")
-    unet_path = path / "unet" / "config.json"
-    unet_json = read_json(unet_path)
-    sdxl = unet_json.get("addition_embed_type") == "text_time"
-    encoders = {}
-    for name in ("text_encoder", "text_encoder_2"):
-        config_path = path / name / "config.json"
-        if _listed(index, name):
-            encoders[name] = _parse(lambda data: text_config(data, sdxl=sdxl), read_json(config_path), config_path)
-    if not encoders:
-        raise SourceError(f"{path / 'model_index.json'} names no text encoder")
-    *_, last_encoder = encoders.values()
-    unet = _parse(lambda data: unet_config(data, pooled=last_encoder.projection), unet_json, unet_path)
-    context = sum(encoder.width for encoder in encoders.values())
-    if context != unet.context:
-        raise SourceError(
-            f"{path}: the UNet takes a context {unet.context} wide, but {' + '.join(encoders)} gives {context}"
-        )
-    size = unet_json.get("sample_size")
-    return Folder(
-        path=path,
-        index=index,
-        unet=unet,
-        sample_size=size if isinstance(size, int) else None,
-        vae=_parse(vae_config, read_json(path / "vae" / "config.json"), path / "vae" / "config.json"),
-        text_encoders=encoders,
-        scheduler=read_json(path / "scheduler" / "scheduler_config.json"),
-    )
+def component_config(path: Path) -> Config | None:
+    """What a component's config.json says; None for a class that has no reader here.
 
-
-def _listed(index: Json, name: str) -> bool:
-    """Whether model_index.json names the component (absent ones stand as [null, null])."""
-    entry = index.get(name)
-    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+    The folders beside it are asked for what it does not say itself (whether the model is an SDXL, how wide its pooled
+    embedding is). Raises SourceError.
+    """
+    data, model = read_json(path), path.parents[1]
+    stated = data.get("_class_name") or next(iter(data.get("architectures") or ()), None)
+    match stated or CLASSES.get(path.parent.name):
+        case "UNet2DConditionModel":
+            encoder = model / "text_encoder_2" / "config.json"
+            pooled = read_json(encoder).get("projection_dim") if encoder.is_file() else None
+            return _parse(lambda data: unet_config(data, pooled=pooled or 1280), data, path)
+        case "AutoencoderKL":
+            return _parse(vae_config, data, path)
+        case "CLIPTextModel" | "CLIPTextModelWithProjection" as name:
+            sdxl = name == "CLIPTextModelWithProjection" or (model / "text_encoder_2").is_dir()
+            return _parse(lambda data: text_config(data, sdxl=sdxl), data, path)
+    return None
 
 
 def read_json(path: Path) -> Json:
@@ -256,13 +232,14 @@ def local_weights(path: Path, component: str, *, half: bool) -> list[Path]:
 
 
 def shards(index: Path) -> list[Path]:
-    """The files that a safetensors index names, which must lie beside it. Raises SourceError."""
-    files = sorted(set(read_json(index).get("weight_map", {}).values()))
-    if not files:
-        raise SourceError(f"{index} names no shards in its weight_map")
-    for name in files:
-        if Path(name).name != name:
-            raise SourceError(f"{index} names the shard {name!r}, which is outside its folder")
-        if not (index.parent / name).is_file():
-            raise SourceError(f"{index} names the shard {name}, which is missing")
-    return [index.parent / name for name in files]
+    """The files that a safetensors index names, which must lie beside it and hold what it says. Raises SourceError."""
+    weight_map = read_index(index)
+    files = {name: index.parent / name for name in sorted(set(weight_map.values()))}
+    for name, path in files.items():
+        if not path.is_file():
+            raise SourceError(f"{index} names the shard {name}, which is missing: download it too, into {index.parent}")
+    tensors = merge_headers({path: read_header(path) for path in files.values()})
+    for key, name in weight_map.items():
+        if key not in tensors or tensors[key][0] != files[name]:
+            raise SourceError(f"{index} places {quote(key)} in {name}, which lacks it: download index and shards anew")
+    return list(files.values())

@@ -15,7 +15,8 @@ from huggingface_hub.errors import (
 )
 
 from nativesd.errors import NetworkError, SourceError
-from nativesd.weights.folder import local_weights, read_folder, weight_files
+from nativesd.weights.folder import weight_files
+from nativesd.weights.source import open_source
 
 # the client's transport error, of whichever HTTP library it stands on
 TRANSPORT_ERROR: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
@@ -67,9 +68,7 @@ def fetch(repo_id: str, *, half: bool) -> Path:
 def _complete(path: Path, *, half: bool) -> bool:
     """Whether a cached snapshot has every file that loading needs."""
     try:
-        folder = read_folder(path)
-        for component in ("unet", "vae", *folder.text_encoders):
-            local_weights(path, component, half=half)
+        names = {member.name for member in open_source(path, half=half)}
     except SourceError:
         return False
-    return True
+    return {"unet", "vae"} <= names and (path / "scheduler" / "scheduler_config.json").is_file()

@@ -1,0 +1,71 @@
+"""The audit of a source, and the comparison of two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nativesd.build import expected
+from nativesd.errors import SourceError, UsageError
+from nativesd.loading import TINY
+from nativesd.weights.audit import AuditReport, report_components
+from nativesd.weights.diff import DiffReport, compare_parameters, parameters
+from nativesd.weights.identify import identify_all
+from nativesd.weights.keymap import load_tables
+from nativesd.weights.source import Member, open_source
+
+
+def audit(
+    source: str | Path, *, maps: str | Path | None = None, believed: str | None = None, revision: str | None = None
+) -> AuditReport:
+    """What is in a source and what every tensor of it becomes, from headers alone: no tensor is read.
+
+    source    "tiny", a safetensors file, a model folder, a hub id, org/name/file.safetensors on the hub, or its URL
+    maps      a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
+    believed  "family/layout" that the source is compared with, whatever it looks like: such as "sdxl/ldm"
+    revision  branch, tag or commit on the hub
+
+    Raises SourceError for what cannot be read, NetworkError for the hub, UsageError for an argument that cannot be,
+    TableError for a faulty table.
+    """
+    tables = load_tables(None if maps is None else Path(maps))
+    preset = None
+    if believed is not None:
+        family, slash, layout = believed.partition("/")
+        if not slash:
+            raise UsageError(f"{believed!r} is not FAMILY/LAYOUT, such as sdxl/ldm")
+        preset = family, layout
+    identities = identify_all(find(source, revision=revision), tables, believed=preset)
+    components = [
+        report for member, identity in identities for report in report_components(identity, member.tensors, expected)
+    ]
+    family = next((label for _, identity in identities if (label := identity.label())), "")
+    evidence = tuple(entry for _, identity in identities for entry in identity.evidence)
+    return AuditReport(str(source), family, tuple(components), evidence)
+
+
+def diff(source: str | Path, other: str | Path, *, values: bool = False, maps: str | Path | None = None) -> DiffReport:
+    """What two checkpoints differ in, parameter by parameter, whatever their layouts.
+
+    values  compare the tensors too: max|difference|, one parameter in memory at a time; local sources only
+
+    Raises what `audit` raises.
+    """
+    tables = load_tables(None if maps is None else Path(maps))
+    first, second = (
+        {
+            f"{component.name}.{name}": entry
+            for member, identity in identify_all(find(side), tables)
+            for component in identity.components
+            for name, entry in parameters(member, component).items()
+        }
+        for side in (source, other)
+    )
+    return compare_parameters(str(source), str(other), first, second, values=values)
+
+
+def find(source: str | Path, *, revision: str | None = None) -> list[Member]:
+    """The checkpoints of a local or remote source, their headers read. Raises SourceError, NetworkError."""
+    path = TINY if source == "tiny" else Path(source)
+    if path.exists():
+        return open_source(path)
+    raise SourceError(f"{source} does not exist; a source is a file, a folder, or a hub id such as org/name")

@@ -1,0 +1,120 @@
+"""Two checkpoints compared through their maps: by the parameters they fill, not by the names they use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from nativesd.errors import UsageError
+from nativesd.weights.checkpoint import apply, read_tensor
+from nativesd.weights.identify import Component
+from nativesd.weights.keymap import Rule, Shape, Source
+from nativesd.weights.source import Member
+
+SCHEMA = 1
+"""Version of `DiffReport.to_json`'s schema."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of ours in a checkpoint."""
+
+    member: Member
+    source: Source
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names it has there."""
+        return self.source.keys
+
+    @property
+    def shape(self) -> Shape | None:
+        """The shape its keys give."""
+        return self.source.shape({key: self.member.tensors[key].shape for key in self.keys})
+
+    @property
+    def dtype(self) -> str:
+        """As the format names it."""
+        return self.member.tensors[self.keys[0]].dtype
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A parameter that is not the same in both. `first` and `second` say what each has; `maximum` is
+    max|first - second|, where values were compared."""
+
+    parameter: str
+    kind: str
+    """only in first, only in second, shape, dtype, values"""
+    first: str
+    second: str
+    maximum: float | None = None
+
+
+@dataclass(frozen=True)
+class DiffReport:
+    """What two checkpoints differ in; `same` parameters are equal in everything that was compared."""
+
+    first: str
+    second: str
+    same: int
+    differences: tuple[Difference, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether they differ in nothing."""
+        return not self.differences
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """The report under the names of its fields, with the schema's version."""
+        return json.dumps({"schema": SCHEMA, "ok": self.ok, **asdict(self)}, indent=indent, ensure_ascii=False)
+
+
+def parameters(member: Member, component: Component) -> dict[str, Parameter]:
+    """Every parameter of ours that a component's keys give; for a layout without module, the keys themselves."""
+    if component.config is None:
+        table = component.found.table
+        named = {key: table.describe(key) for key in component.found.keys}
+        return {name or key: Parameter(member, Source((key,), NO_RULE)) for key, name in named.items()}
+    return {
+        name: Parameter(member, source)
+        for key in component.found.keys
+        for name, source in component.found.table.parameters(key)
+        if len(source.rule.theirs) == 1
+    }
+
+
+NO_RULE = Rule("", 0, ("",), ("",), "copy")
+
+
+def compare_parameters(
+    first: str, second: str, ours: Mapping[str, Parameter], theirs: Mapping[str, Parameter], *, values: bool
+) -> DiffReport:
+    """Compare two sets of parameters by name. Raises UsageError where values are asked of a remote source."""
+    if values and any(not side.member.files for side in (*ours.values(), *theirs.values())):
+        raise UsageError("values can be compared of local checkpoints only: download the other one first")
+    differences, same = [], 0
+    for name in sorted(ours.keys() | theirs.keys()):
+        found = _difference(name, ours.get(name), theirs.get(name), values=values)
+        same += not found
+        differences += found
+    return DiffReport(first, second, same, tuple(differences))
+
+
+def _difference(name: str, a: Parameter | None, b: Parameter | None, *, values: bool) -> list[Difference]:
+    if a is None or b is None:
+        kind = "only in second" if a is None else "only in first"
+        first, second = (" + ".join(side.keys) if side else "" for side in (a, b))
+        return [Difference(name, kind, first, second)]
+    if a.shape != b.shape:
+        return [Difference(name, "shape", str(list(a.shape or ())), str(list(b.shape or ())))]
+    out = []
+    if a.dtype != b.dtype:
+        out.append(Difference(name, "dtype", a.dtype, b.dtype))
+    if values:
+        one, two = (apply([read_tensor(s.member, key) for key in s.keys], s.source).double() for s in (a, b))
+        maximum = float((one - two).abs().max()) if one.numel() else 0.0
+        if maximum != 0:  # NaN is a difference too
+            out.append(Difference(name, "values", " + ".join(a.keys), " + ".join(b.keys), maximum))
+    return out

@@ -1,0 +1,201 @@
+"""A model's configuration in the words of the published folders: every config.json, and the family's own defaults.
+
+`folder` reads what this writes. The defaults are those of the repositories named in `nativesd.config`; nothing is
+fetched, so a single file loads wherever its folder once was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nativesd.config import Depth, Prediction, TextEncoderConfig, UNetConfig, VAEConfig
+from nativesd.errors import UsageError
+
+DIFFUSERS_VERSION = "0.38.0"  # the oldest that the tests open these folders with
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def unet_json(config: UNetConfig, sample_size: int) -> dict[str, Any]:
+    """UNet2DConditionModel's config.json. Raises UsageError where diffusers cannot express the UNet."""
+    levels = config.levels
+    down: list[list[Depth]] = [list(level.down) for level in levels]
+    match config.mid:
+        case ():
+            mid = None
+        case (None,):
+            mid = "UNetMidBlock2D"
+        case (int(depth), None):
+            mid = "UNetMidBlock2DCrossAttn"
+            if down[-1][0] is None:  # the middle takes its depth from the last level's entry, used there or not
+                down[-1] = [depth] * len(down[-1])
+            elif down[-1][0] != depth:
+                raise UsageError("diffusers ties the middle's depth to that of the last level")
+        case _:
+            raise UsageError(f"diffusers has no middle block of depths {config.mid}")
+    if any(len(level.up) != len(level.down) + 1 for level in levels):
+        raise UsageError("diffusers has one layer more going up than going down")
+    added = config.added
+    depths = [[1 if depth is None else depth for depth in stage] for stage in down]
+    up = [[1 if depth is None else depth for depth in level.up] for level in reversed(levels)]
+    short = [_one(stage) for stage in depths]
+    data = {
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "attention_head_dim": [level.heads for level in levels],  # a misnomer: it is the number of heads
+        "block_out_channels": [level.width for level in levels],
+        "cross_attention_dim": config.context,
+        "down_block_types": [_block(level.down, "Down") for level in levels],
+        "up_block_types": [_block(level.up, "Up") for level in reversed(levels)],
+        "mid_block_type": mid,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "layers_per_block": _one([len(level.down) for level in levels]),
+        "transformer_layers_per_block": _one(short),
+        "norm_num_groups": config.groups,
+        "sample_size": sample_size,
+        "use_linear_projection": config.linear_projection,
+    }
+    if added is not None:
+        data["addition_embed_type"] = "text_time"
+        data["addition_time_embed_dim"] = added.id_width
+        data["projection_class_embeddings_input_dim"] = added.width
+    if config.guidance is not None:
+        data["time_cond_proj_dim"] = config.guidance
+    if [_one(stage) for stage in up] != short[::-1]:
+        data["reverse_transformer_layers_per_block"] = up
+    return data
+
+
+def _one(values: Sequence[Any]) -> Any:
+    """The value that all share, or the list of them."""
+    return values[0] if all(value == values[0] for value in values) else list(values)
+
+
+def _block(depths: Sequence[Depth], direction: str) -> str:
+    if all(depth is None for depth in depths):
+        return f"{direction}Block2D"
+    if any(depth is None for depth in depths):
+        raise UsageError(f"diffusers has attention behind every layer of a block or behind none, not {depths}")
+    return f"CrossAttn{direction}Block2D"
+
+
+def vae_json(config: VAEConfig, sample_size: int) -> dict[str, Any]:
+    """AutoencoderKL's config.json."""
+    levels = len(config.widths)
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "act_fn": "silu",
+        "block_out_channels": list(config.widths),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "in_channels": config.image_channels,
+        "out_channels": config.image_channels,
+        "latent_channels": config.latent_channels,
+        "layers_per_block": config.layers,
+        "norm_num_groups": config.groups,
+        "sample_size": sample_size,
+        "scaling_factor": config.scaling,
+        "force_upcast": config.force_upcast,
+    }
+
+
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+"""Ours to transformers' names."""
+
+
+def text_json(config: TextEncoderConfig) -> dict[str, Any]:
+    """CLIPTextModel's (or ...WithProjection's) config.json. The token ids in it are the published, meaningless ones."""
+    return {
+        "architectures": ["CLIPTextModel" if config.projection is None else "CLIPTextModelWithProjection"],
+        "model_type": "clip_text_model",
+        "attention_dropout": 0.0,
+        "hidden_act": ACTIVATIONS[config.activation],
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp,
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": config.length,
+        "num_attention_heads": config.heads,
+        "num_hidden_layers": config.layers,
+        "projection_dim": config.projection or config.width,
+        "vocab_size": config.vocabulary,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+
+
+SCHEDULERS = {"sd1": "PNDMScheduler", "sd2": "DDIMScheduler", "sdxl": "EulerDiscreteScheduler"}
+"""What the families were published with; the refiner as SDXL."""
+
+
+def scheduler_json(
+    family: str, prediction: Prediction, *, turbo: bool = False, zero_snr: bool = False
+) -> dict[str, Any]:
+    """scheduler_config.json of a family; `turbo`: few steps, trailing; `zero_snr`: betas rescaled (Lin et al. 2024)."""
+    name = "EulerAncestralDiscreteScheduler" if turbo else SCHEDULERS.get(family, "EulerDiscreteScheduler")
+    data = {
+        "_class_name": name,
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "prediction_type": "v_prediction" if prediction == "v" else prediction,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+    }
+    if turbo or zero_snr:
+        data["timestep_spacing"] = "trailing"
+    elif family in ("sdxl", "refiner"):
+        data["timestep_spacing"] = "leading"
+    if zero_snr:
+        data["rescale_betas_zero_snr"] = True
+    return data
+
+
+def picture_size(family: str, prediction: Prediction, config: UNetConfig) -> int:
+    """Side, in latent cells, of the pictures a family was trained on: 64; 96 for SD2.1-768; 128 for SDXL."""
+    if config.added is not None:
+        return 128
+    return 96 if family == "sd2" and prediction == "v" else 64
+
+
+def tokenizer_json(pad: str, length: int) -> dict[str, dict[str, Any]]:
+    """tokenizer_config.json and special_tokens_map.json of a CLIPTokenizer that pads with `pad`."""
+    special = {"bos_token": "<|startoftext|>", "eos_token": END_OF_TEXT, "pad_token": pad, "unk_token": END_OF_TEXT}
+    settings = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": length}
+    return {
+        "tokenizer_config.json": {**special, **settings, "tokenizer_class": "CLIPTokenizer"},
+        "special_tokens_map.json": special,
+    }
+
+
+def model_index(family: str, encoders: Mapping[str, TextEncoderConfig], scheduler: str) -> dict[str, Any]:
+    """model_index.json of a text-to-image pipeline."""
+    sdxl = family in ("sdxl", "refiner")
+    kind = {"sdxl": "StableDiffusionXLPipeline", "refiner": "StableDiffusionXLImg2ImgPipeline"}
+    data: dict[str, Any] = {
+        "_class_name": kind.get(family, "StableDiffusionPipeline"),
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "scheduler": ["diffusers", scheduler],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    for name in ("text_encoder", "text_encoder_2") if sdxl else ("text_encoder",):
+        config = encoders.get(name)
+        suffix = "" if config is None or config.projection is None else "WithProjection"
+        data[name] = [None, None] if config is None else ["transformers", f"CLIPTextModel{suffix}"]
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        data[tokenizer] = [None, None] if config is None else ["transformers", "CLIPTokenizer"]
+    if sdxl:
+        data["force_zeros_for_empty_prompt"] = family == "sdxl"
+    else:
+        data |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
+    if family == "refiner":
+        data["requires_aesthetics_score"] = True
+    return data
