@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from nativesd.build import expected
@@ -11,7 +12,7 @@ from nativesd.weights.audit import AuditReport, report_components
 from nativesd.weights.diff import DiffReport, compare_parameters, parameters
 from nativesd.weights.identify import identify_all
 from nativesd.weights.keymap import load_tables
-from nativesd.weights.source import Member, open_source
+from nativesd.weights.source import Member, open_remote, open_source
 
 
 def audit(
@@ -68,4 +69,10 @@ def find(source: str | Path, *, revision: str | None = None) -> list[Member]:
     path = TINY if source == "tiny" else Path(source)
     if path.exists():
         return open_source(path)
-    raise SourceError(f"{source} does not exist; a source is a file, a folder, or a hub id such as org/name")
+    if isinstance(source, Path) or not REMOTE.fullmatch(source):
+        raise SourceError(f"{source} does not exist; a source is a file, a folder, a URL, or a hub id such as org/name")
+    return open_remote(source, revision=revision)
+
+
+REMOTE = re.compile(r"https?://.+|[A-Za-z0-9][\w.-]*/[\w.-]+(/.+\.safetensors)?")
+"""A URL, a hub id, or a file in a hub repository."""

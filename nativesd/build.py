@@ -16,6 +16,7 @@ from nativesd.config import (
     UNetConfig,
     VAEConfig,
 )
+from nativesd.errors import WeightsError
 from nativesd.models.clip import TextEncoder
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.t2i_adapter import T2IAdapter
@@ -26,7 +27,14 @@ from nativesd.weights.keymap import Shape
 
 
 def build(config: Config) -> nn.Module:
-    """The module that a configuration describes, without memory for its parameters."""
+    """The module that a configuration describes, without memory for its parameters. Raises WeightsError for none."""
+    try:
+        return _build(config)
+    except (RuntimeError, ValueError, ArithmeticError, IndexError, TypeError) as error:
+        raise WeightsError(f"no module can be built of the shapes that were found, {config}: {error}") from error
+
+
+def _build(config: Config) -> nn.Module:
     with torch.device("meta"):
         match config:
             case UNetConfig():

@@ -189,6 +189,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.reply(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
         if "/resolve/" in path:
             name = path.split("/resolve/")[1].partition("/")[2]
+            if not (TINY / name).is_file():
+                return self.reply(404, b"{}", body, {"X-Error-Code": "EntryNotFound"})
             data = (TINY / name).read_bytes()
             etag = hashlib.sha1(data).hexdigest()
             return self.reply(200, data, body, {"ETag": f'"{etag}"', "X-Repo-Commit": "c" * 40})
@@ -220,12 +222,16 @@ def hub() -> Iterator[str]:
     server.shutdown()
 
 
-def hub_run(endpoint: str, cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from nativesd.cli import run; run()", "generate", "a fox", "--steps", "1"]
+def hub_run(
+    endpoint: str, cache: Path, *arguments: str, command: str = "generate", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, "-c", "from nativesd.cli import run; run()", command]
+    if command == "generate":
+        script += ["a fox", "--steps", "1", "-o", str(cache / "fox.png")]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1"} | environment
     return subprocess.run(
-        [*command, "-o", str(cache / "fox.png"), *arguments],
+        [*script, *arguments],
         env=inherited | environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
@@ -255,4 +261,23 @@ def test_network_mistakes(hub: str, tmp_path: Path, model: str, environment: dic
     done = hub_run(hub, tmp_path, "--model", model, **environment)
     assert done.returncode == 4, done.stderr
     assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_audit_of_a_hub_model_fetches_no_weights(hub: str, tmp_path: Path) -> None:
+    done = hub_run(hub, tmp_path, "someone/tiny", command="audit")
+    assert done.returncode == 0, done.stderr
+    assert "unet (SD2.x of its own form, diffusers): 326 of 326 mapped" in done.stdout
+    assert not list(tmp_path.rglob("*.safetensors"))
+    one = hub_run(hub, tmp_path, "someone/tiny/vae/diffusion_pytorch_model.safetensors", command="audit")
+    assert one.returncode == 0, one.stderr
+    assert one.stdout.startswith("vae ")
+    url = f"{hub}/someone/tiny/resolve/main/vae/diffusion_pytorch_model.safetensors"
+    assert hub_run(hub, tmp_path, url, command="audit").stdout.startswith("vae ")
+
+
+@pytest.mark.parametrize("source", ["nobody/nothing", "someone/tiny/nothing.safetensors", "http://127.0.0.1:9/x"])
+def test_audit_of_what_the_hub_does_not_have(hub: str, tmp_path: Path, source: str) -> None:
+    done = hub_run(hub, tmp_path, source, command="audit")
+    assert done.returncode == 4, done.stderr
     assert "Traceback" not in done.stderr

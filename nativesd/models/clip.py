@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nativesd.config import TextEncoderConfig
-from nativesd.models.layers import CLIPLayer
+from nativesd.models.layers import CLIPLayer, embedding
 
 
 class TextOutput(NamedTuple):
@@ -27,8 +27,8 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocabulary, config.width)
-        self.position_embedding = nn.Embedding(config.length, config.width)
+        self.token_embedding = embedding(config.vocabulary, config.width)
+        self.position_embedding = embedding(config.length, config.width)
         self.layers = nn.ModuleList(
             CLIPLayer(config.width, config.heads, config.mlp, config.activation, causal=True)
             for _ in range(config.layers)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nativesd.config import ControlNetConfig
-from nativesd.models.layers import CLIPLayer, EmbeddingMLP, sinusoidal
+from nativesd.models.layers import CLIPLayer, EmbeddingMLP, embedding, sinusoidal
 from nativesd.models.unet import UNetEncoder
 
 
@@ -102,7 +102,7 @@ class ControlNetUnion(ControlEncoder):
             raise ValueError("this configuration is that of a ControlNet for one kind of hint")
         union, width = config.union, config.unet.levels[0].width
         self.union = union
-        self.task_embedding = nn.Embedding(union.kinds, width)
+        self.task_embedding = embedding(union.kinds, width)
         self.transformer = nn.ModuleList(
             CLIPLayer(width, union.heads, 4 * width, "quick_gelu", causal=False) for _ in range(union.layers)
         )

@@ -24,6 +24,11 @@ def sinusoidal(values: Tensor, width: int, max_period: float = 10000.0) -> Tenso
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def embedding(count: int, width: int) -> nn.Embedding:
+    """An embedding (count, width), not initialised: on the meta device, normal_ alone would import all of dynamo."""
+    return nn.Embedding(count, width, _weight=torch.empty(count, width))
+
+
 class EmbeddingMLP(nn.Module):
     """The two-layer SiLU MLP behind a timestep, guidance or added-conditioning embedding.
 

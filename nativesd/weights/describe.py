@@ -15,6 +15,7 @@ from typing import Literal
 from nativesd.config import (
     SD15_ADAPTER,
     SD15_LIGHT_ADAPTER,
+    SD15_UNET,
     SD_VAE,
     SDXL_ADAPTER,
     SDXL_VAE,
@@ -84,8 +85,11 @@ def _shapes(parameters: Parameters, pattern: str, rank: int) -> list[Shape]:
 
 
 def _count(indices: Iterable[int]) -> int:
-    """How many there are if numbered without a gap."""
-    return max(indices, default=-1) + 1
+    """How many there are from 0 on without a gap."""
+    present, count = set(indices), 0
+    while count in present:
+        count += 1
+    return count
 
 
 def unet_config(parameters: Parameters, pooled: int = 1280) -> tuple[UNetConfig, list[Evidence]]:
@@ -95,6 +99,7 @@ def unet_config(parameters: Parameters, pooled: int = 1280) -> tuple[UNetConfig,
     family's: 8 where the projections are convolutions (SD1.x), else width / 64 (SD2.x, SDXL).
     """
     down, up = _stages(parameters, r"down\.(\d+)"), _stages(parameters, r"up\.(\d+)")
+    down = down or [level.down for level in SD15_UNET.levels]  # too little is there to tell
     widths = [_width(parameters, f"down.{i}") for i in range(len(down))]
     projections = [
         len(s) for name, s in parameters.items() if re.search(r"attentions\.\d+\.proj_(in|out)\.weight", name)
@@ -110,7 +115,7 @@ def unet_config(parameters: Parameters, pooled: int = 1280) -> tuple[UNetConfig,
             Level(
                 width,
                 down=down[i],
-                up=up[len(up) - 1 - i] if up else (),
+                up=up[len(down) - 1 - i] if i >= len(down) - len(up) else (),
                 heads=max(width // 64, 1) if linear else 8,
             )
             for i, width in enumerate(widths)
@@ -219,7 +224,7 @@ def vae_config(parameters: Parameters, family: str) -> tuple[VAEConfig, list[Evi
     base = SDXL_VAE if family in ("sdxl", "refiner") else SD_VAE
     config = replace(
         base,
-        widths=tuple(widths[::-1] if mirrored else widths),
+        widths=tuple(widths[::-1] if mirrored else widths) or base.widths,
         layers=layers,
         latent_channels=_most(
             [
@@ -230,7 +235,7 @@ def vae_config(parameters: Parameters, family: str) -> tuple[VAEConfig, list[Evi
             ],
             4,
         ),
-        groups=_groups(widths),
+        groups=_groups(widths or base.widths),
     )
     why = f"the {FAMILIES[family]} UNet in the same source" if family else "SD1.x's and SD2.x's"
     return config, [
@@ -253,7 +258,7 @@ def text_config(parameters: Parameters, family: str, *, fused: bool) -> tuple[Te
     width = _most((shape[0] for shape in _shapes(parameters, r"layers\.\d+\.norm[12]\.\w+", 1)), 768)
     layers = _count(n for (n,) in _present(parameters, r"layers\.(\d+)\.", 8))
     sdxl = family in ("sdxl", "refiner")
-    openclip = fused or width != 768
+    openclip = fused or width in (1024, 1280)
     projected = "text_projection.weight" in parameters and openclip and (sdxl or width == 1280)
     left_out = openclip and not projected and layers == 24
     config = TextEncoderConfig(
@@ -333,11 +338,11 @@ def t2i_adapter_config(parameters: Parameters) -> tuple[T2IAdapterConfig, list[E
     stages = _count(i for (i,) in _present(parameters, r"stages\.(\d+)\.", 4))
     light = any(re.match(r"stages\.\d+\.conv_out\.", name) for name in parameters)
     inputs = _shapes(parameters, r"stages\.0\.conv_in\.weight" if light else r"conv_in\.weight", 4)
-    wide = any(shape[1] in (16 * 16, 3 * 16 * 16) for shape in inputs)
+    wide = any({16 * 16, 3 * 16 * 16} & set(shape) or shape[1] > 2 * 3 * 8 * 8 for shape in inputs)
     base = SD15_LIGHT_ADAPTER if light else SDXL_ADAPTER if wide else SD15_ADAPTER
     channels = 1 if any(shape[1] == base.unshuffle**2 for shape in inputs) else 3
     layers = _most(Counter(i for i, _ in _present(parameters, r"stages\.(\d+)\.resnets\.(\d+)\.", 3)).values(), 2)
-    config = replace(base, stages=base.stages[:stages], layers=layers, image_channels=channels)
+    config = replace(base, stages=base.stages[:stages] or base.stages, layers=layers, image_channels=channels)
     kind = "light" if light else "full"
     return config, [
         Evidence("form", f"{kind}, {stages} stages of {layers} blocks", "numbers of the blocks"),

@@ -68,6 +68,8 @@ def detect(keys: Iterable[str], tables: Mapping[str, KeyMap]) -> Detection:
     return detection
 
 
+FEW = 20  # names that must fit before a prefix which no table knows is taken for one
+
 ORDER = ["text_encoder", "unet", "controlnet", "vae"]
 """Components in the order of the data's way through them."""
 
@@ -75,8 +77,11 @@ ORDER = ["text_encoder", "unet", "controlnet", "vae"]
 def _take(
     detection: Detection, left: dict[str, None], candidates: Mapping[str, list[KeyMap]], *, foreign: bool
 ) -> None:
-    """Move the names of every component that stands under a candidate prefix, longest first, from `left`."""
-    for prefix in sorted(candidates, key=len, reverse=True):
+    """Move the names of every component that stands under a candidate prefix from `left`.
+
+    Among known prefixes the longest goes first, among foreign ones the shortest: the whole before its parts.
+    """
+    for prefix in sorted(candidates, key=len, reverse=not foreign):
         found = _best(prefix, candidates[prefix], left, foreign)
         if found is not None:
             detection.found.append(found)
@@ -112,7 +117,7 @@ def _best(prefix: str, tables: list[KeyMap], left: Mapping[str, None], foreign: 
     for table in (table.bind(table.probe(inside, prefix), prefix) for table in tables):
         mapped = sum(bool(table.parameters(key)) for key in inside)
         known = sum(bool(table.parameters(key)) or table.reason_to_ignore(key) is not None for key in inside)
-        if mapped > most and 2 * known >= len(inside):
+        if mapped > most and 2 * known >= len(inside) and (mapped >= FEW or not foreign):
             best, most = table, mapped
     if best is None:
         return None

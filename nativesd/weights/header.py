@@ -2,7 +2,8 @@
 
 A file is the header's length N (8 bytes, little-endian), N bytes of JSON, then the tensors' bytes without gaps
 (github.com/huggingface/safetensors, README, "Format"). What passes here also passes the safetensors library (0.8);
-refused beyond it are repeated keys, unknown fields, padding before the header and more than 64 dimensions.
+refused beyond it are repeated keys, unknown or escaped fields, __metadata__ that is null, space before the header,
+numbers from 2^63 on and more than 64 dimensions.
 
 The JSON is matched member by member, so that depth costs nothing and what is refused is never built. The worst headers
 of 100 MB (8 million entries of metadata, 2 million empty tensors) take 0.9 GB beyond themselves, and 16 s on one core.
@@ -160,9 +161,9 @@ _STRING = r'"(?:[^"\\\x00-\x1f]++|\\.)*+"'
 _NUMBER = r"(?:0|[1-9][0-9]{0,18}+)"
 _LIST = rf"\[{_W}(?:{_NUMBER}{_W}(?:,{_W}{_NUMBER}{_W}){{0,{MAX_DIMENSIONS - 1}}}+)?+\]"
 _FIELD = rf'"(dtype|shape|data_offsets)"{_W}:{_W}("[A-Z0-9_]*+"|{_LIST}){_W}'
-_PAIR = rf"({_STRING}){_W}:{_W}({_STRING}){_W}"
-_PAIRS = rf"(?:{_PAIR}(?:,{_W}{_PAIR})*+)?+".replace("(" + _STRING + ")", _STRING)
-PAIR = re.compile(_PAIR.encode())
+_PAIR = rf"{_STRING}{_W}:{_W}{_STRING}{_W}"
+_PAIRS = rf"(?:{_PAIR}(?:,{_W}{_PAIR})*+)?+"
+PAIR = re.compile(rf"({_STRING}){_W}:{_W}({_STRING})".encode())
 KEY = re.compile(rf"({_STRING}){_W}:{_W}".encode())
 TENSOR = re.compile(rf"({_STRING}){_W}:{_W}{{{_W}{_FIELD},{_W}{_FIELD},{_W}{_FIELD}}}{_W}([,}}]){_W}".encode())
 METADATA = re.compile(rf'"__metadata__"{_W}:{_W}{{{_W}({_PAIRS})}}{_W}([,}}]){_W}'.encode())

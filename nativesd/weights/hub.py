@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
@@ -34,7 +36,7 @@ def fetch(repo_id: str, *, half: bool) -> Path:
         pass
     if constants.HF_HUB_OFFLINE:
         raise NetworkError(f"{repo_id} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it")
-    try:
+    with hub_errors(repo_id):
         names = HfApi().list_repo_files(repo_id)
         if "model_index.json" not in names:
             raise SourceError(f"{repo_id} has no model_index.json: it is not a model folder in the published layout")
@@ -52,6 +54,20 @@ def fetch(repo_id: str, *, half: bool) -> Path:
                     shard_index = json.loads(Path(hf_hub_download(repo_id, file)).read_text(encoding="utf-8"))
                     patterns += [f"{component}/{shard}" for shard in set(shard_index.get("weight_map", {}).values())]
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
+
+
+def fetch_configs(repo_id: str, *, revision: str | None = None) -> Path:
+    """The local folder with a repository's configs and shard indexes, none of its weights. Raises NetworkError."""
+    patterns = ["model_index.json", "config.json", "*/config.json", "*.safetensors.index*.json"]
+    with hub_errors(repo_id):
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Whatever the hub's client raises, as NetworkError with one sentence."""
+    try:
+        yield
     except GatedRepoError as error:
         raise NetworkError(f"{repo_id} is gated: accept its terms on the hub and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:

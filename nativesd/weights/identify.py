@@ -103,7 +103,7 @@ def identify(
                 unet = UNETS[believed[0]]
             evidence: list[Evidence] = []
             if unet is None:
-                unet, evidence = unet_config(found.parameters(shapes))
+                unet, evidence = unet_config(found.parameters(shapes), _pooled(detection, shapes))
             identity.family, identity.variant = unet_family(unet)
             identity.prediction, guess = prediction(shapes, identity.family, identity.variant)
             identity.components.append(Component("unet", identity.label(), "", found, unet, (*evidence, guess)))
@@ -140,6 +140,16 @@ def identify_all(
         family = family or identity.family
         out.append((member, identity))
     return out
+
+
+def _pooled(detection: Detection, shapes: Mapping[str, Shape]) -> int:
+    """The width of the pooled text embedding: the projecting text encoder's in the same checkpoint, else bigG's."""
+    for found in detection.found:
+        if found.component == "text_encoder":
+            parameters = found.parameters(shapes)
+            if "text_projection.weight" in parameters:
+                return text_config(parameters, "sdxl", fused=found.table.keymap.layout == "openclip")[0].width
+    return 1280
 
 
 def _component(

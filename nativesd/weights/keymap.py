@@ -41,6 +41,10 @@ TABLES = next(
 """The shipped tables: beside the modules in an installed package, at the repository's top in a checkout."""
 
 
+MAX_DIM = 64
+"""The largest dimension that is read off a checkpoint's names: what says more is no model but a fault."""
+
+
 class TableError(NativesdError):
     """A weight map that contradicts itself; the message names the table and the rule."""
 
@@ -208,9 +212,10 @@ class KeyMap:
             pattern = _pattern(_expand(where, probe.template, dims))
             numbers = {int(match.group(1)) for match in map(pattern.fullmatch, keys) if match}
             if probe.kind == "count":
-                dims[probe.dim] = len(numbers) + probe.plus
+                value = len(numbers) + probe.plus
             else:
-                dims[probe.dim] = min(numbers) + probe.plus if numbers else probe.default
+                value = min(numbers) + probe.plus if numbers else probe.default
+            dims[probe.dim] = max(0, min(value, MAX_DIM))
         return dims
 
 
@@ -437,7 +442,7 @@ def _capturing(template: str) -> str:
     """The regular expression of a template whose holes are captures."""
     pieces = _HOLE.split(template)  # literal, capture, literal, capture, ..., literal
     return "".join(
-        f"(?P<{piece}>{'weight|bias' if piece == 'p' else '[0-9]+'})" if i % 2 else re.escape(piece)
+        f"(?P<{piece}>{'weight|bias' if piece == 'p' else '[0-9]{1,9}'})" if i % 2 else re.escape(piece)
         for i, piece in enumerate(pieces)
     )
 

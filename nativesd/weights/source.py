@@ -8,8 +8,8 @@ from pathlib import Path
 
 from nativesd.config import Config
 from nativesd.errors import SourceError
-from nativesd.weights.folder import component_config, local_weights, read_json, shards
-from nativesd.weights.header import Header, TensorInfo, merge_headers, read_header
+from nativesd.weights.folder import component_config, local_weights, read_json, shards, weight_files
+from nativesd.weights.header import Header, TensorInfo, merge_headers, read_header, read_index
 from nativesd.weights.keymap import Shape
 
 
@@ -53,20 +53,62 @@ def open_source(source: str | Path, *, half: bool = False) -> list[Member]:
     return [member("", [path])]
 
 
+def open_remote(source: str, *, revision: str | None = None) -> list[Member]:
+    """The checkpoints of a hub repository, of one file in it (org/name/file.safetensors), or at a URL: headers alone.
+
+    Raises SourceError and NetworkError.
+    """
+    from nativesd.weights import hub, remote  # the hub's client is not needed for local files
+
+    if "://" in source:
+        return [from_headers("", {Path(source): remote.fetch_url_header(source)}, local=False)]
+    owner, name, *inside = source.split("/")
+    repo_id = f"{owner}/{name}"
+
+    def fetch(component: str, files: list[str], config: Config | None) -> Member:
+        headers = {Path(file): remote.fetch_header(repo_id, file, revision=revision) for file in files}
+        return from_headers(component, headers, config, local=False)
+
+    if inside:
+        return [fetch("", ["/".join(inside)], None)]
+    names = remote.list_files(repo_id, revision=revision)
+    folder = hub.fetch_configs(repo_id, revision=revision)
+    if "model_index.json" not in names:
+        whole = [file for file in names if file.endswith(".safetensors") and "/" not in file]
+        if len(whole) != 1:
+            listed = ", ".join(f"{repo_id}/{file}" for file in whole) or "none"
+            raise SourceError(f"{repo_id} is no model folder: name one of its safetensors files ({listed})")
+        config = component_config(folder / "config.json") if "config.json" in names else None
+        return [fetch("", whole, config)]
+    out = []
+    for component in components(folder):
+        chosen = weight_files(names, component, half=False)
+        if chosen is None:
+            raise SourceError(f"{repo_id} has no safetensors weights in {component}/")
+        files = chosen
+        if chosen[0].endswith(".json"):
+            files = [f"{component}/{shard}" for shard in sorted(set(read_index(folder / chosen[0]).values()))]
+        config = None if component in UNUSED else component_config(folder / component / "config.json")
+        out.append(fetch(component, files, config))
+    return out
+
+
 def member(name: str, files: list[Path], config: Config | None = None) -> Member:
     """A checkpoint from its file, or its shards. Raises SourceError."""
     headers = {path: read_header(path) for path in files}
     return from_headers(name, headers, config)
 
 
-def from_headers(name: str, headers: Mapping[Path, Header], config: Config | None = None) -> Member:
+def from_headers(
+    name: str, headers: Mapping[Path, Header], config: Config | None = None, *, local: bool = True
+) -> Member:
     """A checkpoint from the headers of its files. Raises WeightsError where two hold the same name."""
     merged = merge_headers(headers)
     metadata = {key: value for header in headers.values() for key, value in header.metadata.items()}
     return Member(
         name=name,
         tensors={key: info for key, (_, info) in merged.items()},
-        files={key: path for key, (path, _) in merged.items()},
+        files={key: path for key, (path, _) in merged.items()} if local else {},
         data_starts={path: header.data_start for path, header in headers.items()},
         metadata=metadata,
         config=config,
@@ -78,13 +120,19 @@ def _folder(path: Path, *, half: bool) -> Iterator[Member]:
     if not (path / "model_index.json").is_file():
         yield _component_folder(path)
         return
-    index = read_json(path / "model_index.json")
-    for name, entry in index.items():
-        listed = isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
-        file = path / name / "config.json"
-        if listed and (name in PARTS or file.is_file()):
-            config = None if name in UNUSED else component_config(file)
-            yield member(name, local_weights(path, name, half=half), config)
+    for name in components(path):
+        config = None if name in UNUSED else component_config(path / name / "config.json")
+        yield member(name, local_weights(path, name, half=half), config)
+
+
+def components(path: Path) -> list[str]:
+    """The components with weights that a folder's model_index.json lists. Raises SourceError."""
+    return [
+        name
+        for name, entry in read_json(path / "model_index.json").items()
+        if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+        and (name in PARTS or (path / name / "config.json").is_file())
+    ]  # fmt: skip
 
 
 def _component_folder(path: Path) -> Member:
