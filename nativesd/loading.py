@@ -12,7 +12,7 @@ import torch
 
 from nativesd.build import build
 from nativesd.config import Prediction, TextEncoderConfig, UNetConfig, VAEConfig
-from nativesd.errors import SourceError, UsageError
+from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.models.clip import TextEncoder
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
@@ -23,7 +23,7 @@ from nativesd.weights.checkpoint import fill
 from nativesd.weights.describe import prediction as prediction_of
 from nativesd.weights.describe import unet_family
 from nativesd.weights.folder import read_json
-from nativesd.weights.identify import Component, identify_all
+from nativesd.weights.identify import Component, Identity, identify_all
 from nativesd.weights.keymap import KeyMap, load_tables
 from nativesd.weights.published import picture_size, scheduler_json
 from nativesd.weights.source import Member, open_source
@@ -43,12 +43,18 @@ class Model:
     path: Path
     family: str
     parts: Mapping[str, tuple[Member, Component]]
-    ignored: Mapping[str, str]
-    """Keys beside the components, and why they are not needed."""
     scheduler: Mapping[str, Any]
     size: int
     """Side, in latent cells, of the pictures the UNet was trained on."""
     zero_empty_negative: bool
+
+    @classmethod
+    def of(cls, path: Path, name: str, member: Member, component: Component) -> Model:
+        """A component that stands alone."""
+        config = component.config
+        family = unet_family(config)[0] if isinstance(config, UNetConfig) else ""
+        size = picture_size(family, "epsilon", config) if isinstance(config, UNetConfig) else 64
+        return cls(path, family, {name: (member, component)}, {}, size, zero_empty_negative=False)
 
     @property
     def text_encoders(self) -> list[str]:
@@ -142,6 +148,19 @@ ENCODERS = {"sdxl": ["text_encoder", "text_encoder_2"], "refiner": ["text_encode
 """The text encoders of the families that do not have just one."""
 
 
+def identify_known(
+    path: Path, members: Sequence[Member], tables: Mapping[str, KeyMap]
+) -> list[tuple[Member, Identity]]:
+    """`identify_all`, for sources of which no tensor may be left over. Raises WeightsError, naming those that are."""
+    identities = identify_all(members, tables)
+    if unknown := [key for _, identity in identities for key in identity.unrecognised]:
+        raise WeightsError(
+            f"{path} holds {len(unknown)} tensors that no component of any known layout has:\n  "
+            + "\n  ".join(f"unexpected {key}" for key in unknown)
+        )
+    return identities
+
+
 def describe(
     path: Path,
     tables: Mapping[str, KeyMap],
@@ -159,7 +178,7 @@ def describe(
     for other in others:
         members += open_source(other, half=half)
     parts: dict[str, tuple[Member, Component]] = {}
-    identities = identify_all(members, tables)
+    identities = identify_known(path, members, tables)
     for member, identity in identities:
         for component in identity.components:
             if component.config is not None and not (component.name == "unet" and "unet" in parts):
@@ -177,7 +196,6 @@ def describe(
             + " and ".join("vae=" if name == "vae" else "text_encoders=" for name in lacking)
         )
     parts = {name: parts[name] for name in ("unet", *wanted)}
-    ignored = {key: reason for _, identity in identities for key, reason in identity.ignored.items()}
     context = sum(c.width for _, component in parts.values() if isinstance(c := component.config, TextEncoderConfig))
     if context != config.context:
         names = " + ".join(wanted[1:])
@@ -189,7 +207,6 @@ def describe(
             path=path,
             family=family,
             parts=parts,
-            ignored=ignored,
             scheduler=read_json(path / "scheduler" / "scheduler_config.json"),
             size=size if isinstance(size, int) else 128 if config.added is not None else 64,
             zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", family == "sdxl")),
@@ -201,7 +218,6 @@ def describe(
         path=path,
         family=family,
         parts=parts,
-        ignored=ignored,
         scheduler=scheduler_json(family, kind, turbo=turbo, zero_snr="ztsnr" in keys),
         size=picture_size(family, kind, config),
         zero_empty_negative=family == "sdxl",

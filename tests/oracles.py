@@ -20,20 +20,18 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from nativesd.config import Depth, TextEncoderConfig, UNetConfig, VAEConfig
+from nativesd.config import TextEncoderConfig, UNetConfig, VAEConfig
 from nativesd.models.clip import TextEncoder, TextOutput
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
 from nativesd.weights.keymap import load_table
 from nativesd.weights.plan import make_plan
+from nativesd.weights.published import text_json, unet_json, vae_json
 
 TOLERANCE = 1e-5
 """The largest `difference` that counts as the same result in float32."""
 
 PublishedTextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
-
-ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-"""Our names of the text encoders' activations -> those of transformers."""
 
 
 @dataclass(frozen=True)
@@ -77,84 +75,24 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def unet_kwargs(config: UNetConfig) -> dict[str, Any]:
-    """Arguments of diffusers' UNet2DConditionModel. Raises ValueError where it cannot express the config."""
-    down: list[list[Depth]] = [list(level.down) for level in config.levels]
-    match config.mid:
-        case ():
-            mid_type = None
-        case (None,):
-            mid_type = "UNetMidBlock2D"
-        case (int(depth), None):
-            mid_type = "UNetMidBlock2DCrossAttn"
-            if down[-1][0] is None:  # the middle takes its depth from the last level's entry, used there or not
-                down[-1] = [depth] * len(down[-1])
-            elif down[-1][0] != depth:
-                raise ValueError("diffusers ties the middle's depth to that of the last level")
-        case _:
-            raise ValueError(f"diffusers has no middle block of depths {config.mid}")
-    if any(len(level.up) != len(level.down) + 1 for level in config.levels):
-        raise ValueError("diffusers has one layer more going up than going down")
-    added = config.added
-    return {
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "block_out_channels": [level.width for level in config.levels],
-        "layers_per_block": [len(level.down) for level in config.levels],
-        "down_block_types": [_block_type(level.down, "Down") for level in config.levels],
-        "mid_block_type": mid_type,
-        "up_block_types": [_block_type(level.up, "Up") for level in reversed(config.levels)],
-        "transformer_layers_per_block": down,
-        "reverse_transformer_layers_per_block": [list(level.up) for level in reversed(config.levels)],
-        "attention_head_dim": [level.heads for level in config.levels],  # a misnomer: it is the number of heads
-        "cross_attention_dim": config.context,
-        "use_linear_projection": config.linear_projection,
-        "norm_num_groups": config.groups,
-        "addition_embed_type": None if added is None else "text_time",
-        "addition_time_embed_dim": None if added is None else added.id_width,
-        "projection_class_embeddings_input_dim": None if added is None else added.width,
-        "time_cond_proj_dim": config.guidance,
-    }
-
-
-def _block_type(depths: Sequence[Depth], direction: str) -> str:
-    if all(depth is None for depth in depths):
-        return f"{direction}Block2D"
-    if any(depth is None for depth in depths):
-        raise ValueError(f"diffusers has attention behind every layer of a block or behind none, not {depths}")
-    return f"CrossAttn{direction}Block2D"
+    """Arguments of diffusers' UNet2DConditionModel. Raises UsageError where it cannot express the config."""
+    return arguments(unet_json(config, 64))
 
 
 def vae_kwargs(config: VAEConfig) -> dict[str, Any]:
     """Arguments of diffusers' AutoencoderKL."""
-    return {
-        "in_channels": config.image_channels,
-        "out_channels": config.image_channels,
-        "latent_channels": config.latent_channels,
-        "block_out_channels": list(config.widths),
-        "down_block_types": ["DownEncoderBlock2D"] * len(config.widths),
-        "up_block_types": ["UpDecoderBlock2D"] * len(config.widths),
-        "layers_per_block": config.layers,
-        "norm_num_groups": config.groups,
-        "scaling_factor": config.scaling,
-        "force_upcast": config.force_upcast,
-    }
+    return arguments(vae_json(config, 512))
 
 
 def text_kwargs(config: TextEncoderConfig) -> dict[str, Any]:
     """Arguments of transformers' CLIPTextConfig. The published eos_token_id of 2 makes it pool at the argmax."""
-    kwargs = {
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.mlp,
-        "hidden_act": ACTIVATIONS[config.activation],
-        "vocab_size": config.vocabulary,
-        "max_position_embeddings": config.length,
-        "pad_token_id": 1,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-    }
-    return kwargs if config.projection is None else {**kwargs, "projection_dim": config.projection}
+    return arguments(text_json(config))
+
+
+def arguments(data: dict[str, Any]) -> dict[str, Any]:
+    """A config.json without what says whose it is and what pictures it is for."""
+    left_out = ("_class_name", "_diffusers_version", "architectures", "model_type", "sample_size")
+    return {name: value for name, value in data.items() if name not in left_out}
 
 
 def published_unet(config: UNetConfig) -> UNet2DConditionModel:

@@ -38,7 +38,8 @@ from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
 from nativesd.weights.keymap import BoundMap, load_table
 from nativesd.weights.plan import make_plan
-from oracles import TOLERANCE, UNetInputs, difference, draw, published_manifests, shapes, unet_inputs
+from nativesd.weights.published import controlnet_json, t2i_adapter_json, tiny_vae_json
+from oracles import TOLERANCE, UNetInputs, arguments, difference, draw, published_manifests, shapes, unet_inputs
 
 DIFFERENT = 10 * TOLERANCE
 """The least `difference` that counts as another result."""
@@ -119,40 +120,8 @@ SIZES = [(8, 16), (13, 11), (9, 14)]
 
 def published_controlnet(config: ControlNetConfig) -> ControlNetModel | ControlNetUnionModel:
     """diffusers' ControlNet of our config, on meta."""
-    unet, added, union = config.unet, config.unet.added, config.union
-    depths = [level.down[0] for level in unet.levels]
-    if depths[-1] is None:
-        depths[-1] = unet.mid[0]  # the middle takes its depth from the last level's entry, used there or not
-    kwargs: dict[str, Any] = {
-        "in_channels": unet.in_channels,
-        "conditioning_channels": config.hint_channels,
-        "down_block_types": [
-            "DownBlock2D" if level.down[0] is None else "CrossAttnDownBlock2D" for level in unet.levels
-        ],
-        "block_out_channels": [level.width for level in unet.levels],
-        "layers_per_block": len(unet.levels[0].down),
-        "norm_num_groups": unet.groups,
-        "cross_attention_dim": unet.context,
-        "transformer_layers_per_block": [depth or 0 for depth in depths],
-        "attention_head_dim": [level.heads for level in unet.levels],
-        "use_linear_projection": unet.linear_projection,
-        "addition_embed_type": None if added is None else "text_time",
-        "addition_time_embed_dim": None if added is None else added.id_width,
-        "projection_class_embeddings_input_dim": None if added is None else added.width,
-        "conditioning_embedding_out_channels": config.hint_widths,
-    }
-    width = unet.levels[0].width
     with torch.device("meta"):
-        if union is None:
-            return ControlNetModel(**kwargs)
-        return ControlNetUnionModel(
-            **kwargs,
-            num_control_type=union.kinds,
-            num_trans_channel=width,
-            num_trans_head=union.heads,
-            num_trans_layer=union.layers,
-            num_proj_channel=width,
-        )
+        return (ControlNetModel if config.union is None else ControlNetUnionModel)(**arguments(controlnet_json(config)))
 
 
 @cache
@@ -407,15 +376,7 @@ def tiny_pair(form: str) -> tuple[TinyVAE, AutoencoderTiny]:
     config = TINY_VAES[form]
     with torch.device("meta"):
         ours = TinyVAE(config)
-        reference = AutoencoderTiny(
-            in_channels=config.image_channels,
-            out_channels=config.image_channels,
-            encoder_block_out_channels=[config.width] * len(config.encoder),
-            decoder_block_out_channels=[config.width] * len(config.decoder),
-            num_encoder_blocks=config.encoder,
-            num_decoder_blocks=config.decoder,
-            latent_channels=config.latent_channels,
-        )
+        reference = AutoencoderTiny(**arguments(tiny_vae_json(config)))
     lend(ours, reference, "tiny_vae.diffusers")
     return ours, reference
 
@@ -468,13 +429,7 @@ def test_t2i_adapter(form: str, size: tuple[int, int]) -> None:
     widths = [stage.width for stage in config.stages]
     with torch.device("meta"):
         ours = T2IAdapter(config)
-        reference = PublishedT2IAdapter(
-            in_channels=config.image_channels,
-            channels=widths[:-1] if config.light else widths,  # the light one repeats its last width by itself
-            num_res_blocks=config.layers,
-            downscale_factor=config.unshuffle,
-            adapter_type=ADAPTER_TYPES.get(form, "light_adapter"),
-        )
+        reference = PublishedT2IAdapter(**arguments(t2i_adapter_json(config)))
     lend(ours, reference, "t2i_adapter.diffusers")
     hint = random(2, config.image_channels, *size)
     with torch.inference_mode():

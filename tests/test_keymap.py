@@ -157,8 +157,8 @@ def test_unet_presets_state_the_published_configs(stem: str) -> None:
     assert isinstance(config, UNetConfig)
     for name, value in unet_kwargs(config).items():
         expected = published.get(name, DIFFUSERS_DEFAULTS.get(name))
-        if name in PER_LEVEL and isinstance(expected, int):
-            expected = [expected] * len(config.levels)
+        if name in PER_LEVEL:
+            value, expected = (v if isinstance(v, list) else [v] * len(config.levels) for v in (value, expected))
         if not name.endswith("transformer_layers_per_block"):
             assert value == expected, name
 

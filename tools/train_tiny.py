@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from nativesd.sampling.schedule import SchedulerConfig, alphas_cumprod
 from nativesd.text.tokenizer import ClipTokenizer
 from nativesd.weights.checkpoint import unmap
 from nativesd.weights.keymap import load_table
+from nativesd.weights.published import model_index, scheduler_json, text_json, unet_json, vae_json
 
 SIZE = 64
 SEED = 20261121
@@ -50,6 +52,12 @@ def autocast(device: str) -> torch.autocast:
 def cosine(step: int, total: int, warmup: int = 100) -> float:
     """Learning-rate factor: linear warm-up, then a half cosine to zero."""
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def rate(step: int, total: int, warmup: int = 100, first: int = 5000, decay: float = 0.3) -> float:
+    """Learning rate of the diffusion: 1.5e-3 for the `first` steps, then 4e-4; linear warm-up, and linear to zero over
+    the last `decay` of the steps."""
+    return (1.5e-3 if step < first else 4e-4) * min(1.0, (step + 1) / warmup, (total - step) / (decay * total))
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 16) -> None:
@@ -156,7 +164,7 @@ def encode_scenes(vae: VAE, every: list[scenes.Scene], device: str) -> tuple[Ten
     return latents * scaling, scaling
 
 
-def train_diffusion(work: Path, device: str, vae: VAE, steps: int, batch: int, lr: float) -> float:
+def train_diffusion(work: Path, device: str, vae: VAE, steps: int, batch: int) -> float:
     """Text encoder and UNet together, v-prediction; returns the latents' scaling.
 
     A tenth of the captions is empty, a tenth has no colour. What is exported is the moving average of the weights.
@@ -173,12 +181,12 @@ def train_diffusion(work: Path, device: str, vae: VAE, steps: int, batch: int, l
         used = torch.cat([with_colour.flatten(), without.flatten(), empty.flatten()]).unique().cpu()
         embedding.zero_()
         embedding[used] = 0.3 * torch.randn(len(used), TEXT_CONFIG.width)
-        model["text_encoder"].position_embedding.weight.mul_(0.1)
-    model.to(device)
+        model["text_encoder"].position_embedding.weight.normal_(std=0.1)
+    model.to(device, memory_format=torch.channels_last)  # a tenth faster on a CPU
     ema = nn.ModuleDict({"text_encoder": TextEncoder(TEXT_CONFIG), "unet": UNet(UNET_CONFIG)}).to(device)
     ema.load_state_dict(model.state_dict())
     ema.requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     checkpoint = Checkpoint(work / "diffusion.pt", model=model, ema=ema, optimizer=optimizer)
     start = checkpoint.load()
     small = torch.tensor([scene.small for scene in every])
@@ -186,7 +194,7 @@ def train_diffusion(work: Path, device: str, vae: VAE, steps: int, batch: int, l
     alphas = alphas_cumprod(SchedulerConfig()).float().to(device)
     clock, running = time.perf_counter(), 0.0
     for step in range(start, steps):
-        optimizer.param_groups[0]["lr"] = lr * cosine(step, steps)
+        optimizer.param_groups[0]["lr"] = rate(step, steps)
         generator = torch.Generator().manual_seed(SEED + step)
         pick = torch.multinomial(weights, batch, replacement=True, generator=generator)
         kind = torch.rand(batch, generator=generator)[:, None].to(device)
@@ -198,7 +206,7 @@ def train_diffusion(work: Path, device: str, vae: VAE, steps: int, batch: int, l
         tokens = torch.where(kind < 0.1, empty, torch.where(kind < 0.2, without[pick], with_colour[pick]))
         alpha = alphas[times][:, None, None, None]
         clean = latents[pick]
-        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
         with autocast(device):
             context = model["text_encoder"](tokens).hidden
@@ -240,43 +248,14 @@ def export(work: Path, out: Path, scaling: float) -> None:
 
 def published_configs(scaling: float) -> dict[str, dict[str, Any]]:
     """model_index.json and every component's config, in the words of diffusers and transformers."""
-    levels, text, vae = UNET_CONFIG.levels, TEXT_CONFIG, VAE_CONFIG
-    kinds = ["" if level.down[0] is None else "CrossAttn" for level in levels]
+    vae, scheduler = replace(VAE_CONFIG, scaling=scaling), scheduler_json("sd2", "v")
     return {
-        "model_index.json": {
-            "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.38.0",
-            "feature_extractor": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
-            "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
-        "scheduler/scheduler_config.json": {
-            "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
-            "beta_schedule": "scaled_linear", "clip_sample": False, "num_train_timesteps": 1000,
-            "prediction_type": "v_prediction", "set_alpha_to_one": False, "steps_offset": 1,
-        },
-        "unet/config.json": {
-            "_class_name": "UNet2DConditionModel", "attention_head_dim": [level.heads for level in levels],
-            "block_out_channels": [level.width for level in levels], "cross_attention_dim": UNET_CONFIG.context,
-            "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
-            "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)], "in_channels": 4, "out_channels": 4,
-            "layers_per_block": len(levels[0].down), "norm_num_groups": UNET_CONFIG.groups,
-            "sample_size": SIZE // vae.factor, "use_linear_projection": True,
-        },
-        "vae/config.json": {
-            "_class_name": "AutoencoderKL", "block_out_channels": list(vae.widths),
-            "down_block_types": ["DownEncoderBlock2D"] * len(vae.widths), "in_channels": 3, "out_channels": 3,
-            "latent_channels": 4, "layers_per_block": vae.layers, "norm_num_groups": vae.groups, "sample_size": SIZE,
-            "scaling_factor": scaling, "up_block_types": ["UpDecoderBlock2D"] * len(vae.widths), "force_upcast": False,
-        },
-        "text_encoder/config.json": {
-            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "gelu",
-            "hidden_size": text.width, "intermediate_size": text.mlp, "layer_norm_eps": 1e-5,
-            "max_position_embeddings": text.length, "num_attention_heads": text.heads,
-            "num_hidden_layers": text.layers, "projection_dim": text.width, "vocab_size": text.vocabulary,
-            "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
-        },
-    }  # fmt: skip
+        "model_index.json": model_index("sd2", {"text_encoder": TEXT_CONFIG}, scheduler["_class_name"]),
+        "scheduler/scheduler_config.json": scheduler,
+        "unet/config.json": unet_json(UNET_CONFIG, SIZE // vae.factor),
+        "vae/config.json": vae_json(vae, SIZE),
+        "text_encoder/config.json": text_json(TEXT_CONFIG),
+    }
 
 
 def main() -> None:
@@ -286,14 +265,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("nativesd/tiny"), help="model folder to write")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--vae-steps", type=int, default=4200)
-    parser.add_argument("--steps", type=int, default=16000)
+    parser.add_argument("--steps", type=int, default=11500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--export-only", action="store_true", help="write the latest checkpoints without training on")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if not args.export_only:
         vae = train_vae(args.work, args.device, steps=args.vae_steps, batch=16, lr=1.5e-3)
-        scaling = train_diffusion(args.work, args.device, vae, steps=args.steps, batch=args.batch, lr=1.5e-3)
+        scaling = train_diffusion(args.work, args.device, vae, steps=args.steps, batch=args.batch)
         (args.work / "scaling.json").write_text(json.dumps(scaling))
     export(args.work, args.out, json.loads((args.work / "scaling.json").read_text()))
 

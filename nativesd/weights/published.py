@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nativesd.config import Depth, Prediction, TextEncoderConfig, UNetConfig, VAEConfig
+from nativesd.config import (
+    ControlNetConfig,
+    Depth,
+    Prediction,
+    T2IAdapterConfig,
+    TextEncoderConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from nativesd.errors import UsageError
 
 DIFFUSERS_VERSION = "0.38.0"  # the oldest that the tests open these folders with
@@ -20,7 +29,26 @@ END_OF_TEXT = "<|endoftext|>"
 def unet_json(config: UNetConfig, sample_size: int) -> dict[str, Any]:
     """UNet2DConditionModel's config.json. Raises UsageError where diffusers cannot express the UNet."""
     levels = config.levels
-    down: list[list[Depth]] = [list(level.down) for level in levels]
+    if any(len(level.up) != len(level.down) + 1 for level in levels):
+        raise UsageError("diffusers has one layer more going up than going down")
+    data = _encoder(config) | {
+        "_class_name": "UNet2DConditionModel",
+        "up_block_types": [_block(level.up, "Up") for level in reversed(levels)],
+        "out_channels": config.out_channels,
+        "sample_size": sample_size,
+    }
+    if config.guidance is not None:
+        data["time_cond_proj_dim"] = config.guidance
+    up = [[1 if depth is None else depth for depth in level.up] for level in reversed(levels)]
+    depths = data["transformer_layers_per_block"]
+    if [_one(stage) for stage in up] != (depths[::-1] if isinstance(depths, list) else [depths] * len(levels)):
+        data["reverse_transformer_layers_per_block"] = up
+    return data
+
+
+def _encoder(config: UNetConfig) -> dict[str, Any]:
+    """What the configs of UNets and ControlNets have in common. Raises UsageError."""
+    down: list[list[Depth]] = [list(level.down) for level in config.levels]
     match config.mid:
         case ():
             mid = None
@@ -34,38 +62,81 @@ def unet_json(config: UNetConfig, sample_size: int) -> dict[str, Any]:
                 raise UsageError("diffusers ties the middle's depth to that of the last level")
         case _:
             raise UsageError(f"diffusers has no middle block of depths {config.mid}")
-    if any(len(level.up) != len(level.down) + 1 for level in levels):
-        raise UsageError("diffusers has one layer more going up than going down")
     added = config.added
-    depths = [[1 if depth is None else depth for depth in stage] for stage in down]
-    up = [[1 if depth is None else depth for depth in level.up] for level in reversed(levels)]
-    short = [_one(stage) for stage in depths]
-    data = {
-        "_class_name": "UNet2DConditionModel",
+    data: dict[str, Any] = {
         "_diffusers_version": DIFFUSERS_VERSION,
-        "attention_head_dim": [level.heads for level in levels],  # a misnomer: it is the number of heads
-        "block_out_channels": [level.width for level in levels],
+        "attention_head_dim": [level.heads for level in config.levels],  # a misnomer: it is the number of heads
+        "block_out_channels": [level.width for level in config.levels],
         "cross_attention_dim": config.context,
-        "down_block_types": [_block(level.down, "Down") for level in levels],
-        "up_block_types": [_block(level.up, "Up") for level in reversed(levels)],
+        "down_block_types": [_block(level.down, "Down") for level in config.levels],
         "mid_block_type": mid,
         "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "layers_per_block": _one([len(level.down) for level in levels]),
-        "transformer_layers_per_block": _one(short),
+        "layers_per_block": _one([len(level.down) for level in config.levels]),
+        "transformer_layers_per_block": _one([_one([1 if d is None else d for d in stage]) for stage in down]),
         "norm_num_groups": config.groups,
-        "sample_size": sample_size,
         "use_linear_projection": config.linear_projection,
     }
     if added is not None:
         data["addition_embed_type"] = "text_time"
         data["addition_time_embed_dim"] = added.id_width
         data["projection_class_embeddings_input_dim"] = added.width
-    if config.guidance is not None:
-        data["time_cond_proj_dim"] = config.guidance
-    if [_one(stage) for stage in up] != short[::-1]:
-        data["reverse_transformer_layers_per_block"] = up
     return data
+
+
+def controlnet_json(config: ControlNetConfig) -> dict[str, Any]:
+    """ControlNetModel's config.json, or ControlNetUnionModel's. Raises UsageError where diffusers cannot express it."""
+    data = _encoder(config.unet) | {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": config.hint_channels,
+        "conditioning_embedding_out_channels": list(config.hint_widths),
+    }
+    if not isinstance(data["layers_per_block"], int):
+        raise UsageError("diffusers has the same number of layers on every level of a ControlNet")
+    if config.union is not None:
+        width = config.unet.levels[0].width
+        data |= {
+            "_class_name": "ControlNetUnionModel",
+            "num_control_type": config.union.kinds,
+            "num_trans_channel": width,
+            "num_trans_head": config.union.heads,
+            "num_trans_layer": config.union.layers,
+            "num_proj_channel": width,
+        }
+        del data["mid_block_type"]  # ControlNetUnionModel has no other and no such argument
+    return data
+
+
+def tiny_vae_json(config: TinyVAEConfig) -> dict[str, Any]:
+    """AutoencoderTiny's config.json. Raises UsageError for one half alone, which diffusers has no class for."""
+    if config.half is not None:
+        raise UsageError(f"diffusers has no class for TAESD's {config.half} alone")
+    return {
+        "_class_name": "AutoencoderTiny",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "in_channels": config.image_channels,
+        "out_channels": config.image_channels,
+        "encoder_block_out_channels": [config.width] * len(config.encoder),
+        "decoder_block_out_channels": [config.width] * len(config.decoder),
+        "num_encoder_blocks": list(config.encoder),
+        "num_decoder_blocks": list(config.decoder),
+        "latent_channels": config.latent_channels,
+        "scaling_factor": 1.0,
+    }
+
+
+def t2i_adapter_json(config: T2IAdapterConfig) -> dict[str, Any]:
+    """T2IAdapter's config.json."""
+    widths = [stage.width for stage in config.stages]
+    kind = "light_adapter" if config.light else "full_adapter_xl" if config.unshuffle == 16 else "full_adapter"
+    return {
+        "_class_name": "T2IAdapter",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "in_channels": config.image_channels,
+        "channels": widths[:-1] if config.light else widths,  # the light one repeats its last width by itself
+        "num_res_blocks": config.layers,
+        "downscale_factor": config.unshuffle,
+        "adapter_type": kind,
+    }
 
 
 def _one(values: Sequence[Any]) -> Any:
@@ -108,7 +179,7 @@ ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_py
 
 def text_json(config: TextEncoderConfig) -> dict[str, Any]:
     """CLIPTextModel's (or ...WithProjection's) config.json. The token ids in it are the published, meaningless ones."""
-    return {
+    data = {
         "architectures": ["CLIPTextModel" if config.projection is None else "CLIPTextModelWithProjection"],
         "model_type": "clip_text_model",
         "attention_dropout": 0.0,
@@ -119,12 +190,12 @@ def text_json(config: TextEncoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.length,
         "num_attention_heads": config.heads,
         "num_hidden_layers": config.layers,
-        "projection_dim": config.projection or config.width,
         "vocab_size": config.vocabulary,
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 1,
     }
+    return data if config.projection is None else data | {"projection_dim": config.projection}
 
 
 SCHEDULERS = {"sd1": "PNDMScheduler", "sd2": "DDIMScheduler", "sdxl": "EulerDiscreteScheduler"}
