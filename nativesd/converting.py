@@ -101,8 +101,8 @@ def convert(
     ignored = {key: reason for _, identity in identities for key, reason in identity.ignored.items()}
     for name, (member, component) in model.parts.items():
         assert component.config is not None  # checked above
-        target = _target(layout, model.family, name, component.config, alone=len(model.parts) == 1)
-        tensors[name], left_out = entries(member, component, expected(component.config), target, cast_to)
+        table = target(layout, model.family, name, component.config, alone=len(model.parts) == 1)
+        tensors[name], left_out = entries(member, component, expected(component.config), table, cast_to)
         ignored |= left_out
     metadata = {key: value for member, _ in model.parts.values() for key, value in member.metadata.items()}
     metadata.setdefault("format", "pt")
@@ -134,7 +134,7 @@ SINGLES = {
 """component -> its table and prefix in a single file."""
 
 
-def _target(layout: str, family: str, name: str, config: Config, *, alone: bool) -> BoundMap:
+def target(layout: str, family: str, name: str, config: Config, *, alone: bool) -> BoundMap:
     """The table that writes a component. Raises UsageError where the layout cannot state it."""
     tables = load_tables()
     if layout == "diffusers":

@@ -212,6 +212,10 @@ def describe(
             zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", family == "sdxl")),
         )
     keys = parts["unet"][0].tensors
+    if "edm_mean" in keys:
+        raise SourceError(
+            f"{path} is an EDM model (it has edm_mean, as Playground 2.5), which cannot be sampled here yet"
+        )
     kind, _ = prediction_of(keys, family, variant)
     turbo = "denoiser.sigmas" in keys and family == "sd2"  # Stability's sgm export of SD-Turbo
     return Model(

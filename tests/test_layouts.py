@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
@@ -40,13 +41,14 @@ from nativesd.config import (
     UNETS,
     Config,
 )
+from nativesd.converting import target
 from nativesd.errors import NativesdError
 from nativesd.weights.audit import AuditReport, report_components
 from nativesd.weights.checkpoint import apply
 from nativesd.weights.header import TensorInfo
 from nativesd.weights.identify import Identity, identify
 from nativesd.weights.keymap import TABLES, BoundMap, Shape, load_table, load_tables
-from oracles import Manifest, published_manifests
+from oracles import Manifest, published_manifests, unet_kwargs
 
 MANIFESTS = published_manifests()
 WEIGHTS = [stem for stem, manifest in MANIFESTS.items() if manifest.component not in ("lora", "ip_adapter")]
@@ -113,6 +115,41 @@ def test_configurations_are_read_off_the_header(stem: str) -> None:
     identity, _ = run(MANIFESTS[stem].shapes)
     found = {component.name: component.config for component in identity.components}
     assert found | EXPECTED[stem] == found
+
+
+def test_vega() -> None:
+    """There is no manifest of it; its names are those of diffusers' model of the published config."""
+    with torch.device("meta"):
+        published = UNet2DConditionModel(**unet_kwargs(UNETS["vega"]))
+    identity, report = run({name: tuple(tensor.shape) for name, tensor in published.state_dict().items()})
+    assert report.ok
+    assert (identity.label(), identity.components[0].config) == ("SDXL Vega", UNETS["vega"])
+
+
+@pytest.mark.parametrize(
+    ("stem", "family", "configs"),
+    [
+        ("sd15.checkpoint.ldm", "sd1", {"unet": SD15_UNET, "vae": SD_VAE, "text_encoder": CLIP_L}),
+        ("sd21.checkpoint.ldm", "sd2", {"unet": SD21_UNET, "vae": SD_VAE, "text_encoder": OPENCLIP_H}),
+        (
+            "sdxl-base.checkpoint.sgm", "sdxl",
+            {"unet": SDXL_UNET, "vae": SDXL_VAE, "text_encoder": SDXL_CLIP_L, "text_encoder_2": SDXL_BIGG},
+        ),
+    ],
+)  # fmt: skip
+def test_single_files_are_written_with_the_published_names(
+    stem: str, family: str, configs: Mapping[str, Config]
+) -> None:
+    """All of them, but for those that the audit ignores: what reads the published file reads the converted one."""
+    written = {}
+    for name, config in configs.items():
+        table = target("ldm", family, name, config, alone=False)
+        for parameter, shape in expected(config).items():
+            source = table.source(parameter)
+            assert source is not None
+            written[source.keys[0]] = source.published_shape(shape)
+    ignored = {i.key for c in run(MANIFESTS[stem].shapes)[1].components for i in c.ignored}
+    assert written == {key: shape for key, shape in MANIFESTS[stem].shapes.items() if key not in ignored}
 
 
 LABELS = {

@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("nativesd/tiny"), help="model folder to write")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--vae-steps", type=int, default=4200)
-    parser.add_argument("--steps", type=int, default=11500)
+    parser.add_argument("--steps", type=int, default=11000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--export-only", action="store_true", help="write the latest checkpoints without training on")
     args = parser.parse_args()

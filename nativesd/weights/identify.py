@@ -37,6 +37,8 @@ from nativesd.weights.detect import Detection, Found, detect
 from nativesd.weights.keymap import BoundMap, KeyMap, Shape
 from nativesd.weights.source import Member
 
+STATED = Evidence("configuration", "config.json", "stated beside the weights")
+
 
 @dataclass(frozen=True)
 class Component:
@@ -101,12 +103,14 @@ def identify(
             unet = config if isinstance(config, UNetConfig) else None
             if unet is None and believed is not None:
                 unet = UNETS[believed[0]]
-            evidence: list[Evidence] = []
+            evidence = [STATED] if config is not None else []
             if unet is None:
                 unet, evidence = unet_config(found.parameters(shapes), _pooled(detection, shapes))
             identity.family, identity.variant = unet_family(unet)
             identity.prediction, guess = prediction(shapes, identity.family, identity.variant)
-            identity.components.append(Component("unet", identity.label(), "", found, unet, (*evidence, guess)))
+            if config is None:  # beside a config.json there is a scheduler_config.json, which says it
+                evidence.append(guess)
+            identity.components.append(Component("unet", identity.label(), "", found, unet, tuple(evidence)))
     for found in detection.found:
         if found.component != "unet":
             identity.components.append(_component(found, shapes, identity, config, believed))
@@ -170,14 +174,14 @@ def _component(
         if believed is not None:
             config = SDXL_VAE if family in ("sdxl", "refiner") else SD_VAE
         if isinstance(given, VAEConfig):
-            config, evidence = given, []
+            config, evidence = given, [STATED]
         label = label or "SD1.x, SD2.x or SDXL"
     elif kind == "text_encoder":
         read, evidence = text_config(parameters, family, fused=layout == "openclip")
         if believed is not None:
             read = _text_preset(family, projected=read.projection is not None)
         if isinstance(given, TextEncoderConfig):
-            read, evidence = given, []
+            read, evidence = given, [STATED]
         config = read
         name = "text_encoder_2" if read.projection is not None else "text_encoder"
         label = label or TEXT_ENCODERS.get(read.width, "CLIP")
