@@ -40,8 +40,7 @@ def audit(
         report for member, identity in identities for report in report_components(identity, member.tensors, expected)
     ]
     family = next((label for _, identity in identities if (label := identity.label())), "")
-    evidence = tuple(entry for _, identity in identities for entry in identity.evidence)
-    return AuditReport(str(source), family, tuple(components), evidence)
+    return AuditReport(str(source), family, tuple(components))
 
 
 def diff(source: str | Path, other: str | Path, *, values: bool = False, maps: str | Path | None = None) -> DiffReport:

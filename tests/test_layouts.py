@@ -383,6 +383,8 @@ def test_what_it_is_believed_to_be() -> None:
     assert {w.keys[0].rpartition(".")[0].rpartition(".")[2] for w in unet.wrong_shape} == {
         "proj_in", "proj_out", "to_k", "to_v",
     }  # fmt: skip
+    nothing = run({"wte.weight": (50257, 768)}, believed=("sd15", "ldm"))[1].components[0]
+    assert (len(nothing.missing), [u.key for u in nothing.unexpected]) == (686, ["wte.weight"])
     diffusers = run(shapes, believed=("sd15", "diffusers"))[1].components[0]
     assert len(diffusers.missing) == len(diffusers.unexpected) == 686
 

@@ -138,7 +138,6 @@ class AuditReport:
     source: str
     family: str
     components: tuple[ComponentReport, ...]
-    evidence: tuple[Evidence, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -150,7 +149,6 @@ class AuditReport:
         of objects; shapes are lists of integers."""
         data: dict[str, Any] = {"schema": SCHEMA, "source": self.source, "ok": self.ok, "family": self.family}
         data["components"] = [asdict(component) | {"ok": component.ok} for component in self.components]
-        data["evidence"] = [asdict(entry) for entry in self.evidence]
         return json.dumps(data, indent=indent, ensure_ascii=False)
 
     def trace(self, name: str) -> list[str]:

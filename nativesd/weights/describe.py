@@ -96,7 +96,8 @@ def unet_config(parameters: Parameters, pooled: int = 1280) -> tuple[UNetConfig,
     """A UNet's configuration, or that of a ControlNet's encoder (levels without an up path).
 
     `pooled` is the width of the pooled text embedding, where the UNet is conditioned on one. The head count is the
-    family's: 8 where the projections are convolutions (SD1.x), else width / 64 (SD2.x, SDXL).
+    family's: 8 where the projections are convolutions (SD1.x), else width / 64 (SD2.x, SDXL). SDXL's added conditioning
+    has six ids, the refiner's five, each 256 wide.
     """
     down, up = _stages(parameters, r"down\.(\d+)"), _stages(parameters, r"up\.(\d+)")
     down = down or [level.down for level in SD15_UNET.levels]  # too little is there to tell
@@ -108,7 +109,9 @@ def unet_config(parameters: Parameters, pooled: int = 1280) -> tuple[UNetConfig,
     context = _most((shape[1] for shape in _shapes(parameters, r".*attn2\.to_[kv]\.weight", 2)), 2048)
     known = [channels for channels in INPUTS if channels not in (5, 7) or context == 1024]
     inputs = _most((s[1] for s in _shapes(parameters, r"conv_in\.weight", 4) if s[1] in known), 4)
-    added = _added(parameters, pooled)
+    conditioned = any(name.startswith("add_embedding.") for name in parameters)
+    ids = 5 if context == pooled else 6  # the refiner has one text encoder, SDXL a second beside it
+    added = TextTime(pooled, ids) if conditioned else None
     guidance = GUIDANCE if "time_embedding.cond_proj.weight" in parameters else None
     config = UNetConfig(
         levels=tuple(
@@ -141,9 +144,8 @@ def unet_config(parameters: Parameters, pooled: int = 1280) -> tuple[UNetConfig,
         Evidence("heads", "/".join(str(level.heads) for level in config.levels), rule, determined=False),
     ]
     if added is not None:
-        evidence.append(
-            Evidence("added conditioning", f"pooled {added.pooled} + {added.ids} ids", "input width of add_embedding")
-        )
+        why = "add_embedding is there; the refiner's context is as wide as the pooled embedding, SDXL's wider"
+        evidence.append(Evidence("added conditioning", f"pooled {added.pooled} + {added.ids} ids", why))
     if guidance:
         evidence.append(Evidence("guidance embedding", str(guidance), "time_embedding.cond_proj is there (LCM)"))
     return config, evidence
@@ -171,14 +173,6 @@ def _width(parameters: Parameters, stage: str) -> int:
     """The width of a stage: what most tensors of its residual blocks put out."""
     compiled = re.compile(rf"{re.escape(stage)}\.resnets\.\d+\.(conv1|conv2|norm2|time_emb_proj)\.(weight|bias)")
     return _most((shape[0] for name, shape in parameters.items() if shape and compiled.fullmatch(name)), 32)
-
-
-def _added(parameters: Parameters, pooled: int) -> TextTime | None:
-    """The added conditioning: SDXL has six ids, the refiner five, 256 wide each."""
-    if not any(name.startswith("add_embedding.") for name in parameters):
-        return None
-    five = any(s[1] == pooled + 5 * 256 for s in _shapes(parameters, r"add_embedding\.linear_1\.weight", 2))
-    return TextTime(pooled, 5 if five else 6)
 
 
 def _groups(widths: Iterable[int]) -> int:

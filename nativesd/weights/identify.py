@@ -66,7 +66,6 @@ class Identity:
     family: str = ""
     variant: str = ""
     prediction: Prediction = "epsilon"
-    evidence: list[Evidence] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
     unrecognised: list[str] = field(default_factory=list)
 
@@ -95,9 +94,9 @@ def identify(
     Raises UsageError for a preset or layout that does not exist, TableError for a faulty table.
     """
     detection = detect(shapes, tables)
-    identity = Identity(family=family, ignored=detection.ignored, unrecognised=detection.unrecognised)
     if believed is not None:
         detection = _as_believed(detection, shapes, tables, *believed)
+    identity = Identity(family=family, ignored=detection.ignored, unrecognised=detection.unrecognised)
     for found in detection.found:
         if found.component == "unet":
             unet = config if isinstance(config, UNetConfig) else None
@@ -231,9 +230,15 @@ def _as_believed(
     if not chosen:
         layouts = sorted({table.layout for table in tables.values() if table.rules} | {"sgm"})
         raise UsageError(f"{layout!r} is not a layout: it is one of {', '.join(layouts)}")
+    if not detection.found:
+        table = chosen.get("unet") or next(iter(chosen.values()))
+        prefix = table.prefixes[0]
+        return Detection(
+            [Found(table.bind(UNETS[preset].dims, prefix), prefix, detection.unrecognised)], detection.ignored
+        )
     out = replace(detection, found=[])
-    for found in detection.found or [Found(next(iter(tables.values())).bind(), "", list(shapes))]:
-        table = chosen.get(found.component, found.table.keymap if detection.found else chosen["unet"])
+    for found in detection.found:
+        table = chosen.get(found.component, found.table.keymap)
         prefix = found.prefix if found.prefix in table.prefixes else table.prefixes[0]
         dims = UNETS[preset].dims if table.component == "unet" else table.probe(found.keys, found.prefix)
         out.found.append(Found(table.bind(dims, prefix), prefix, found.keys))
