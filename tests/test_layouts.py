@@ -175,6 +175,27 @@ def test_adapters_name_the_family_they_fit(stem: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "component", "layout"),
+    [
+        ("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "lora", "kohya"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lokr_w1", "lora", "kohya"),
+        ("lora_unet_input_blocks_1_1_proj_in.diff_b", "lora", "kohya"),
+        ("lora_unet_input_blocks_1_1_proj_in.dora_scale", "lora", "kohya"),
+        ("lora_unet_input_blocks_1_1_proj_in.oft_diag", "lora", "kohya"),
+        ("unet.mid_block.attentions.0.proj_in.lora_magnitude_vector", "lora", "peft"),
+        ("mid_block.attentions.0.proj_in.lora_A.weight", "lora", "peft"),
+        ("unet.mid_block.attentions.0.proj_in.lora_A.default_0.weight", "lora", "peft"),
+        ("ip_adapter.1.to_q_lora.down.weight", "ip_adapter", "ip-adapter"),
+        ("emb_params", "textual_inversion", "embedding"),
+        ("clip_g", "textual_inversion", "embedding"),
+    ],
+)
+def test_more_names_of_adapters(key: str, component: str, layout: str) -> None:
+    [found] = run({key: (4, 4)})[1].components
+    assert (found.name, found.layout, len(found.mapped)) == (component, layout, 1)
+
+
+@pytest.mark.parametrize(
     ("stem", "marker", "prediction", "determined"),
     [
         ("sd21.checkpoint.ldm", None, "v", False),

@@ -392,7 +392,7 @@ class BoundMap:
         """What the key is, by the table's [names], whose pattern's groups may stand in it; None where none fits."""
         for pattern, meaning in self._names:
             if match := pattern.fullmatch(key):
-                return meaning.format(**match.groupdict())
+                return meaning.format(**match.groupdict("")).strip()
         return None
 
 
