@@ -42,11 +42,20 @@ class PipelineConfig:
     """Default side of a picture, in pixels."""
     zero_empty_negative: bool
     """SDXL's force_zeros_for_empty_prompt: without a negative prompt its embeddings are zeros."""
+    guidance_scale: float | None = None
+    """The model's own default; None: the family's."""
 
     @property
     def few_steps(self) -> bool:
         """A distilled model (turbo): published with trailing spacing on an Euler scheduler; guidance is off."""
         return self.scheduler.spacing == "trailing" and self.scheduler.class_name.startswith("Euler")
+
+    @property
+    def default_guidance(self) -> float:
+        """Classifier-free guidance where none is asked for: few-step models none, SDXL 5, others 7.5."""
+        if self.guidance_scale is not None:
+            return self.guidance_scale
+        return 1.0 if self.few_steps else 5.0 if self.unet.added is not None else 7.5
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ class Pipeline:
 
         width, height   pixels, multiples of the VAE's factor (8 as published); default: what the model was trained on
         steps           default 20 (few-step models: 4)
-        guidance_scale  classifier-free guidance; 1 and below: off. Default 7.5, SDXL 5, few-step models off
+        guidance_scale  classifier-free guidance; 1 and below: off. Default 7.5, SDXL 5, few-step models off, "tiny" 3
         sampler         such as "Euler a", "DPM++ 2M Karras" or a published class's name; default: the model's own
         schedule        "karras" or "automatic" (the model's own)
         seed            of the first picture; picture i has seed + i. Default: a random one
@@ -127,7 +136,7 @@ class Pipeline:
         width, height = self._size(width), self._size(height)
         steps = (4 if config.few_steps else 20) if steps is None else steps
         if guidance_scale is None:
-            guidance_scale = 1.0 if config.few_steps else 5.0 if config.unet.added is not None else 7.5
+            guidance_scale = config.default_guidance
         if not math.isfinite(guidance_scale):
             raise UsageError(f"guidance_scale must be a finite number, not {guidance_scale}")
         if num_images < 1:
