@@ -1,7 +1,7 @@
 """A native PyTorch Stable Diffusion stack. Imports are lazy: torch is loaded when the first function is used.
 
 import nativesd
-nativesd.generate("a hot dog on a blue background").save("hotdog.png")
+nativesd.generate("a strawberry on a yellow background").save("strawberry.png")
 """
 
 from __future__ import annotations
