@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +21,8 @@ from nativesd.pipeline import Pipeline, PipelineConfig
 from nativesd.sampling.schedule import SchedulerConfig
 from nativesd.text.tokenizer import DEFAULT, ClipTokenizer, pad_id, pad_token
 from nativesd.weights.checkpoint import fill
+from nativesd.weights.describe import OWN_FORM, unet_family
 from nativesd.weights.describe import prediction as prediction_of
-from nativesd.weights.describe import unet_family
 from nativesd.weights.folder import read_json
 from nativesd.weights.identify import Component, Identity, identify_all
 from nativesd.weights.keymap import KeyMap, load_tables
@@ -219,6 +220,12 @@ def describe(
             f"{path} is an EDM model (it has edm_mean, as Playground 2.5), which cannot be sampled here yet"
         )
     kind, _ = prediction_of(keys, family, variant)
+    if OWN_FORM in variant:
+        warnings.warn(
+            f"{path} is a UNet of no published form: its head counts are taken by the family's rule, as no header says "
+            f"them; load its folder, with config.json, where the pictures are wrong",
+            stacklevel=2,
+        )
     turbo = "denoiser.sigmas" in keys and family == "sd2"  # Stability's sgm export of SD-Turbo
     return Model(
         path=path,

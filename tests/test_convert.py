@@ -38,6 +38,8 @@ from nativesd.weights.header import read_header
 from nativesd.weights.keymap import load_table
 from oracles import draw, published_manifests, sparse
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* of no published form")
+
 WIDE = (Level(64, (1, 1), (1, 1, 1), 1), Level(128, (1, 1), (1, 1, 1), 2), Level(128, (None,) * 2, (None,) * 3, 2))
 NARROW = (Level(32, (1, 1), (1, 1, 1), 8), Level(64, (1, 1), (1, 1, 1), 8), Level(64, (None,) * 2, (None,) * 3, 8))
 XL = (Level(64, (None,) * 2, (None,) * 3, 1), Level(128, (1, 1), (1, 1, 1), 2), Level(128, (2, 2), (2, 2, 2), 2))
@@ -192,6 +194,13 @@ def test_parts_from_other_files(tmp_path: Path) -> None:
         nativesd.load(without, device="cpu")
     pipe = nativesd.load(without, device="cpu", vae=whole)
     assert torch.equal(pipe.vae.quant_conv.bias, tensors("sd1")["vae"]["quant_conv.bias"].float())
+
+
+def test_a_form_of_ones_own_is_loaded_with_a_warning(tmp_path: Path) -> None:
+    nativesd.convert("tiny", tmp_path / "tiny.safetensors", layout="ldm")
+    with pytest.warns(UserWarning, match="head counts"):
+        pipe = nativesd.load(tmp_path / "tiny.safetensors", device="cpu")
+    assert pipe("a fox", steps=1, seed=0).images[0].size == (256, 256)
 
 
 def test_metadata_is_kept_and_nothing_half_written_left(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def unet_config(parameters: Parameters, pooled: int = 1280) -> tuple[UNetConfig,
                 width,
                 down=down[i],
                 up=up[len(down) - 1 - i] if i >= len(down) - len(up) else (),
-                heads=max(width // 64, 1) if linear else 8,
+                heads=_heads(width, linear=linear),
             )
             for i, width in enumerate(widths)
         ),
@@ -149,6 +149,12 @@ def unet_config(parameters: Parameters, pooled: int = 1280) -> tuple[UNetConfig,
     if guidance:
         evidence.append(Evidence("guidance embedding", str(guidance), "time_embedding.cond_proj is there (LCM)"))
     return config, evidence
+
+
+def _heads(width: int, *, linear: bool) -> int:
+    """The family's head count for a width: 8 or width / 64, or the next lower number that divides it."""
+    rule = max(width // 64, 1) if linear else 8
+    return next(heads for heads in range(rule, 0, -1) if width % heads == 0)
 
 
 def _stages(parameters: Parameters, path: str) -> list[tuple[Depth, ...]]:
@@ -194,11 +200,14 @@ def unet_family(config: UNetConfig) -> tuple[str, str]:
         if ([(level.width, level.down, level.up) for level in preset.levels], preset.mid) == form
     }
     if not known:
-        variants.append("of its own form")
+        variants.append(OWN_FORM)
     elif "sd15" not in known and "sdxl" not in known and "refiner" not in known:
         variants.append(DISTILLED[next(iter(known))])
     return family, ", ".join(variant for variant in variants if variant)
 
+
+OWN_FORM = "of its own form"
+"""The variant of a UNet that is no published one."""
 
 DISTILLED = {
     "bk-sdm-base": "BK-SDM base", "bk-sdm-tiny": "BK-SDM tiny", "bk-sdm-v2-base": "BK-SDM base",
