@@ -281,3 +281,19 @@ def test_audit_of_what_the_hub_does_not_have(hub: str, tmp_path: Path, source: s
     done = hub_run(hub, tmp_path, source, command="audit")
     assert done.returncode == 4, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin", None])
+def test_a_safety_checker_is_ignored(folder: Path, weights: str | None) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "config.json").write_text("{}")
+    if weights is not None:
+        save_file({"special_care_embeds": torch.zeros(3, 8)}, folder / "safety_checker" / weights)
+    assert nativesd.load(folder, device="cpu").config.family == "sd2"
+    report = nativesd.audit(folder)
+    assert report.ok
+    ignored = {i.key for c in report.components for i in c.ignored}
+    assert ignored == ({"special_care_embeds"} if weights == "model.safetensors" else set())

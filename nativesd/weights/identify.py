@@ -35,7 +35,7 @@ from nativesd.weights.describe import (
 )
 from nativesd.weights.detect import Detection, Found, detect
 from nativesd.weights.keymap import BoundMap, KeyMap, Shape
-from nativesd.weights.source import Member
+from nativesd.weights.source import UNUSED, Member
 
 STATED = Evidence("configuration", "config.json", "stated beside the weights")
 
@@ -137,6 +137,9 @@ def identify_all(
     out: list[tuple[Member, Identity]] = []
     family = ""
     for member in sorted(members, key=lambda member: member.name != "unet"):
+        if member.name in UNUSED:
+            out.append((member, Identity(ignored=dict.fromkeys(member.tensors, UNUSED[member.name]))))
+            continue
         identity = identify(
             member.shapes, tables, config=member.config, name=member.name or None, family=family, believed=believed
         )

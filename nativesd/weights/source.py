@@ -83,6 +83,8 @@ def open_remote(source: str, *, revision: str | None = None) -> list[Member]:
     out = []
     for component in components(folder):
         chosen = weight_files(names, component, half=False)
+        if chosen is None and component in UNUSED:
+            continue
         if chosen is None:
             raise SourceError(f"{repo_id} has no safetensors weights in {component}/")
         files = chosen
@@ -121,8 +123,11 @@ def _folder(path: Path, *, half: bool) -> Iterator[Member]:
         yield _component_folder(path)
         return
     for name in components(path):
-        config = None if name in UNUSED else component_config(path / name / "config.json")
-        yield member(name, local_weights(path, name, half=half), config)
+        if name in UNUSED:  # of no use, so it may as well be absent, or a pickle
+            if files := sorted((path / name).glob("*.safetensors"))[:1]:
+                yield member(name, files)
+        else:
+            yield member(name, local_weights(path, name, half=half), component_config(path / name / "config.json"))
 
 
 def components(path: Path) -> list[str]:
