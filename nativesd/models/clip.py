@@ -38,20 +38,24 @@ class TextEncoder(nn.Module):
             nn.Linear(config.width, config.projection, bias=False) if config.projection is not None else None
         )
 
-    def forward(self, tokens: Tensor) -> TextOutput:
+    def forward(self, tokens: Tensor, *, embedded: Tensor | None = None, hidden: int | None = None) -> TextOutput:
         """(B, T) int64, T <= `config.length` -> `TextOutput`.
+
+        embedded  (B, T, width) in place of the tokens' embeddings, for textual inversion
+        hidden    the layer whose output is the context, in place of `config.hidden`
 
         Pooling takes the last layer at the first end-of-text token, which has the vocabulary's highest id (argmax, as
         in openai/CLIP `encode_text`), so it is right whatever the padding is.
         """
-        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
+        x = self.token_embedding(tokens) if embedded is None else embedded
+        x = x + self.position_embedding.weight[: tokens.shape[1]]
         states = []
         for layer in self.layers:
             x = layer(x)
             states.append(x)
         last = self.final_norm(x)
-        hidden = states[self.config.hidden]
+        context = states[self.config.hidden if hidden is None else hidden]
         if self.config.hidden_norm:
-            hidden = last if hidden is x else self.final_norm(hidden)
+            context = last if context is x else self.final_norm(context)
         pooled = last[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)]
-        return TextOutput(hidden, pooled if self.text_projection is None else self.text_projection(pooled))
+        return TextOutput(context, pooled if self.text_projection is None else self.text_projection(pooled))

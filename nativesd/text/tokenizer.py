@@ -22,7 +22,7 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class ClipTokenizer:
-    """Prompts to token ids: begin, the text, end, then padding, `length` in all; what is longer is cut off.
+    """Prompts to token ids: begin, the text, end, then padding, `length` in all.
 
     `pad` is 49407 (end of text) for SD1.x and SDXL's first encoder, 0 ("!") for SD2.x and OpenCLIP bigG.
     """
@@ -33,6 +33,7 @@ class ClipTokenizer:
         self.end = self._special("<|endoftext|>", folder)
         self.pad = pad
         self.length = length
+        self.comma: int | None = self._tokenizer.token_to_id(",</w>")
 
     def _special(self, token: str, folder: Path) -> int:
         number = self._tokenizer.token_to_id(token)
@@ -44,13 +45,19 @@ class ClipTokenizer:
         """The ids of the text alone."""
         return list(self._tokenizer.encode(prompt, add_special_tokens=False).ids)
 
+    def spans(self, text: str) -> list[tuple[int, str]]:
+        """The ids of the text, each with its characters; the ids that one character is made of all have it."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return [(number, text[start:end]) for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def row(self, tokens: Sequence[int]) -> list[int]:
+        """At most `length - 2` ids, with begin, end and padding around them: `length` in all."""
+        row = [self.begin, *tokens, self.end]
+        return row + [self.pad] * (self.length - len(row))
+
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """One row of `length` ids per prompt."""
-        rows = []
-        for prompt in prompts:
-            row = [self.begin, *self.tokens(prompt)[: self.length - 2], self.end]
-            rows.append(row + [self.pad] * (self.length - len(row)))
-        return rows
+        """One row of `length` ids per prompt; what does not fit is cut off."""
+        return [self.row(self.tokens(prompt)[: self.length - 2]) for prompt in prompts]
 
 
 def pad_token(encoder: TextEncoderConfig) -> int:

@@ -1,0 +1,150 @@
+"""Prompts to what the UNet takes: chunks through the text encoders, weighted, side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nativesd.config import TextEncoderConfig
+from nativesd.errors import SourceError, UsageError
+from nativesd.text.embedding import Embedding
+from nativesd.text.prompt import NO_EMBEDDINGS, Chunk, parse_prompt, split_chunks
+from nativesd.text.tokenizer import ClipTokenizer
+
+NO_MEAN = 1e-4
+"""A mean below this part of the root mean square is rounding; that of the embedded model's is 0.01 and more."""
+
+
+class EncoderOutput(Protocol):
+    """What a text encoder returns."""
+
+    @property
+    def hidden(self) -> Tensor:
+        """The context (B, T, width)."""
+
+    @property
+    def pooled(self) -> Tensor:
+        """The end-of-text embedding (B, P)."""
+
+
+class Encoder(Protocol):
+    """A text encoder, as `nativesd.models.clip.TextEncoder`."""
+
+    config: TextEncoderConfig
+    token_embedding: nn.Embedding
+
+    def __call__(self, tokens: Tensor, *, embedded: Tensor | None = None, hidden: int | None = None) -> EncoderOutput:
+        """(B, T) int64; what the others mean is said there."""
+
+
+def encode_prompts(
+    prompts: Sequence[str],
+    encoders: Sequence[Encoder],
+    tokenizers: Sequence[ClipTokenizer],
+    *,
+    literal: bool = False,
+    clip_skip: int | None = None,
+    embeddings: Mapping[str, Embedding] = NO_EMBEDDINGS,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Context (B, 77 n, C), the encoders' states side by side, and the last encoder's pooled embedding (B, P).
+
+    literal     take the prompts as they stand, without any syntax
+    clip_skip   the layer whose states are the context, counted from the end: see `hidden_layer`
+    embeddings  the textual inversions that the prompts can name
+
+    Chunks are encoded on their own and joined along T; pooled is the first chunk's, unweighted. Raises UsageError for
+    syntax that is not supported, a layer that is not there, and embeddings that do not fit the encoders.
+    """
+    layers = [hidden_layer(encoder.config, clip_skip) for encoder in encoders]
+    parsed = [parse_prompt(prompt, literal=literal, embeddings=embeddings) for prompt in prompts]
+    chunks = [[split_chunks(parts, tokenizer) for parts in parsed] for tokenizer in tokenizers]
+    counts = [[len(of_prompt) for of_prompt in of_tokenizer] for of_tokenizer in chunks]
+    if any(other != counts[0] for other in counts):
+        raise SourceError("the model's tokenizers disagree on a prompt's length, so its text encodings do not match")
+    widths = [encoder.config.width for encoder in encoders]
+    states = []
+    for i, (encoder, tokenizer, layer) in enumerate(zip(encoders, tokenizers, layers, strict=True)):
+        rows = [chunk for of_prompt in chunks[i] for chunk in of_prompt]
+        tokens = torch.tensor([tokenizer.row([token.id for token in chunk.tokens]) for chunk in rows], device=device)
+        output = encoder(tokens, embedded=_embedded(encoder, tokens, rows, widths, i), hidden=layer)
+        states.append(_weigh(output.hidden, rows))
+    hidden = torch.cat(states, dim=-1)  # (rows, T, C)
+    starts = [0, *accumulate(counts[0])][:-1]
+    return _join(hidden, counts[0]), output.pooled[starts]
+
+
+def hidden_layer(config: TextEncoderConfig, clip_skip: int | None) -> int | None:
+    """The index, from the end, into an encoder's layers that `clip_skip` means; None: as the model was trained.
+
+    1 is the last layer of the published encoder, 2 the penultimate, as in A1111 and ComfyUI (diffusers counts one less
+    for SD1.x and two less for SDXL). Whether the final norm is applied does not change. SD2.x was trained with the
+    penultimate layer, and its files end with that. Raises UsageError for a layer that is not there.
+    """
+    if clip_skip is None:
+        return None
+    openclip = config.activation != "quick_gelu"
+    left_out = 1 if openclip and config.hidden == -1 else 0
+    if clip_skip == left_out == 1:
+        raise UsageError(
+            "clip_skip=1 is the last layer, which SD2.x's published text encoder lacks: its files end with the "
+            "penultimate one, so pass 2 or more"
+        )
+    deepest = config.layers + left_out
+    if not 1 <= clip_skip <= deepest:
+        raise UsageError(f"clip_skip must be between {1 + left_out} and {deepest} for this model, not {clip_skip}")
+    return left_out - clip_skip
+
+
+def _embedded(
+    encoder: Encoder, tokens: Tensor, rows: Sequence[Chunk], widths: Sequence[int], which: int
+) -> Tensor | None:
+    """The token embeddings (B, T, width) with textual inversions in their places; None where the rows have none."""
+    learnt = [
+        (row, column, token.embedding.fit(widths)[which][token.index])
+        for row, chunk in enumerate(rows)
+        for column, token in enumerate(chunk.tokens, start=1)  # behind the begin token
+        if token.embedding is not None
+    ]
+    if not learnt:
+        return None
+    embedded: Tensor = encoder.token_embedding(tokens)
+    at_rows, at_columns, vectors = zip(*learnt, strict=True)
+    embedded[list(at_rows), list(at_columns)] = torch.stack(vectors).to(embedded)
+    return embedded
+
+
+def _weigh(hidden: Tensor, rows: Sequence[Chunk]) -> Tensor:
+    """States (B, T, C) times their tokens' weights, then scaled to the mean they had before.
+
+    The mean is over each chunk, so that a prompt's result does not depend on others in the batch. Source:
+    AUTOMATIC1111/stable-diffusion-webui modules/sd_emphasis.py, `EmphasisOriginal`.
+    """
+    if all(token.weight == 1 for chunk in rows for token in chunk.tokens):
+        return hidden
+    weights = torch.ones(hidden.shape[:2])
+    for row, chunk in zip(weights, rows, strict=True):
+        row[1 : 1 + len(chunk.tokens)] = torch.tensor([token.weight for token in chunk.tokens])
+    before = hidden.float()
+    after = before * weights[..., None].to(hidden.device)
+    old, new = (states.mean((1, 2), keepdim=True) for states in (before, after))
+    least = NO_MEAN * before.square().mean((1, 2), keepdim=True).sqrt()
+    scale = torch.where((old.abs() > least) & (new.abs() > least), old / new, 1.0)
+    return (after * scale).to(hidden.dtype)
+
+
+def _join(hidden: Tensor, counts: Sequence[int]) -> Tensor:
+    """States (rows, T, C) of all chunks, `counts` of them for each prompt -> (prompts, n T, C), n common to all.
+
+    Cross-attention is a mean over the context's tokens, weighted by a softmax. A context that is repeated k times has
+    every token k times with a k-th of the weight, so the result is the same, and n is the least common multiple.
+    Padding with other tokens would draw attention to them.
+    """
+    common = math.lcm(*counts)
+    contexts = [chunks.flatten(0, 1) for chunks in torch.split(hidden, list(counts))]  # (k, T, C) -> (k T, C)
+    return torch.stack([c.repeat(common // count, 1) for c, count in zip(contexts, counts, strict=True)])
