@@ -18,16 +18,31 @@ if TYPE_CHECKING:
     from nativesd.auditing import diff as diff
     from nativesd.converting import convert as convert
     from nativesd.loading import load as load
+    from nativesd.pipeline import Hires as Hires
     from nativesd.pipeline import Pipeline as Pipeline
+    from nativesd.pipeline import options_from as options_from
     from nativesd.result import Result as Result
 
 _LAZY = {
     "audit": "nativesd.auditing", "diff": "nativesd.auditing", "convert": "nativesd.converting",
-    "load": "nativesd.loading", "Pipeline": "nativesd.pipeline", "Result": "nativesd.result",
+    "load": "nativesd.loading", "Hires": "nativesd.pipeline", "Pipeline": "nativesd.pipeline",
+    "options_from": "nativesd.pipeline", "Result": "nativesd.result",
 }  # fmt: skip
-__all__ = ["NativesdError", "Pipeline", "Result", "__version__", "audit", "convert", "diff", "generate", "load"]
+__all__ = [
+    "Hires",
+    "NativesdError",
+    "Pipeline",
+    "Result",
+    "__version__",
+    "audit",
+    "convert",
+    "diff",
+    "generate",
+    "load",
+    "options_from",
+]
 
-LOAD_OPTIONS = ("device", "dtype", "prediction", "unet", "vae", "text_encoders", "maps")
+LOAD_OPTIONS = ("device", "dtype", "prediction", "unet", "vae", "text_encoders", "preview", "offload", "maps")
 
 
 def generate(prompt: str | Sequence[str], model: str = "tiny", **options: Any) -> Result:

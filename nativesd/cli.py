@@ -44,44 +44,166 @@ def main() -> None:
     """A native PyTorch Stable Diffusion stack."""
 
 
+class Border(click.ParamType[tuple[int, int, int, int]]):
+    """LEFT,TOP,RIGHT,BOTTOM in pixels."""
+
+    name = "L,T,R,B"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int, int, int]:
+        """Parse, or fail with exit code 2."""
+        sides = [side.strip() for side in str(value).split(",")]
+        if len(sides) != 4 or not all(side.isdecimal() for side in sides):
+            self.fail(f"{value!r} is not left,top,right,bottom in pixels, such as 0,0,128,0", param, ctx)
+        left, top, right, bottom = map(int, sides)
+        return left, top, right, bottom
+
+
+MODEL_HELP = "'tiny' (embedded), a folder, a file, or a hub id"
+
+
 @main.command()
-@click.argument("prompt")
-@click.option("--model", default="tiny", show_default=True, help="'tiny' (embedded), a folder, a file, or a hub id.")
+@click.argument("prompt", required=False)
+@click.option("--from", "picture", metavar="PICTURE", help="Repeat a picture by its parameters; options override them.")
+@click.option("--model", help=f"{MODEL_HELP} [default: tiny].")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Picture to write [default: nativesd-SEED.png].")
 @click.option("--steps", type=int, help="Sampling steps [default: 20; few-step models 4].")
 @click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1 is off [default: the model family's].")
 @click.option("--seed", type=int, help="Seed of the first picture [default: random].")
-@click.option("--sampler", help='Such as "Euler a" or "DPM++ 2M Karras" [default: the model\'s own].')
-@click.option("--schedule", help="karras or automatic [default: the model's own].")
-@click.option("--size", type=Size(), help="Pixels, such as 512x768 [default: the model's].")
-@click.option("--negative-prompt", default="", help="What the picture should not show.")
-@click.option("--num-images", type=int, default=1, show_default=True, help="Pictures, with seeds counting up.")
+@click.option("--sampler", help='Such as "DPM++ 2M Karras": see nativesd samplers [default: the model\'s own].')
+@click.option("--schedule", help="Such as karras or ays: see nativesd samplers [default: the model's own].")
+@click.option("--size", type=Size(), help="Pixels, such as 512x768 [default: the model's, or the image's].")
+@click.option("--negative-prompt", help="What the picture should not show.")
+@click.option("--num-images", type=int, help="Pictures, with seeds counting up [default: 1].")
+@click.option("--image", type=click.Path(), help="Picture to begin from: image-to-image, inpainting, edits.")
+@click.option("--mask", type=click.Path(), help="White where --image is painted anew.")
+@click.option("--strength", type=float, help="How much of --image is given up, 0 to 1 [default: 0.8; with a mask 1].")
+@click.option("--resize", type=click.Choice(["resize", "crop", "fill"]), help="How --image comes to --size.")
+@click.option("--outpaint", type=Border(), help="Pixels to add to --image, such as 0,0,128,0.")
+@click.option("--mask-blur", type=int, help="Pixels over which a repainted part fades in [default: 4].")
+@click.option("--image-guidance-scale", type=float, help="How much an instruct-pix2pix model keeps [default: 1.5].")
+@click.option("--hires", type=float, help='Second pass at so many times the size ("hires fix").')
+@click.option("--hires-strength", type=float, help="How much the second pass repaints [default: 0.7].")
+@click.option("--hires-steps", type=int, help="Steps of the second pass [default: the same].")
+@click.option("--hires-upscaler", type=click.Choice(["latent", "lanczos"]), help="[default: latent]")
+@click.option("--refiner", help="SDXL refiner for the last steps: a folder, a file, or a hub id.")
+@click.option("--refiner-at", type=float, help="How far on the refiner takes over [default: 0.8].")
+@click.option("--guidance-rescale", type=float, help="0 to 1, against strong guidance's contrast [default: 0].")
+@click.option("--eta", type=float, help="0 to 1, the noise that a sampler adds again [default: the sampler's].")
+@click.option("--clip-skip", type=int, help="Layer of the text encoder from the end; 1 is the last.")
+@click.option("--literal", is_flag=True, default=None, help="Take the prompts as they stand: no weights, no BREAK.")
+@click.option("--noise", type=click.Choice(["cpu", "cuda"]), help="Whose: the CPU's, or an NVIDIA card's (A1111).")
+@click.option("--embedding", "embeddings", type=click.Path(), multiple=True, help="Textual inversion; repeatable.")
+@click.option("--preview", type=click.Path(path_type=Path), help="Picture file to show the state in, at every step.")
 @click.option("--device", help="cpu, cuda, cuda:1, ... [default: cuda where there is one].")
 @click.option("--dtype", help="float16, bfloat16 or float32 [default: float16 on CUDA, else float32].")
 @click.option("--prediction", help="epsilon, v or sample, where the model says it wrong or not at all.")
 @click.option("--unet", type=click.Path(), help="File or folder of a UNet to use instead of the model's.")
-@click.option("--vae", type=click.Path(), help="File or folder of a VAE to use instead of the model's.")
+@click.option("--vae", type=click.Path(), help="File or folder of a VAE to use instead of the model's, or taesd.")
 @click.option("--text-encoder", "text_encoders", type=click.Path(), multiple=True, help="The same; repeatable.")
+@click.option("--offload", is_flag=True, default=None, help="Keep what is not in use in main memory.")
 @click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
-def generate(output: Path | None, model: str, size: tuple[int, int] | None, **options: Any) -> None:
+@click.option("-v", "--verbose", is_flag=True, help="Say what was chosen without being told, and from what.")
+def generate(
+    prompt: str | None,
+    picture: str | None,
+    output: Path | None,
+    size: tuple[int, int] | None,
+    preview: Path | None,
+    embeddings: Sequence[str],
+    verbose: bool,
+    **given: Any,
+) -> None:
     """Make pictures of PROMPT; prints the path of each."""
     from tqdm import tqdm
 
     import nativesd
-    from nativesd.pipeline import Step
+    from nativesd.diffusion import Step
+    from nativesd.pipeline import Hires
 
-    width, height = size or (None, None)
-    loading = {name: options.pop(name) for name in nativesd.LOAD_OPTIONS}
-    pipeline = nativesd.load(model, **loading)
+    options = {name: value for name, value in given.items() if value not in (None, ())}
+    if size is not None:
+        options["width"], options["height"] = size
+    if prompt is not None:
+        options["prompt"] = prompt
+    passes = {name.removeprefix("hires_"): options.pop(name) for name in list(options) if name.startswith("hires_")}
+    if passes and "hires" not in options:
+        raise click.UsageError("the options of the second pass need --hires")
+    if "hires" in options:
+        options["hires"] = Hires(options["hires"], **passes)
+    if picture is not None:
+        repeated, unheeded = nativesd.options_from(picture)
+        if unheeded:
+            click.echo(f"nativesd: {picture}: not repeated: {', '.join(unheeded)}", err=True)
+        model = repeated.pop("model", None)
+        if "model" not in options and model not in (None, "tiny"):
+            raise click.UsageError(f"{picture} was made with the model {model}: pass it with --model")
+        options = {**repeated, **options}
+    if "prompt" not in options:
+        raise click.UsageError("pass a prompt, or a picture to repeat with --from")
+    loading = {name: options.pop(name) for name in nativesd.LOAD_OPTIONS if name in options}
+    pipeline = nativesd.load(options.pop("model", "tiny"), **loading)
+    for embedding in embeddings:
+        pipeline.load_embedding(embedding)
+    if "refiner" in options:
+        options["refiner"] = nativesd.load(options["refiner"], **{**loading, "unet": None, "vae": None})
     with tqdm(file=sys.stderr, unit="step", leave=False, disable=None) as bar:
 
         def on_step(step: Step) -> None:
             bar.total = step.total
             bar.update()
+            if preview is not None:
+                step.preview().save(preview)
 
-        result = pipeline(width=width, height=height, on_step=on_step, **options)
+        result = pipeline(on_step=on_step, **options)
+    for note in result.parameters["notes"]:
+        click.echo(f"nativesd: {note}", err=True)
+    if verbose:
+        for what, reason in result.parameters["inferred"].items():
+            click.echo(f"{what}: {reason}", err=True)
     for path in result.save(output or Path(f"nativesd-{result.seeds[0]}.png")):
         click.echo(path)
+
+
+@main.command()
+def samplers() -> None:
+    """List the samplers and schedules, with the names they are known by and their sources."""
+    from rich.table import Table
+
+    from nativesd.sampling.table import SAMPLERS, SCHEDULES
+
+    table = Table("sampler", "also", "order", "noise", "calls", "source", box=None, pad_edge=False)
+    for each in SAMPLERS:
+        names = ", ".join(filter(None, (each.published, *each.aliases)))
+        noise = "" if not each.noisy else "Brownian" if each.brownian else "every step"
+        table.add_row(each.name, names, str(each.order), noise, str(each.evaluations), each.source)
+    schedules = Table("schedule", "also", "source", box=None, pad_edge=False)
+    for schedule in SCHEDULES:
+        schedules.add_row(schedule.name, ", ".join(schedule.aliases), schedule.source)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    console.print()
+    console.print(schedules)
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("--literal", is_flag=True, help="Take the prompt as it stands: no weights, no BREAK.")
+@click.option("--embedding", "embeddings", type=click.Path(), multiple=True, help="Textual inversion; repeatable.")
+def tokens(prompt: str, literal: bool, embeddings: Sequence[str]) -> None:
+    """Show the tokens of PROMPT, their weights, and where its chunks break."""
+    from nativesd.text.embedding import read_embedding
+    from nativesd.text.prompt import explain_tokens
+    from nativesd.text.tokenizer import END_OF_TEXT, ClipTokenizer
+
+    known = {embedding.name: embedding for embedding in map(read_embedding, embeddings)}
+    chunks = explain_tokens(prompt, ClipTokenizer(pad=END_OF_TEXT), literal=literal, embeddings=known)
+    for number, chunk in enumerate(chunks, 1):
+        click.echo(f"chunk {number} of {len(chunks)}: {len(chunk.tokens)} of 75 tokens")
+        for token in chunk.tokens:
+            weight = "" if token.weight == 1 else f"  x {token.weight:g}"
+            click.echo(f"  {token.id:>5}  {token.text}{weight}")
 
 
 SOURCE_HELP = "a safetensors file, a model folder, a hub id, or org/name/file.safetensors on the hub"

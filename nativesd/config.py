@@ -177,6 +177,8 @@ class TinyVAEConfig:
     decoder: tuple[int, ...] = (3, 3, 3, 1)
     latent_channels: int = 4
     image_channels: int = 3
+    scaling: float = 1.0
+    """Its latents are those of the diffusion."""
 
     @property
     def factor(self) -> int:

@@ -13,11 +13,13 @@ import torch
 
 from nativesd.build import build
 from nativesd.config import Prediction, TextEncoderConfig, UNetConfig, VAEConfig
+from nativesd.diffusion import PipelineConfig
 from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.models.clip import TextEncoder
+from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
-from nativesd.pipeline import Pipeline, PipelineConfig
+from nativesd.pipeline import Pipeline
 from nativesd.sampling.schedule import SchedulerConfig
 from nativesd.text.tokenizer import DEFAULT, ClipTokenizer, pad_id, pad_token
 from nativesd.weights.checkpoint import fill
@@ -30,6 +32,7 @@ from nativesd.weights.published import picture_size, scheduler_json
 from nativesd.weights.source import Member, open_source
 
 TINY = Path(__file__).parent / "tiny"
+LAST_TIMESTEP = 999.0
 TINY_GUIDANCE = 3.0  # at 7.5 the embedded model's colours are over-saturated: backgrounds are right in 93 %, not 100 %
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DTYPES = {
@@ -46,6 +49,8 @@ class Model:
     family: str
     parts: Mapping[str, tuple[Member, Component]]
     scheduler: Mapping[str, Any]
+    prediction_known: bool
+    """Whether the source says what the UNet predicts; two forms of SD2.x have the same tensors."""
     size: int
     """Side, in latent cells, of the pictures the UNet was trained on."""
     zero_empty_negative: bool
@@ -56,7 +61,7 @@ class Model:
         config = component.config
         family = unet_family(config)[0] if isinstance(config, UNetConfig) else ""
         size = picture_size(family, "epsilon", config) if isinstance(config, UNetConfig) else 64
-        return cls(path, family, {name: (member, component)}, {}, size, zero_empty_negative=False)
+        return cls(path, family, {name: (member, component)}, {}, False, size, zero_empty_negative=False)
 
     @property
     def text_encoders(self) -> list[str]:
@@ -73,6 +78,8 @@ def load(
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     text_encoders: Sequence[str | Path] = (),
+    preview: str | Path | None = None,
+    offload: bool = False,
     maps: str | Path | None = None,
 ) -> Pipeline:
     """Load a model.
@@ -82,8 +89,10 @@ def load(
     device         default: cuda where there is one, else cpu
     dtype          float16, bfloat16 or float32; default float16 on CUDA, float32 elsewhere
     prediction     "epsilon", "v" or "sample", where the source says it wrong or not at all
-    unet, vae      files or folders with these components, instead of the source's
+    unet, vae      files or folders with these components, instead of the source's; vae="taesd" is the family's TAESD
     text_encoders  the same for the text encoders; which is which is read off them
+    preview        a TAESD ("taesd", or a file or folder) for the previews of `on_step`
+    offload        keep the modules in main memory, and each on the device only while it is used
     maps           a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
 
     With all files local no request is made. Raises SourceError and WeightsError for what cannot be read or does not
@@ -98,22 +107,28 @@ def load(
     model = describe(
         locate(source, half=half), tables, unet=unet, others=[*([vae] if vae else []), *text_encoders], half=half
     )
-    scheduler = SchedulerConfig.from_published(model.scheduler)
-    if prediction is not None:
-        scheduler = replace(scheduler, prediction=prediction)
+    home = torch.device("cpu") if offload else place
 
-    def make(name: str, dtype: torch.dtype) -> Any:
-        member, component = model.parts[name]
+    def make(member: Member, component: Component, dtype: torch.dtype) -> Any:
         module = build(component.config) if component.config is not None else None
         assert module is not None  # `describe` takes components with a module only
-        fill(module, member, component, device=place, dtype=dtype)
+        fill(module, member, component, device=home, dtype=dtype)
         return module.eval()
 
-    unet_module: UNet = make("unet", kind)
+    unet_module: UNet = make(*model.parts["unet"], kind)
     vae_config = model.parts["vae"][1].config
     upcast = isinstance(vae_config, VAEConfig) and vae_config.force_upcast and kind == torch.float16
-    vae_module: VAE = make("vae", torch.float32 if upcast else kind)
-    encoders: tuple[TextEncoder, ...] = tuple(make(name, kind) for name in model.text_encoders)
+    vae_module: VAE | TinyVAE = make(*model.parts["vae"], torch.float32 if upcast else kind)
+    encoders: tuple[TextEncoder, ...] = tuple(make(*model.parts[name], kind) for name in model.text_encoders)
+    previewer = None
+    if preview is not None:
+        (member,) = open_source(taesd(model.family) if preview == "taesd" else preview)
+        previewer = make(member, identify_known(Path(preview), [member], tables)[0][1].components[0], kind)
+        if not isinstance(previewer, TinyVAE):
+            raise SourceError(f"{preview} is not a TAESD, so it makes no previews")
+    name = Path(unet or source).stem if unet or Path(source).is_file() else ""
+    scheduler, steps, inferred = settle_scheduler(model, unet_module, prediction, name)
+    embedded = model.path == TINY
     config = PipelineConfig(
         name=Path(source).stem if Path(source).is_file() else Path(source).name,
         family=model.family,
@@ -122,15 +137,92 @@ def load(
         text_encoders=tuple(encoder.config for encoder in encoders),
         scheduler=scheduler,
         prediction=scheduler.prediction,
-        size=model.size * vae_module.config.factor,
+        size=picture_side(model, scheduler.prediction) * vae_module.config.factor,
         zero_empty_negative=model.zero_empty_negative,
-        guidance_scale=TINY_GUIDANCE if model.path == TINY else None,
+        guidance_scale=TINY_GUIDANCE if embedded else None,
+        steps=steps,
+        inferred=inferred,
     )
     tokenizers = tuple(
         _tokenizer(model.path, name, encoder.config)
         for name, encoder in zip(model.text_encoders, encoders, strict=True)
     )
-    return Pipeline(config, unet_module, vae_module, encoders, tokenizers, place, kind)
+    return Pipeline(
+        config, unet_module, vae_module, encoders, tokenizers, place, kind, offload=offload, previewer=previewer
+    )
+
+
+FEW_STEPS = {"turbo": 4, "lightning": 4, "hyper": 8, "lcm": 4}
+"""Distilled models by a word in their names, and how many steps they are made for where the name does not say."""
+
+
+def settle_scheduler(
+    model: Model, unet: UNet, prediction: Prediction | None, name: str
+) -> tuple[SchedulerConfig, int | None, dict[str, str]]:
+    """The scheduler of a model, its own number of steps, and what was inferred, each with the reason.
+
+    `name` is that of the file with the UNet, or empty where a published folder states its scheduler.
+    """
+    inferred: dict[str, str] = {}
+    scheduler = SchedulerConfig.from_published(model.scheduler)
+    if model.family in ("sd1", "sd2") and scheduler.steps_offset != 1:
+        # as diffusers' StableDiffusionPipeline: the published models were all sampled from timestep 1 on
+        inferred["steps_offset"] = f"1, as all Stable Diffusion models, not {scheduler.steps_offset}"
+        scheduler = replace(scheduler, steps_offset=1)
+    if prediction is not None:
+        scheduler = replace(scheduler, prediction=prediction)
+    elif not model.prediction_known and model.family == "sd2":
+        found, share = probe_prediction(unet)
+        scheduler = replace(scheduler, prediction=found)
+        inferred["prediction"] = f"{found}, as the UNet answers pure noise with {share:.0%} of that noise"
+    elif not model.prediction_known:
+        inferred["prediction"] = f"{scheduler.prediction}, as nothing in the file says otherwise"
+    steps = None
+    words = [word for word in FEW_STEPS if word in name.lower()]
+    if words:
+        stated = re.search(r"(\d+)[-_ ]?steps?", name.lower())
+        steps = int(stated[1]) if stated else FEW_STEPS[words[0]]
+        distilled = "LCMScheduler" if words[0] == "lcm" else "EulerDiscreteScheduler"
+        if words[0] == "turbo":
+            distilled = "EulerAncestralDiscreteScheduler"
+        scheduler = replace(scheduler, class_name=distilled, spacing="trailing", set_alpha_to_one=True)
+        inferred["scheduler"] = f"{distilled} with trailing steps, as the file's name says {words[0]}"
+        inferred["steps"] = f"{steps}, as the file's name says {stated[0] if stated else words[0]}"
+        if "x0" in name.lower() and prediction is None:
+            scheduler = replace(scheduler, prediction="sample")
+            inferred["prediction"] = "sample, as the file's name says x0"
+    return scheduler, steps, inferred
+
+
+@torch.inference_mode()
+def probe_prediction(unet: UNet) -> tuple[Prediction, float]:
+    """What a UNet predicts, epsilon or v, by its answer to noise at the last timestep; and the noise's share in it.
+
+    There the noise is nearly all there is: to predict it is to repeat the input, while the velocity is the clean
+    latents, negative, and only 7 % of the noise (alpha is 0.0047).
+    """
+    config, weight = unet.config, unet.conv_in.weight
+    noise = torch.randn(1, config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0)).to(weight)
+    context = torch.zeros(1, 77, config.context).to(weight)
+    answer = unet(noise, LAST_TIMESTEP, context).float()
+    share = float((answer * noise[:, : config.out_channels]).mean() / noise[:, : config.out_channels].square().mean())
+    return ("epsilon" if share > 0.5 else "v"), share
+
+
+def picture_side(model: Model, prediction: Prediction) -> int:
+    """Side, in latent cells, of the pictures that the UNet was trained on."""
+    config = model.parts["unet"][1].config
+    if model.prediction_known or not isinstance(config, UNetConfig):
+        return model.size
+    return picture_size(model.family, prediction, config)
+
+
+def taesd(family: str) -> Path:
+    """The published TAESD of a family, from the cache or the hub. Raises NetworkError."""
+    from nativesd.weights.hub import fetch_file
+
+    name = "madebyollin/taesdxl" if family in ("sdxl", "refiner") else "madebyollin/taesd"
+    return fetch_file(name, "diffusion_pytorch_model.safetensors")
 
 
 def locate(source: str | Path, *, half: bool) -> Path:
@@ -179,9 +271,12 @@ def describe(
     members = [] if unet is None else open_source(unet, half=half)
     members += open_source(path, half=half)
     for other in others:
-        members += open_source(other, half=half)
+        members += open_source(other, half=half) if other != "taesd" else []
     parts: dict[str, tuple[Member, Component]] = {}
     identities = identify_known(path, members, tables)
+    if "taesd" in others:  # which one, the family decides
+        family = next((identity.family for _, identity in identities if identity.family), "")
+        identities += identify_known(path, open_source(taesd(family)), tables)
     for member, identity in identities:
         for component in identity.components:
             if component.config is not None and not (component.name == "unet" and "unet" in parts):
@@ -192,6 +287,8 @@ def describe(
     config = parts["unet"][1].config
     assert isinstance(config, UNetConfig)
     family, variant = unet_family(config)
+    if "tiny_vae" in parts:
+        parts["vae"] = parts["tiny_vae"]
     wanted = ["vae", *ENCODERS.get(family, ["text_encoder"])]
     if lacking := [name for name in wanted if name not in parts]:
         raise SourceError(
@@ -211,6 +308,7 @@ def describe(
             family=family,
             parts=parts,
             scheduler=read_json(path / "scheduler" / "scheduler_config.json"),
+            prediction_known=True,
             size=size if isinstance(size, int) else 128 if config.added is not None else 64,
             zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", family == "sdxl")),
         )
@@ -219,7 +317,7 @@ def describe(
         raise SourceError(
             f"{path} is an EDM model (it has edm_mean, as Playground 2.5), which cannot be sampled here yet"
         )
-    kind, _ = prediction_of(keys, family, variant)
+    kind, evidence = prediction_of(keys, family, variant)
     if OWN_FORM in variant:
         warnings.warn(
             f"{path} is a UNet of no published form: its head counts are taken by the family's rule, as no header says "
@@ -232,6 +330,7 @@ def describe(
         family=family,
         parts=parts,
         scheduler=scheduler_json(family, kind, turbo=turbo, zero_snr="ztsnr" in keys),
+        prediction_known=evidence.determined or turbo,
         size=picture_size(family, kind, config),
         zero_empty_negative=family == "sdxl",
     )

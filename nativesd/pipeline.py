@@ -1,107 +1,90 @@
-"""From a prompt to pictures: encode, denoise, decode."""
+"""From a prompt, and maybe a picture, to pictures: what a call can ask for, checked and put together."""
 
 from __future__ import annotations
 
 import math
 import secrets
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from nativesd.config import Prediction, TextEncoderConfig, UNetConfig, VAEConfig
-from nativesd.errors import NativesdError, UsageError
-from nativesd.models.clip import TextEncoder
-from nativesd.models.unet import UNet
-from nativesd.models.vae import VAE
+from nativesd import images
+from nativesd.denoiser import Guidance
+from nativesd.diffusion import EDITING, INPAINTING, PLAIN, Diffusion, Job, Start, Step
+from nativesd.errors import UsageError
+from nativesd.images import ImageSource
+from nativesd.infotext import generation_options, parse_infotext, read_infotext
 from nativesd.result import Result
-from nativesd.sampling.samplers import Sampler, find_sampler
-from nativesd.sampling.schedule import Schedule, SchedulerConfig, make_schedule
-from nativesd.text.tokenizer import ClipTokenizer
+from nativesd.sampling.noise import NoiseKind
+from nativesd.sampling.schedule import Kind
+from nativesd.sampling.table import Choice, find_sampler, find_schedule
+from nativesd.text.embedding import read_embedding
 
-# sgm inference/api.py (SamplingParams): the refiner's aesthetic scores for the prompt and the negative prompt
-AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-
-
-@dataclass(frozen=True)
-class PipelineConfig:
-    """Everything about a loaded model that is not a tensor."""
-
-    name: str
-    family: str
-    """sd1, sd2, sdxl or refiner"""
-    unet: UNetConfig
-    vae: VAEConfig
-    text_encoders: tuple[TextEncoderConfig, ...]
-    scheduler: SchedulerConfig
-    prediction: Prediction
-    size: int
-    """Default side of a picture, in pixels."""
-    zero_empty_negative: bool
-    """SDXL's force_zeros_for_empty_prompt: without a negative prompt its embeddings are zeros."""
-    guidance_scale: float | None = None
-    """The model's own default; None: the family's."""
-
-    @property
-    def few_steps(self) -> bool:
-        """A distilled model (turbo): published with trailing spacing on an Euler scheduler; guidance is off."""
-        return self.scheduler.spacing == "trailing" and self.scheduler.class_name.startswith("Euler")
-
-    @property
-    def default_guidance(self) -> float:
-        """Classifier-free guidance where none is asked for: few-step models none, SDXL 5, others 7.5."""
-        if self.guidance_scale is not None:
-            return self.guidance_scale
-        return 1.0 if self.few_steps else 5.0 if self.unet.added is not None else 7.5
+Upscaler = Literal["latent", "lanczos"]
+STRENGTH = 0.8  # of image-to-image where none is asked for, as in diffusers
 
 
 @dataclass(frozen=True)
-class Step:
-    """What `on_step` receives, once for every step, after the model has answered.
+class Hires:
+    """A second pass at `scale` times the size ("hires fix"): `strength` of the noise, over `steps` (None: the same).
 
-    `latents` (B, C, h, w) are the sampler's, noise included, at `sigma`; `denoised` the clean latents it predicts.
+    upscaler  "latent" (bilinear, on the latents) or "lanczos" (on the decoded pictures)
     """
 
-    index: int
-    total: int
-    sigma: float
-    latents: Tensor
-    denoised: Tensor
+    scale: float = 2.0
+    strength: float = 0.7
+    steps: int | None = None
+    upscaler: Upscaler = "latent"
+
+    def fields(self) -> dict[str, Any]:
+        """In the words of a picture's parameters."""
+        steps = {} if self.steps is None else {"steps": self.steps}
+        return {"upscale": self.scale, "strength": self.strength, "upscaler": self.upscaler.title(), **steps}
+
+
+def options_from(picture: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """The options that make a picture again, out of its own parameters, and the fields among these that are not heeded.
+
+    `model` among the options is a name, not a path. Raises SourceError for a picture without parameters, UsageError
+    for a value that cannot be.
+    """
+    info = parse_infotext(read_infotext(picture))
+    options, unheeded = generation_options(info)
+    options |= {"prompt": info.prompt, "negative_prompt": info.negative_prompt}
+    hires: Any = options.pop("hires", None)
+    if hires is not None:
+        if "upscale" not in hires:
+            sides = [hires.get(name, 0) / options[name] for name in ("width", "height") if options.get(name)]
+            hires["upscale"] = max(sides, default=1.0)
+        names = {upscaler: upscaler for upscaler in get_args(Upscaler)}
+        upscaler = names.get(str(hires.get("upscaler", "latent")).lower())
+        if upscaler is None:
+            unheeded.append(f"Hires upscaler {hires['upscaler']}")
+        options["hires"] = Hires(
+            hires["upscale"], hires.get("strength", Hires.strength), hires.get("steps") or None, upscaler or "latent"
+        )
+    return options, unheeded
 
 
 @dataclass(frozen=True)
-class Conditioning:
-    """What the UNet is told: context (B, T, C), and SDXL's pooled embedding (B, P) and time ids (B, n)."""
+class Inputs:
+    """The size of the pictures to make, and the picture and mask to begin from, brought to it; `notes` say how."""
 
-    context: Tensor
-    pooled: Tensor | None = None
-    time_ids: Tensor | None = None
-
-    def __add__(self, other: Conditioning) -> Conditioning:
-        """Both, one after the other along the batch."""
-
-        def join(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            return None if a is None or b is None else torch.cat([a, b])
-
-        context = torch.cat([self.context, other.context])
-        return Conditioning(context, join(self.pooled, other.pooled), join(self.time_ids, other.time_ids))
+    width: int
+    height: int
+    picture: Image.Image | None = None
+    mask: Image.Image | None = None
+    notes: tuple[str, ...] = ()
 
 
-@dataclass
-class Pipeline:
-    """A loaded model. The modules are bare: the VAE's scaling factor is applied here."""
-
-    config: PipelineConfig
-    unet: UNet
-    vae: VAE
-    text_encoders: tuple[TextEncoder, ...]
-    tokenizers: tuple[ClipTokenizer, ...]
-    device: torch.device
-    dtype: torch.dtype
-    _warned: set[str] = field(default_factory=set, repr=False)
+class Pipeline(Diffusion):
+    """A loaded model that makes pictures when it is called. See `Diffusion` for what it consists of."""
 
     @torch.inference_mode()
     def __call__(
@@ -117,209 +100,230 @@ class Pipeline:
         schedule: str | None = None,
         seed: int | None = None,
         num_images: int = 1,
+        image: ImageSource | None = None,
+        mask: ImageSource | None = None,
+        strength: float | None = None,
+        image_guidance_scale: float = 1.5,
+        resize: images.Fit = "resize",
+        outpaint: tuple[int, int, int, int] | None = None,
+        mask_blur: int = 4,
+        hires: Hires | float | None = None,
+        refiner: Diffusion | None = None,
+        refiner_at: float = 0.8,
+        guidance_rescale: float = 0.0,
+        eta: float | None = None,
+        clip_skip: int | None = None,
+        literal: bool = False,
+        noise: NoiseKind = "cpu",
         on_step: Callable[[Step], None] | None = None,
     ) -> Result:
         """Make pictures of `prompt`, or of each of several.
 
-        width, height   pixels, multiples of the VAE's factor (8 as published); default: what the model was trained on
+        width, height   pixels, multiples of the VAE's factor (8 as published); default: the size of `image`, else what
+                        the model was trained on
         steps           default 20 (few-step models: 4)
         guidance_scale  classifier-free guidance; 1 and below: off. Default 7.5, SDXL 5, few-step models off, "tiny" 3
         sampler         such as "Euler a", "DPM++ 2M Karras" or a published class's name; default: the model's own
-        schedule        "karras" or "automatic" (the model's own)
+        schedule        such as "karras"; default: the model's own. `nativesd samplers` lists both
         seed            of the first picture; picture i has seed + i. Default: a random one
         num_images      pictures of each prompt; all are made as one batch
+        image           a picture to begin from (PIL, array, path): image-to-image, inpainting, an edit for an
+                        instruct-pix2pix model
+        mask            white where `image` is painted anew
+        strength        how much of `image` is given up, 0 to 1. Default 0.8; with a mask or an outpainted border 1
+        image_guidance_scale  how much an instruct-pix2pix model keeps to `image`
+        resize          how `image` comes to another size: "resize", "crop" (the middle) or "fill" (a border)
+        outpaint        pixels to add to `image` on the left, top, right and bottom
+        mask_blur       pixels over which the repainted part fades into the picture
+        hires           a second pass at a larger size: a `Hires`, or its scale
+        refiner         an SDXL refiner, which takes the last steps, from `refiner_at` of the way on
+        guidance_rescale  0 to 1: against the contrast of strong guidance (for zero-terminal-SNR models 0.7)
+        eta             0 to 1: how much noise a sampler adds again; default: the sampler's own
+        clip_skip       layers of the text encoder from the end, 1 is the last; default: as the model was trained
+        literal         take the prompts as they stand: no weights, no BREAK
+        noise           "cpu", as diffusers, or "cuda": what an NVIDIA card would draw, as A1111
         on_step         called with a `Step` at every step
 
         Raises UsageError for an option that cannot be.
         """
         config = self.config
-        width, height = self._size(width), self._size(height)
-        steps = (4 if config.few_steps else 20) if steps is None else steps
-        if guidance_scale is None:
-            guidance_scale = config.default_guidance
-        if not math.isfinite(guidance_scale):
-            raise UsageError(f"guidance_scale must be a finite number, not {guidance_scale}")
-        if num_images < 1:
-            raise UsageError(f"num_images must be at least 1, not {num_images}")
-        if config.unet.in_channels != config.vae.latent_channels:
-            raise UsageError(
-                f"{config.name} takes {config.unet.in_channels} input channels (inpainting or an edited picture), "
-                f"which a prompt alone does not give"
-            )
-        chosen, karras = self._sampler(sampler, schedule)
-        plan = make_schedule(config.scheduler, chosen.rule, steps, karras=karras)
+        inferred = dict(config.inferred)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UsageError("there is no prompt: pass a text, or several")
+        if num_images < 1:
+            raise UsageError(f"num_images must be at least 1, not {num_images}")
+        if noise not in get_args(NoiseKind):
+            raise UsageError(f"noise must be {' or '.join(get_args(NoiseKind))}, not {noise!r}")
+        for name, number, top in (
+            ("guidance_rescale", guidance_rescale, 1), ("eta", eta, 1), ("strength", strength, 1),
+            ("refiner_at", refiner_at, 1), ("guidance_scale", guidance_scale, math.inf),
+            ("image_guidance_scale", image_guidance_scale, math.inf),
+        ):  # fmt: skip
+            if number is not None and not (math.isfinite(number) and 0 <= number <= top):
+                raise UsageError(f"{name} must be between 0 and 1, not {number}" if top == 1 else f"{name} must be a "
+                                 f"finite number of at least 0, not {number}")  # fmt: skip
         seed = secrets.randbits(32) if seed is None else seed
         seeds = [seed + i for i in range(num_images * len(prompts))]
         if not 0 <= seeds[0] <= seeds[-1] < 1 << 64:
             raise UsageError(f"seeds must be between 0 and 2^64 - 1, not {seed}")
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
-        conditioning, guided = self._conditioning(prompts, negative_prompt, guidance_scale, width, height, num_images)
-        shape = (config.vae.latent_channels, height // config.vae.factor, width // config.vae.factor)
+        if steps is None:
+            steps = config.default_steps
+            inferred.setdefault("steps", f"{steps}, the default of {'few-step ' if config.few_steps else ''}models")
+        if guidance_scale is None:
+            guidance_scale = config.default_guidance
+            inferred.setdefault("guidance_scale", f"{guidance_scale:g}, the default of such models")
+        choice, kind = self._choose(sampler, schedule)
+        if sampler is None:
+            inferred.setdefault("sampler", f"{choice.sampler.name}, for the model's {config.scheduler.class_name}")
 
-        def noise() -> Tensor:
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
-
-        denoise = self._denoiser(plan, conditioning, guidance_scale, guided, on_step)
-        sigmas = plan.sigmas.tolist()
-        latents = chosen.run(denoise, noise() * plan.start, sigmas, noise, config.prediction)
-        latents = latents / math.hypot(1, sigmas[-1])  # a last sigma above zero leaves variance to take out
-        return Result(
-            images=self.decode(latents),
+        inputs = self._inputs(image, mask, outpaint, width, height, resize, mask_blur)
+        size = (inputs.width, inputs.height)
+        if isinstance(hires, float | int):
+            hires = Hires(hires)
+        job = Job(
+            prompts=prompts,
+            count=num_images,
+            negative=negative_prompt,
+            literal=literal,
+            clip_skip=clip_skip,
             seeds=seeds,
-            latents=latents,
-            parameters={
-                "prompt": prompt if isinstance(prompt, str) else [p for p in prompts for _ in range(num_images)],
-                "negative_prompt": negative_prompt,
-                "steps": steps,
-                "sampler": chosen.name,
-                "schedule": "karras" if karras else "automatic",
-                "guidance_scale": guidance_scale,
-                "seed": seed,
-                "width": width,
-                "height": height,
-                "model": config.name,
-            },
+            noise=noise,
+            guidance=Guidance(guidance_scale, guidance_rescale, image_guidance_scale, self.sequential),
+            choice=choice,
+            kind=kind,
+            eta=eta,
+            refiner=refiner,
+            refiner_at=refiner_at,
+            on_step=on_step,
         )
 
-    def encode_prompt(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Context (B, T, C), both encoders' side by side, and the last encoder's pooled embedding (B, P)."""
-        outputs = [
-            encoder(torch.tensor(tokenizer.encode(prompts), device=self.device))
-            for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True)
-        ]
-        return torch.cat([output.hidden for output in outputs], dim=-1), outputs[-1].pooled
+        start = None
+        if inputs.picture is not None:
+            if hires is not None:
+                raise UsageError("hires makes a picture larger that was made from a prompt: pass no image with it")
+            if strength is None:
+                strength = STRENGTH if inputs.mask is None else 1.0
+            start = Start(strength, images.to_tensor([inputs.picture]).to(self.device), mask=inputs.mask)
+        latents = self.run(job, steps, size, start)
+        if hires is not None:
+            latents = self._enlarge(job, steps, latents, hires)
+        pictures = self.decode(latents)
+        if inputs.picture is not None and inputs.mask is not None:
+            pictures = [images.paste(inputs.picture, picture, inputs.mask) for picture in pictures]
+        parameters = {
+            "prompt": prompt if isinstance(prompt, str) else [p for p in prompts for _ in range(num_images)],
+            "negative_prompt": negative_prompt,
+            "steps": steps,
+            "sampler": choice.sampler.name,
+            "schedule": kind,
+            "guidance_scale": guidance_scale,
+            "seed": seed,
+            "width": inputs.width,
+            "height": inputs.height,
+            "model": config.name,
+            "noise": noise,
+            "strength": strength if start is not None else None,
+            "guidance_rescale": guidance_rescale or None,
+            "eta": eta,
+            "clip_skip": clip_skip,
+            "literal": literal or None,
+            "mask_blur": None if inputs.mask is None else mask_blur,
+            "image_guidance_scale": image_guidance_scale if config.unet.in_channels == EDITING else None,
+            "hires": None if hires is None else hires.fields(),
+            "refiner": None if refiner is None else refiner.config.name,
+            "refiner_at": None if refiner is None else refiner_at,
+            "inferred": inferred,
+            "notes": list(inputs.notes),
+        }
+        return Result(
+            images=pictures,
+            seeds=seeds,
+            latents=latents,
+            parameters={name: value for name, value in parameters.items() if value is not None},
+        )
 
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures of scaled latents (B, C, h, w). Raises NativesdError where the VAE gives no finite picture."""
-        images = self.decode_tensor(latents)
-        array = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, 3, H, W) -> (B, H, W, 3)
-        return [Image.fromarray(picture) for picture in array]
+    def load_embedding(self, path: str | Path, name: str | None = None) -> str:
+        """Take in a textual inversion (.safetensors); returns the name that prompts call it by, the file's by default.
 
-    @torch.inference_mode()
-    def decode_tensor(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) to pixels (B, 3, H, W) in [0, 1], float32. Raises NativesdError."""
-        latents = latents / self.config.vae.scaling
-        images = self.vae.decode(latents.to(self.vae.quant_conv.weight.dtype)).float()
-        if not images.isfinite().all() and self.vae.quant_conv.weight.dtype != torch.float32:
-            warnings.warn("the VAE overflowed in half precision: it decodes in float32 from now on", stacklevel=2)
-            self.vae.float()
-            images = self.vae.decode(latents.float())
-        if not images.isfinite().all():
-            raise NativesdError(
-                f"{self.config.name}: the picture is not finite (NaN), so the model's weights are broken"
-            )
-        return (images / 2 + 0.5).clamp(0, 1)
+        Raises SourceError for what cannot be read, UsageError where it fits other text encoders.
+        """
+        embedding = read_embedding(path, name)
+        embedding.fit([encoder.config.width for encoder in self.text_encoders])
+        self.embeddings[embedding.name] = embedding
+        return embedding.name
 
-    def _size(self, pixels: int | None) -> int:
-        factor = self.config.vae.factor
-        if pixels is None:
-            return self.config.size
-        if pixels < factor or pixels % factor:
-            raise UsageError(
-                f"width and height must be positive multiples of {factor} pixels for this model, not {pixels}"
-            )
-        return pixels
-
-    def _sampler(self, name: str | None, schedule: str | None) -> tuple[Sampler, bool]:
-        """The sampler and whether its schedule is Karras': as asked for, else the model's own."""
+    def _choose(self, name: str | None, schedule: str | None) -> tuple[Choice, Kind]:
+        """The sampler and the schedule: as asked for, else the model's own."""
         own = self.config.scheduler
+        kind = None if schedule is None else find_schedule(schedule)
         try:
-            sampler, kind = find_sampler(name or own.class_name, schedule)
+            choice = find_sampler(name or own.class_name, schedule)
         except UsageError:
-            if name is not None or schedule is not None:
+            if name is not None:
                 raise
             raise UsageError(
                 f"{self.config.name} names the scheduler {own.class_name}, which is not supported: pass sampler="
             ) from None
-        return sampler, own.karras if kind is None else kind == "karras"
+        kind = choice.kind or kind or own.kind
+        return choice, own.kind if kind == "automatic" else kind
 
-    def _conditioning(
-        self, prompts: Sequence[str], negative: str, guidance_scale: float, width: int, height: int, count: int
-    ) -> tuple[Conditioning, bool]:
-        """The prompts' conditioning, `count` rows each; the negative one's before it where guidance is on."""
-        config = self.config
-        guided = guidance_scale > 1 and config.unet.guidance is None
-        context, pooled = self.encode_prompt([negative, *prompts] if guided else prompts)
-        if guided and config.zero_empty_negative and negative == "":
-            context[0], pooled[0] = 0, 0
-
-        total = count * len(prompts)
-
-        def rows(tensor: Tensor, negative: bool) -> Tensor:
-            return (
-                tensor[:1].expand(total, *tensor.shape[1:])
-                if negative
-                else tensor[-len(prompts) :].repeat_interleave(count, 0)
-            )
-
-        def side(score: float, *, negative: bool) -> Conditioning:
-            if config.unet.added is None:
-                return Conditioning(rows(context, negative))
-            tail = [score] if config.unet.added.ids == 5 else [height, width]
-            ids = torch.tensor([height, width, 0, 0, *tail], dtype=torch.float32, device=self.device)
-            return Conditioning(rows(context, negative), rows(pooled, negative), ids.expand(total, -1))
-
-        positive = side(AESTHETIC_SCORE, negative=False)
-        return (side(NEGATIVE_AESTHETIC_SCORE, negative=True) + positive if guided else positive), guided
-
-    def _denoiser(
+    def _inputs(
         self,
-        plan: Schedule,
-        conditioning: Conditioning,
-        guidance_scale: float,
-        guided: bool,
-        on_step: Callable[[Step], None] | None,
-    ) -> Callable[[Tensor, float], Tensor]:
-        """The function that samplers call: noisy latents and sigma to the predicted clean latents, both float32."""
-        total = len(plan.sigmas) - 1
-        steps_seen: set[int] = set()
-        index_of = {sigma: i for i, sigma in reversed(list(enumerate(plan.sigmas[:-1].tolist())))}
-        embedded_guidance = None
-        if self.config.unet.guidance is not None:
-            scale = guidance_embedding(guidance_scale, self.config.unet.guidance)
-            embedded_guidance = scale.expand(len(conditioning.context), -1).to(self.device)
+        image: ImageSource | None,
+        mask: ImageSource | None,
+        outpaint: tuple[int, int, int, int] | None,
+        width: int | None,
+        height: int | None,
+        resize: images.Fit,
+        mask_blur: int,
+    ) -> Inputs:
+        """The picture to begin from and its mask, brought to one size. Raises UsageError for what cannot be."""
+        factor, channels = self.config.vae.factor, self.config.unet.in_channels
+        for pixels in (width, height):
+            if pixels is not None and (pixels < factor or pixels % factor):
+                raise UsageError(
+                    f"width and height must be positive multiples of {factor} pixels for this model, not {pixels}"
+                )
+        if image is None:
+            if mask is not None or outpaint is not None:
+                raise UsageError(f"{'mask' if mask is not None else 'outpaint'} is for a picture: pass image= too")
+            if channels != PLAIN:
+                kind = {INPAINTING: "image= and mask= (inpainting)", EDITING: "image= (a picture to edit)"}
+                raise UsageError(
+                    f"{self.config.name} takes {channels} input channels: "
+                    f"{'pass ' + kind[channels] if channels in kind else 'such models are not supported'}"
+                )
+            return Inputs(width or self.config.size, height or self.config.size)
+        if channels not in (PLAIN, INPAINTING, EDITING):
+            raise UsageError(f"{self.config.name} takes {channels} input channels: such models are not supported")
+        if channels == INPAINTING and mask is None and outpaint is None:
+            raise UsageError(f"{self.config.name} is an inpainting model: pass mask= with image=")
+        if channels == EDITING and (mask is not None or outpaint is not None):
+            raise UsageError(f"{self.config.name} edits whole pictures by instruction: it takes no mask")
+        notes = []
+        picture, note = images.fit(images.read_image(image), width, height, resize, factor=factor)
+        notes += [note] if note else []
+        painted = None
+        if mask is not None:
+            painted = images.fit(images.read_mask(mask), picture.width, picture.height, resize, factor=factor).image
+        if outpaint is not None:
+            left, top, right, bottom = outpaint
+            picture, border, note = images.pad(picture, left, right, top, bottom, factor=factor)
+            notes.append(note)
+            painted = border if painted is None else images.add_border(painted, border, (left, right, top, bottom))
+        if painted is not None:
+            painted = images.blur(painted, mask_blur)
+        return Inputs(picture.width, picture.height, picture, painted, tuple(notes))
 
-        def denoise(x: Tensor, sigma: float) -> Tensor:
-            scaled = x / math.hypot(1, sigma)
-            inputs = torch.cat([scaled, scaled]) if guided else scaled
-            output: Tensor = self.unet(
-                inputs.to(self.dtype),
-                plan.timestep(sigma),
-                conditioning.context,
-                pooled=conditioning.pooled,
-                time_ids=conditioning.time_ids,
-                guidance=embedded_guidance,
-            ).float()
-            if guided:
-                negative, positive = output.chunk(2)
-                output = negative + guidance_scale * (positive - negative)
-            denoised = to_clean(output, x, sigma, self.config.prediction)
-            index = index_of.get(sigma)
-            if on_step is not None and index is not None and index not in steps_seen:
-                steps_seen.add(index)
-                on_step(Step(index, total, sigma, x, denoised))
-            return denoised
-
-        return denoise
-
-
-def to_clean(output: Tensor, x: Tensor, sigma: float, prediction: Prediction) -> Tensor:
-    """The clean latents that a UNet's output means at x = clean + sigma * noise (Karras et al. 2022, table 1)."""
-    match prediction:
-        case "epsilon":
-            return x - sigma * output
-        case "v":
-            return x / (1 + sigma**2) - output * (sigma / math.hypot(1, sigma))
-        case "sample":
-            return output
-
-
-def guidance_embedding(guidance_scale: float, width: int) -> Tensor:
-    """LCM's embedding (1, width) of the guidance scale, sines first (Luo et al. 2023, `w_embedding`)."""
-    half = width // 2
-    frequencies = torch.exp(torch.arange(half) * -(math.log(10000.0) / (half - 1)))
-    angles = (guidance_scale - 1) * 1000.0 * frequencies
-    return torch.cat([angles.sin(), angles.cos()])[None]
+    def _enlarge(self, job: Job, steps: int, latents: Tensor, hires: Hires) -> Tensor:
+        """The second pass: latents of the larger size."""
+        factor = self.config.vae.factor
+        cells = [max(1, round(side * hires.scale)) for side in latents.shape[2:]]
+        size = (cells[1] * factor, cells[0] * factor)
+        if hires.upscaler == "latent":
+            larger = F.interpolate(latents, size=cells, mode="bilinear")
+        else:
+            pictures = [picture.resize(size, Image.Resampling.LANCZOS) for picture in self.decode(latents)]
+            larger = self.encode_tensor(images.to_tensor(pictures))[0]
+        return self.run(job, hires.steps or steps, size, Start(hires.strength, latents=larger))

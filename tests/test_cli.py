@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from sd_parsers import ParserManager
 
 from nativesd import cli
@@ -145,3 +146,98 @@ def test_help_is_fast_and_does_not_import_torch(run: Run) -> None:
     code = "import sys, nativesd, nativesd.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert "generate" in run("--help").stdout
+
+
+def pixels(path: Path) -> bytes:
+    return Image.open(path).convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("options", [
+    ("--sampler", "Euler a", "--schedule", "karras", "--guidance-scale", "3.3"),
+    ("--sampler", "DPM++ 2M SDE", "--schedule", "exponential", "--noise", "cuda", "--negative-prompt", "(fog:1.2), a"),
+    ("--sampler", "DDIM", "--eta", "0.4", "--guidance-rescale", "0.7", "--literal"),
+    ("--sampler", "LCM", "--clip-skip", "2", "--size", "48x80"),
+    ("--hires", "1.5", "--hires-steps", "3", "--hires-strength", "0.55", "--hires-upscaler", "lanczos"),
+])  # fmt: skip
+def test_a_picture_is_repeated_from_its_parameters(run: Run, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """The pixels are the same, and another tool reads the same parameters."""
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    done = run("generate", "a (red:1.1) fox, on grass", "--steps", "4", "--seed", "7", "-o", str(first), *options)
+    assert done.returncode == 0, done.stderr
+    done = run("generate", "--from", str(first), "-o", str(second))
+    assert done.returncode == 0, done.stderr
+    assert pixels(first) == pixels(second)
+    parsed = [ParserManager().parse(path) for path in (first, second)]
+    assert parsed[0] is not None
+    assert parsed[1] is not None
+    assert parsed[0].samplers == parsed[1].samplers
+    other = tmp_path / "other.png"
+    assert run("generate", "--from", str(first), "--seed", "8", "-o", str(other)).returncode == 0
+    assert pixels(first) != pixels(other)
+
+
+def test_repeating_from_other_formats(run: Run, tmp_path: Path) -> None:
+    for suffix in (".jpg", ".webp"):
+        first, again = tmp_path / f"first{suffix}", tmp_path / "again.png"
+        assert run("generate", "a fox", "--steps", "2", "--seed", "7", "-o", str(first)).returncode == 0
+        assert run("generate", "--from", str(first), "-o", str(again)).returncode == 0
+        whole = tmp_path / "whole.png"
+        assert run("generate", "a fox", "--steps", "2", "--seed", "7", "-o", str(whole)).returncode == 0
+        assert pixels(again) == pixels(whole)
+
+
+def test_what_cannot_be_repeated_is_said(run: Run, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.png"
+    chunk = PngInfo()
+    chunk.add_text("parameters", "a fox\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64, ENSD: 31337")
+    Image.new("RGB", (8, 8)).save(foreign, pnginfo=chunk)
+    done = run("generate", "--from", str(foreign), "-o", str(tmp_path / "out.png"))
+    assert done.returncode == 0, done.stderr
+    assert "not repeated: ENSD" in done.stderr
+    assert "RNG: NV" in Image.open(tmp_path / "out.png").text["parameters"]  # type: ignore[attr-defined]
+    chunk = PngInfo()
+    chunk.add_text("parameters", "a fox\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64, Model: dream")
+    Image.new("RGB", (8, 8)).save(foreign, pnginfo=chunk)
+    done = run("generate", "--from", str(foreign))
+    assert done.returncode == 2
+    assert "was made with the model dream: pass it with --model" in done.stderr
+    plain = tmp_path / "plain.png"
+    Image.new("RGB", (8, 8)).save(plain)
+    assert run("generate", "--from", str(plain)).returncode == 3
+    assert run("generate").returncode == 2
+
+
+def test_images_previews_and_reasons(run: Run, tmp_path: Path) -> None:
+    first = tmp_path / "first.png"
+    assert run("generate", "a fox", "--steps", "4", "--seed", "7", "-o", str(first)).returncode == 0
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    mask.save(tmp_path / "mask.png")
+    preview = tmp_path / "preview.png"
+    done = run(
+        "generate", "a cactus", "--image", str(first), "--mask", "mask.png", "--steps", "4", "--seed", "1", "-v",
+        "--preview", str(preview), "-o", "second.png",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "guidance_scale: 3, " in done.stderr
+    assert "sampler: DDIM, for the model's DDIMScheduler" in done.stderr
+    assert Image.open(preview).size == (64, 64)
+    done = run("generate", "a fox", "--image", str(first), "--size", "32x64", "--steps", "4", "-o", "third.png")
+    assert "64x64 resized to 32x64" in done.stderr
+    assert run("generate", "a fox", "--hires-steps", "3").returncode == 2
+    assert run("generate", "a fox", "--image", str(first), "--outpaint", "1,2").returncode == 2
+
+
+def test_samplers_are_listed(run: Run) -> None:
+    done = run("samplers")
+    assert done.returncode == 0
+    for word in ("DPM++ 2M SDE", "UniPCMultistepScheduler", "Brownian", "align your steps", "arXiv 2206.00364"):
+        assert word in done.stdout
+
+
+def test_tokens_are_shown(run: Run) -> None:
+    done = run("tokens", "a (red:1.5) fox BREAK grass")
+    assert done.returncode == 0
+    assert "chunk 1 of 2: 3 of 75 tokens" in done.stdout
+    assert "736  red  x 1.5" in done.stdout
+    assert run("tokens", "a [b:c:0.5]").returncode == 2

@@ -14,19 +14,23 @@ import torch
 import transformers
 
 import nativesd
-from nativesd.pipeline import Step
+from nativesd.diffusion import Step
 from nativesd.text.tokenizer import DEFAULT
 
 TOLERANCE = 2e-3  # of full scale, before rounding to bytes
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 SCHEDULERS = {
-    "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
-    "PNDM": (diffusers.PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
+    "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False, "steps_offset": 1}),
+    "PNDM": (diffusers.PNDMScheduler, {"skip_prk_steps": True, "steps_offset": 1}),
     "Euler": (diffusers.EulerDiscreteScheduler, {"steps_offset": 1}),
     "Euler a": (diffusers.EulerAncestralDiscreteScheduler, {"steps_offset": 1}),
     "DPM++ 2M": (diffusers.DPMSolverMultistepScheduler, {"steps_offset": 1}),
     "DPM++ 2M Karras": (diffusers.DPMSolverMultistepScheduler, {"steps_offset": 1, "use_karras_sigmas": True}),
-    "Euler Karras": (diffusers.EulerDiscreteScheduler, {"steps_offset": 1, "use_karras_sigmas": True}),
+    # Karras sigmas that somebody asks for span the trained range, whatever spacing the model has of its own
+    "Euler Karras": (
+        diffusers.EulerDiscreteScheduler,
+        {"steps_offset": 1, "use_karras_sigmas": True, "timestep_spacing": "linspace"},
+    ),
 }
 FORMS = ("sd15", "sd21-base", "sd21-v", "sdxl")
 
@@ -77,7 +81,8 @@ def save_model(form: str, folder: Path) -> None:
         if sdxl
         else (SCHEDULERS["DDIM" if form == "sd21-v" else "PNDM"])
     )
-    scheduler = cls(**BETAS, **options, prediction_type=prediction)
+    ends = {} if sdxl else {"set_alpha_to_one": False}
+    scheduler = cls(**BETAS, **options, **ends, prediction_type=prediction)
     common = {"unet": unet, "vae": vae, "scheduler": scheduler, "text_encoder": text}
     pad = "!" if form.startswith("sd21") else "<|endoftext|>"
     if sdxl:

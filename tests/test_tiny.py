@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import nativesd
 import tiny_scenes as scenes
+from nativesd.loading import probe_prediction
+from nativesd.sampling.schedule import SchedulerConfig, alphas_cumprod
 
 PICTURES = 200
 PALETTE = np.array(list(scenes.BACKGROUNDS.values()), np.float32) / 255
@@ -72,6 +76,81 @@ def test_seeds_of_a_batch_are_those_of_single_pictures(pipe: nativesd.Pipeline) 
     assert (batch.latents[1] - alone.latents[0]).abs().max() < 1e-3 * alone.latents.abs().max()
     assert (alone.latents == again.latents).all()
     assert (batch.latents[0] - batch.latents[1]).abs().max() > 0.1
+
+
+def strawberry(pipe: nativesd.Pipeline) -> Image.Image:
+    return pipe("a strawberry on a yellow background", seed=3).images[0]
+
+
+def test_image_to_image_keeps_less_and_less(pipe: nativesd.Pipeline) -> None:
+    """The first changes little; the last has the asked background, the picture's own no more."""
+    first = np.asarray(strawberry(pipe), np.float32)
+    changes, backgrounds = [], []
+    for strength in (0.1, 0.5, 0.9):
+        result = pipe("a cactus on a blue background", image=strawberry(pipe), strength=strength, seed=5)
+        made = np.asarray(result.images[0], np.float32)
+        changes.append(np.abs(made - first).mean())
+        backgrounds.append(np.linalg.norm(PALETTE * 255 - np.median(made[:4].reshape(-1, 3), axis=0), axis=1).argmin())
+    names = list(scenes.BACKGROUNDS)
+    assert changes[0] < 15 < 50 < changes[1] < changes[2]
+    assert (names[backgrounds[0]], names[backgrounds[2]]) == ("yellow", "blue")
+
+
+def test_inpainting_follows_the_prompt_and_keeps_the_rest(pipe: nativesd.Pipeline) -> None:
+    """Half a picture on ten backgrounds: the other half stays, the seam's fade aside."""
+    first = strawberry(pipe)
+    mask = Image.new("L", first.size)
+    mask.paste(255, (0, 32, 64, 64))
+    right = 0
+    for index, colour in enumerate(scenes.BACKGROUNDS):
+        result = pipe(f"a strawberry on a {colour} background", image=first, mask=mask, seed=5)
+        made = np.asarray(result.images[0], np.float32)
+        assert np.abs(made[:16] - np.asarray(first, np.float32)[:16]).max() <= 2
+        corners = np.concatenate(
+            [made[-6:].reshape(-1, 3), made[48:, :4].reshape(-1, 3), made[48:, -4:].reshape(-1, 3)]
+        )
+        right += np.linalg.norm(PALETTE * 255 - np.median(corners, axis=0), axis=1).argmin() == index
+    print(f"\nrepainted in the asked colour: {right} of {len(PALETTE)}")
+    assert right >= 7
+
+
+def test_weights_move_the_background(pipe: nativesd.Pipeline) -> None:
+    """The more the colour word weighs, the nearer its colour is; no more than a little, as the embedded model reads
+    most of a prompt from the tokens after its end, which weights leave alone."""
+    distances = []
+    for weight in (0, 1, 1.5):
+        prompts = [f"a strawberry on a ({colour}:{weight}) background" for colour in scenes.BACKGROUNDS]
+        images = [np.asarray(image, np.float32) / 255 for image in pipe(prompts, seed=11, steps=10).images]
+        borders = np.stack([np.concatenate([image[0], image[-1]]).mean(axis=0) for image in images])
+        distances.append(np.linalg.norm(borders - PALETTE, axis=1).mean())
+    print(f"\ndistance from the asked colour at weights 0, 1, 1.5: {[round(float(d), 4) for d in distances]}")
+    assert distances[0] > distances[1] > distances[2]
+
+
+def test_noise_is_the_same_twice_and_in_a_batch(pipe: nativesd.Pipeline) -> None:
+    for sampler, kind in (("Euler a", "cpu"), ("DPM++ SDE", "cpu"), ("DPM++ 2M SDE", "cuda"), ("LCM", "cuda")):
+        options = {"steps": 4, "sampler": sampler, "noise": kind}
+        batch = pipe("a fox on a green background", seed=5, num_images=2, **options)  # type: ignore[arg-type]
+        alone = pipe("a fox on a green background", seed=6, **options)  # type: ignore[arg-type]
+        again = pipe("a fox on a green background", seed=6, **options)  # type: ignore[arg-type]
+        assert (alone.latents == again.latents).all()
+        assert (batch.latents[1] - alone.latents[0]).abs().max() < 1e-3 * alone.latents.abs().max()
+
+
+def test_what_a_unet_predicts_is_seen_in_its_answer(pipe: nativesd.Pipeline) -> None:
+    """The embedded model was trained for v; made to answer with the noise, it is taken for an epsilon model."""
+    assert probe_prediction(pipe.unet)[0] == "v"
+
+    class Epsilon(torch.nn.Module):
+        """epsilon = sqrt(alpha) v + sqrt(1 - alpha) x (Salimans & Ho 2022, appendix D)."""
+
+        config, conv_in = pipe.unet.config, pipe.unet.conv_in
+
+        def forward(self, x: torch.Tensor, timestep: float, context: torch.Tensor) -> torch.Tensor:
+            alpha = float(alphas_cumprod(SchedulerConfig())[int(timestep)])
+            return alpha**0.5 * pipe.unet(x, timestep, context) + (1 - alpha) ** 0.5 * x
+
+    assert probe_prediction(Epsilon())[0] == "epsilon"  # type: ignore[arg-type]
 
 
 def test_an_empty_prompt_is_the_unconditional_picture(pipe: nativesd.Pipeline) -> None:

@@ -126,11 +126,15 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latents of `images` (B, 3, H, W) in [-1, 1]; each (B, channels, H / f, W / f).
+        """Mean and log-variance of the latents of `images` (B, 3, H, W) in [-1, 1], each (B, channels, H / f, W / f)."""
+        return self.distribution(self.encoder(images))
+
+    def distribution(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, each (B, channels, h, w), of the encoder's output (B, 2 * channels, h, w).
 
         The log-variance is clamped to [-30, 20] (`DiagonalGaussianDistribution` of CompVis/latent-diffusion).
         """
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        mean, logvar = self.quant_conv(moments).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, latents: Tensor) -> Tensor:

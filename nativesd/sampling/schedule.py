@@ -5,6 +5,7 @@ Everything is in the variance-exploding form of Karras et al. 2022: x = latents 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -15,8 +16,17 @@ from torch import Tensor
 from nativesd.config import Prediction
 from nativesd.errors import SourceError, UsageError
 
-Spacing = Literal["leading", "trailing", "linspace"]
+Spacing = Literal["leading", "trailing", "linspace", "skipping"]
+"""The spacings of Lin et al. 2023, table 2, and LCM's, which skips through the distilled model's own steps."""
+
+Kind = Literal[
+    "automatic", "normal", "karras", "exponential", "sgm uniform", "simple", "beta", "align your steps", "trailing",
+    "leading", "linspace",
+]  # fmt: skip
+"""A schedule by name. "automatic" is the model's own."""
+
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+LARGEST_SIGMA_ALPHA = 2**-24  # in place of zero terminal SNR's alpha of 0 (EulerDiscreteScheduler of diffusers)
 
 
 @dataclass(frozen=True)
@@ -31,20 +41,36 @@ class SchedulerConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
+    trained_betas: tuple[float, ...] | None = None
     prediction: Prediction = "epsilon"
     spacing: Spacing | None = None
     """None: absent from the file, so each sampler's own default holds."""
     steps_offset: int = 1
     set_alpha_to_one: bool = False
     final_sigma_zero: bool = True
-    karras: bool = False
+    kind: Kind = "automatic"
+    """"karras", "exponential" or "beta" where the file asks for these."""
+    zero_snr: bool = False
+    """Betas rescaled so that the last timestep is noise alone (Lin et al. 2023, algorithm 1)."""
+    order: int = 2
+    solver: str | None = None
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    original_steps: int = 50
+    timestep_scaling: float = 10.0
 
     @classmethod
     def from_published(cls, data: Mapping[str, Any]) -> SchedulerConfig:
-        """Read scheduler_config.json; absent fields take the published classes' defaults. Raises SourceError."""
-        for name, allowed in _ONLY.items():
-            if data.get(name, allowed[0]) not in allowed:
-                raise SourceError(f"scheduler_config.json: {name} = {data[name]!r} is not supported")
+        """Read scheduler_config.json; absent fields take the published classes' defaults.
+
+        Raises SourceError for a value that is not supported; warns of a field that is not understood.
+        """
+        name = data.get("_class_name", "DDIMScheduler")
+        for field, allowed in _ONLY.items():
+            if data.get(field, allowed[0]) not in allowed:
+                raise SourceError(f"scheduler_config.json: {field} = {data[field]!r} is not supported")
+        if unknown := sorted(data.keys() - _READ - _ONLY.keys() - _HARMLESS):
+            warnings.warn(f"scheduler_config.json: not understood and not used: {', '.join(unknown)}", stacklevel=2)
         prediction = data.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
             raise SourceError(
@@ -55,38 +81,80 @@ class SchedulerConfig:
             raise SourceError(
                 f"scheduler_config.json: timestep_spacing = {spacing!r} is not leading, trailing or linspace"
             )
+        if name == "PNDMScheduler" and not data.get("skip_prk_steps", False):
+            raise SourceError("scheduler_config.json: PNDM with skip_prk_steps = false is not supported")
+        betas = data.get("trained_betas")
+        defaults = _DEFAULTS.get(name, {})
+        kinds = [kind for kind in ("karras", "exponential", "beta") if data.get(f"use_{kind}_sigmas")]
+        if len(kinds) > 1:
+            raise SourceError(f"scheduler_config.json asks for {' and '.join(kinds)} sigmas at once")
+        if (algorithm := data.get("algorithm_type")) is not None and algorithm != "dpmsolver++":
+            name = f"{name}[{algorithm}]"
         return cls(
-            class_name=data.get("_class_name", "DDIMScheduler"),
+            class_name=name,
             train_steps=data.get("num_train_timesteps", 1000),
-            beta_start=data.get("beta_start", 0.0001),
-            beta_end=data.get("beta_end", 0.02),
-            beta_schedule=data.get("beta_schedule", "linear"),
+            beta_start=data.get("beta_start", defaults.get("beta_start", 0.0001)),
+            beta_end=data.get("beta_end", defaults.get("beta_end", 0.02)),
+            beta_schedule=data.get("beta_schedule", defaults.get("beta_schedule", "linear")),
+            trained_betas=None if betas is None else tuple(betas),
             prediction=PREDICTIONS[prediction],
             spacing=cast("Spacing | None", spacing),
             steps_offset=data.get("steps_offset", 0),
-            set_alpha_to_one=data.get("set_alpha_to_one", False),
+            set_alpha_to_one=data.get("set_alpha_to_one", name != "PNDMScheduler"),
             final_sigma_zero=data.get("final_sigmas_type", "zero") == "zero",
-            karras=bool(data.get("use_karras_sigmas", False)),
+            kind=cast("Kind", kinds[0]) if kinds else "automatic",
+            zero_snr=bool(data.get("rescale_betas_zero_snr", False)),
+            order=data.get("solver_order", 2),
+            solver=data.get("solver_type"),
+            lower_order_final=data.get("lower_order_final", True),
+            euler_at_final=data.get("euler_at_final", False),
+            original_steps=data.get("original_inference_steps", 50),
+            timestep_scaling=data.get("timestep_scaling", 10.0),
         )
 
 
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+         "DPMSolverSDEScheduler"), _SD_BETAS),
+    **dict.fromkeys(("LCMScheduler", "TCDScheduler"), _SD_BETAS | {"beta_schedule": "scaled_linear"}),
+}  # fmt: skip
+"""Where a published class's defaults are not DDPM's."""
+
+_READ = {
+    "_class_name", "num_train_timesteps", "beta_start", "beta_end", "trained_betas", "prediction_type",
+    "timestep_spacing", "steps_offset", "set_alpha_to_one", "final_sigmas_type", "use_karras_sigmas",
+    "use_exponential_sigmas", "use_beta_sigmas", "rescale_betas_zero_snr", "lower_order_final", "euler_at_final",
+    "original_inference_steps", "timestep_scaling", "algorithm_type", "skip_prk_steps",
+}  # fmt: skip
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "beta_schedule": ("linear", "scaled_linear"),
-    "trained_betas": (None,),
+    "beta_schedule": ("scaled_linear", "linear"),
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
-    "rescale_betas_zero_snr": (False, None),
     "thresholding": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
     "use_lu_lambdas": (False, None),
     "use_flow_sigmas": (False, None),
+    "use_dynamic_shifting": (False, None),
     "final_sigmas_type": ("zero", "sigma_min"),
-    "algorithm_type": ("dpmsolver++",),
-    "solver_type": ("midpoint",),
-    "solver_order": (2,),
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+    "solver_type": ("midpoint", "heun", "bh1", "bh2"),
+    "solver_order": (2, 3),
+    "variance_type": ("fixed_small", "fixed_small_log", None),
+    "predict_x0": (True,),
+    "disable_corrector": ([],),
+    "solver_p": (None,),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "shift_terminal": (None,),
+    "noise_sampler_seed": (None,),
 }
 """Fields that would change the picture in a way this version does not know, with the values it does."""
+_HARMLESS = {
+    "_diffusers_version", "dynamic_thresholding_ratio", "sample_max_value", "clip_sample_range", "flow_shift",
+    "time_shift_type", "lambda_min_clipped",
+    "clip_sample",  # the published pipelines switch it off, whatever the file says
+}  # fmt: skip
 
 
 def alphas_cumprod(config: SchedulerConfig) -> Tensor:
@@ -95,11 +163,18 @@ def alphas_cumprod(config: SchedulerConfig) -> Tensor:
     "scaled_linear" is linear in the square root of beta (`make_beta_schedule` "linear" of CompVis/latent-diffusion).
     """
     start, end, steps = config.beta_start, config.beta_end, config.train_steps
-    if config.beta_schedule == "scaled_linear":
+    if config.trained_betas is not None:
+        betas = torch.tensor(config.trained_betas, dtype=torch.float64)
+    elif config.beta_schedule == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     else:
         betas = torch.linspace(start, end, steps, dtype=torch.float64)
-    return (1 - betas).cumprod(0)
+    alphas = (1 - betas).cumprod(0)
+    if config.zero_snr:
+        root = alphas.sqrt()
+        alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        alphas[-1] = LARGEST_SIGMA_ALPHA
+    return alphas
 
 
 def trained_sigmas(config: SchedulerConfig) -> Tensor:
@@ -114,42 +189,61 @@ class SamplerRule:
 
     spacing: Spacing
     """where the config does not say"""
-    whole_steps: bool
-    """timesteps are rounded to trained ones, those of Karras sigmas too"""
-    extra_step: bool
+    whole_steps: bool = False
+    """linspace's timesteps are rounded to trained ones; those of exponential and beta sigmas cut"""
+    whole_karras: bool = False
+    """the timesteps of Karras sigmas are rounded"""
+    extra_step: bool = False
     """linspace and leading divide the range by one step more (DPMSolverMultistepScheduler)"""
-    ends_at_trained: bool
-    """the last sigma is the smallest trained one unless set_alpha_to_one, instead of zero"""
-    unit_variance: bool
+    last: Literal["sigma", "alpha", "trained"] = "sigma"
+    """what decides if the last sigma is zero or the smallest trained: final_sigmas_type, set_alpha_to_one, nothing"""
+    unit_variance: bool = False
     """the start is sqrt(1 + sigma^2) * noise for every spacing; else sigma * noise unless leading"""
-    karras_full_range: bool
-    """Karras sigmas span the trained range, not the spaced one"""
+    full_range: bool = False
+    """Karras, exponential and beta sigmas span the trained range, not the spaced one"""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """One picture's steps: `timesteps` (n,) and `sigmas` (n + 1,), descending float64; x starts at `start` * noise."""
+    """One picture's steps: `timesteps` (n,) and `sigmas` (n + 1,), descending float64.
+
+    x starts at `start` * noise, and the latents are x / `end`, as x has that variance where the last sigma is not zero.
+    """
 
     timesteps: Tensor
     sigmas: Tensor
     start: float
-    log_sigmas: Tensor
+    end: float
+    trained: Tensor
+    """`trained_sigmas`"""
 
     def timestep(self, sigma: float) -> float:
         """The timestep of a sigma: the scheduled one, or between steps by interpolation of the trained log-sigmas."""
         index = (self.sigmas[:-1] == sigma).nonzero()
         if len(index):
             return float(self.timesteps[index[0, 0]])
-        return float(_timestep_of(torch.tensor([sigma], dtype=torch.float64), self.log_sigmas)[0])
+        return float(timestep_of(torch.tensor([sigma], dtype=torch.float64), self.trained)[0])
+
+    def part(self, first: int, last: int | None = None) -> Schedule:
+        """Steps `first` up to and without `last`; x starts wherever the step before it left it."""
+        end = len(self.timesteps) if last is None else last
+        return Schedule(self.timesteps[first:end], self.sigmas[first : end + 1], self.start, self.end, self.trained)
 
 
-def _timestep_of(sigmas: Tensor, log_sigmas: Tensor) -> Tensor:
+def timestep_of(sigmas: Tensor, trained: Tensor) -> Tensor:
     """Fractional timesteps of `sigmas`, linear in log sigma (k-diffusion `DiscreteSchedule.sigma_to_t`)."""
-    logs = sigmas.log()
+    logs, log_sigmas = sigmas.log(), trained.log()
     high = torch.searchsorted(log_sigmas, logs).clamp(1, len(log_sigmas) - 1)
     low = high - 1
     weight = ((logs - log_sigmas[low]) / (log_sigmas[high] - log_sigmas[low])).clamp(0, 1)
     return low + weight
+
+
+def _at(timesteps: Tensor, values: Tensor) -> Tensor:
+    """`values` of fractional timesteps, linearly."""
+    low = timesteps.floor().long()
+    high = (low + 1).clamp(max=len(values) - 1)
+    return values[low] + (timesteps - low) * (values[high] - values[low])
 
 
 def karras_sigmas(steps: int, smallest: float, largest: float, rho: float = 7.0) -> Tensor:
@@ -160,10 +254,42 @@ def karras_sigmas(steps: int, smallest: float, largest: float, rho: float = 7.0)
     return sigmas
 
 
-def spaced_timesteps(config: SchedulerConfig, rule: SamplerRule, steps: int) -> Tensor:
-    """Descending timesteps, (steps,) float64, in one of the spacings of Lin et al. 2023, table 2."""
+def exponential_sigmas(steps: int, smallest: float, largest: float) -> Tensor:
+    """`steps` sigmas from `largest` to `smallest`, even in their logarithm (k-diffusion `get_sigmas_exponential`)."""
+    ends = torch.tensor([largest, smallest], dtype=torch.float64).log()
+    return torch.linspace(float(ends[0]), float(ends[1]), steps, dtype=torch.float64).exp()
+
+
+def beta_sigmas(steps: int, smallest: float, largest: float, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
+    """`steps` sigmas between the two, at quantiles of the Beta distribution (Lee et al. 2024, arXiv 2407.12173).
+
+    In sigma, as A1111 and diffusers do it; ComfyUI takes the quantiles in timesteps. Raises UsageError without SciPy.
+    """
+    try:
+        from scipy.stats import beta as distribution
+    except ImportError as error:
+        raise UsageError("the beta schedule needs SciPy: pip install 'nativesd[samplers]'") from error
+    quantiles = torch.from_numpy(distribution.ppf(torch.linspace(1, 0, steps, dtype=torch.float64), alpha, beta))
+    return smallest + quantiles * (largest - smallest)
+
+
+# Align Your Steps (Sabour et al. 2024), the 10-step schedules of NVIDIA's quick-start guide
+_ALIGNED = {
+    False: (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),  # Stable Diffusion 1.5
+    True: (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),  # SDXL
+}
+
+
+def aligned_sigmas(steps: int, *, sdxl: bool) -> Tensor:
+    """Align Your Steps: `steps` sigmas, the published ten interpolated linearly in their logarithm."""
+    table = torch.tensor(_ALIGNED[sdxl], dtype=torch.float64).log()
+    positions = torch.linspace(0, len(table) - 1, steps + 1, dtype=torch.float64)
+    return _at(positions, table).exp()[:steps]
+
+
+def spaced_timesteps(config: SchedulerConfig, rule: SamplerRule, steps: int, spacing: Spacing) -> Tensor:
+    """Descending timesteps, (steps,) float64. Raises UsageError for more steps than a distilled model has."""
     total = config.train_steps
-    spacing = config.spacing or rule.spacing
     parts = steps + 1 if rule.extra_step else steps
     match spacing:
         case "leading":
@@ -174,30 +300,59 @@ def spaced_timesteps(config: SchedulerConfig, rule: SamplerRule, steps: int) -> 
                 ascending = ascending.round()
         case "trailing":
             return torch.arange(total, 0, -total / steps, dtype=torch.float64)[:steps].round() - 1
+        case "skipping":
+            own = torch.arange(config.original_steps, 0, -1) * (total // config.original_steps) - 1
+            if steps > len(own):
+                raise UsageError(f"this sampler has at most {len(own)} steps, not {steps}")
+            picks = torch.linspace(0, len(own), steps + 1, dtype=torch.float64)[:-1].floor().long()
+            return own[picks].double()
     return ascending.flip(0)[:steps].clamp(max=total - 1)
 
 
-def make_schedule(config: SchedulerConfig, rule: SamplerRule, steps: int, *, karras: bool) -> Schedule:
-    """The schedule of `steps` steps. Raises UsageError for a number of steps the trained range does not have."""
+def make_schedule(
+    config: SchedulerConfig, rule: SamplerRule, steps: int, kind: Kind = "automatic", *, sdxl: bool = False
+) -> Schedule:
+    """The schedule of `steps` steps. Raises UsageError for a number of steps the trained range does not have.
+
+    `sdxl` chooses between the two tables of Align Your Steps.
+    """
     if not 1 <= steps < config.train_steps:
         raise UsageError(f"steps must be between 1 and {config.train_steps - 1}, not {steps}")
     trained = trained_sigmas(config)
-    log_sigmas = trained.log()
-    timesteps = spaced_timesteps(config, rule, steps)
-    low = timesteps.floor().long()
-    high = (low + 1).clamp(max=len(trained) - 1)
-    sigmas = trained[low] + (timesteps - low) * (trained[high] - trained[low])
-    if karras:
-        ends = (trained[0], trained[-1]) if rule.karras_full_range else (sigmas[-1], sigmas[0])
-        sigmas = karras_sigmas(steps, float(ends[0]), float(ends[1]))
-        timesteps = _timestep_of(sigmas, log_sigmas)
-        if rule.whole_steps:
+    last_step = config.train_steps - 1
+    spacing = config.spacing if config.spacing and rule.spacing != "skipping" else rule.spacing
+    if kind in ("leading", "trailing", "linspace"):
+        spacing = kind
+    timesteps = spaced_timesteps(config, rule, steps, spacing)
+    sigmas = _at(timesteps, trained)
+    ends = (trained[0], trained[-1]) if rule.full_range or kind != config.kind else (sigmas[-1], sigmas[0])
+    smallest, largest = float(ends[0]), float(ends[1])
+    match kind:
+        case "karras":
+            sigmas = karras_sigmas(steps, smallest, largest)
+        case "exponential":
+            sigmas = exponential_sigmas(steps, smallest, largest)
+        case "beta":
+            sigmas = beta_sigmas(steps, smallest, largest)
+        case "normal" | "sgm uniform":  # evenly spaced timesteps, down to the first one or stopping before it
+            parts = steps if kind == "normal" else steps + 1
+            even = torch.linspace(last_step, 0, parts, dtype=torch.float64)[:steps]
+            sigmas = _at(even, trained.log()).exp()
+        case "simple":  # ComfyUI comfy/samplers.py `simple_scheduler`
+            picks = last_step - (torch.arange(steps, dtype=torch.float64) * config.train_steps / steps).long()
+            sigmas = trained[picks]
+        case "align your steps":
+            sigmas = aligned_sigmas(steps, sdxl=sdxl)
+    if kind not in ("automatic", "leading", "trailing", "linspace"):
+        timesteps = timestep_of(sigmas, trained)
+        if kind == "karras" and rule.whole_karras:
             timesteps = timesteps.round()
-    if rule.ends_at_trained:
-        last = 0.0 if config.set_alpha_to_one else float(trained[0])
-    else:
-        last = 0.0 if config.final_sigma_zero else float(trained[0])
+        elif kind in ("exponential", "beta") and rule.whole_steps:
+            timesteps = timesteps.floor()
+    zero = {"sigma": config.final_sigma_zero, "alpha": config.set_alpha_to_one, "trained": False}[rule.last]
+    own = kind in ("automatic", "leading", "trailing", "linspace", config.kind)
+    last = float(trained[0]) if own and not zero else 0.0
     first = float(sigmas[0])
-    leading = (config.spacing or rule.spacing) == "leading"
-    start = (1 + first**2) ** 0.5 if rule.unit_variance or leading else first
-    return Schedule(timesteps, torch.cat([sigmas, sigmas.new_tensor([last])]), start, log_sigmas)
+    start = (1 + first**2) ** 0.5 if rule.unit_variance or (own and spacing == "leading") else first
+    end = (1 + last**2) ** 0.5 if rule.unit_variance else 1.0
+    return Schedule(timesteps, torch.cat([sigmas, sigmas.new_tensor([last])]), start, end, trained)

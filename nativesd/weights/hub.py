@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    errors,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -54,6 +61,15 @@ def fetch(repo_id: str, *, half: bool) -> Path:
                     shard_index = json.loads(Path(hf_hub_download(repo_id, file)).read_text(encoding="utf-8"))
                     patterns += [f"{component}/{shard}" for shard in set(shard_index.get("weight_map", {}).values())]
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
+
+
+def fetch_file(repo_id: str, name: str) -> Path:
+    """The local path of one file of a repository; in the cache, no request is made. Raises NetworkError."""
+    cached = try_to_load_from_cache(repo_id, name)
+    if isinstance(cached, str):
+        return Path(cached)
+    with hub_errors(repo_id):
+        return Path(hf_hub_download(repo_id, name))
 
 
 def fetch_configs(repo_id: str, *, revision: str | None = None) -> Path:

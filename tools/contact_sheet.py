@@ -1,0 +1,60 @@
+"""Everyday pictures of the embedded model on one sheet, to be looked at.
+
+    python tools/contact_sheet.py sheet.png
+
+Rows: image-to-image at strength 0.1, 0.5 and 0.9 behind its input; the lower half repainted on ten backgrounds; the
+colour word weighted 0, 0.5, 1, 1.5 and 2; outpainting and a second pass; every sampler, with its own steps and Karras.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from PIL import Image
+
+import nativesd
+import tiny_scenes as scenes
+from nativesd.sampling.table import SAMPLERS
+
+GAP = 4
+PROMPT = "a strawberry on a yellow background"
+
+
+def rows() -> list[list[Image.Image]]:
+    """The pictures, row by row."""
+    pipe = nativesd.load(device="cpu")
+
+    def one(prompt: str, **options: object) -> Image.Image:
+        return pipe(prompt, **{"seed": 3, **options}).images[0]  # type: ignore[arg-type]
+
+    first = one(PROMPT)
+    mask = Image.new("L", first.size)
+    mask.paste(255, (0, first.height // 2, *first.size))
+    return [
+        [first, *(one("a cactus on a blue background", image=first, strength=s) for s in (0.1, 0.5, 0.9))],
+        [one(f"a strawberry on a {c} background", image=first, mask=mask) for c in scenes.BACKGROUNDS],
+        [one(f"a strawberry on a (blue:{weight}) background") for weight in (0, 0.5, 1, 1.5, 2)],
+        [one(PROMPT, image=first, outpaint=(0, 0, 32, 0)), one(PROMPT, hires=nativesd.Hires(1.5, strength=0.5))],
+        [one(PROMPT, sampler=sampler.name) for sampler in SAMPLERS],
+        [one(PROMPT, sampler=sampler.name, schedule="karras") for sampler in SAMPLERS],
+    ]
+
+
+def main() -> None:
+    """Write the sheet to the path on the command line."""
+    pictures = rows()
+    width = max(sum(picture.width + GAP for picture in row) for row in pictures)
+    heights = [max(picture.height for picture in row) + GAP for row in pictures]
+    sheet = Image.new("RGB", (width, sum(heights)), "white")
+    y = 0
+    for row, height in zip(pictures, heights, strict=True):
+        x = 0
+        for picture in row:
+            sheet.paste(picture, (x, y))
+            x += picture.width + GAP
+        y += height
+    sheet.save(sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()
