@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -203,6 +206,7 @@ class Diffusion:
         Noise is drawn as diffusers' pipelines draw it: for the encoded picture, the start, the masked picture, steps.
         """
         config, factor = self.config, self.config.vae.factor
+        job = self._within_memory(job, size)
         plan = make_schedule(
             config.scheduler, job.choice.sampler.rule, steps, job.kind, sdxl=config.unet.added is not None
         )
@@ -240,7 +244,7 @@ class Diffusion:
     def _draw(self, pixels: Tensor, source: NoiseSource, job: Job) -> Tensor:
         """Latents (B, C, h, w) of a picture (1, 3, H, W), drawn for every seed; A1111's noise is not spent on that."""
         mean, std = self.encode_tensor(pixels)
-        if job.noise == "cuda":
+        if job.noise == "cuda" or isinstance(self.vae, TinyVAE):
             return mean.expand(len(job.seeds), -1, -1, -1)
         return mean + std * source.draw(mean.shape[1:]).to(self.device)
 
@@ -333,9 +337,25 @@ class Diffusion:
     def _room(self, side: tuple[int, int], batch: int) -> dict[str, Any]:
         """How the VAE is to work on `batch` pictures of a size, height and width, in the memory there is."""
         needed = autoencoder.decode_bytes(self.config.vae, *side, dtype=next(self.vae.parameters()).dtype, batch=1)
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        free = free_bytes(self.device)
         tile = autoencoder.tile_size(self.tile, *side, needed=needed, free=free)
         return {"tile": tile, "slicing": self.slicing or (free is not None and needed * batch > free)}
+
+    def _within_memory(self, job: Job, size: tuple[int, int]) -> Job:
+        """The job, with guidance one by one where the memory asks for it; warns where a step cannot fit."""
+        free, factor, config = free_bytes(self.device), self.config.vae.factor, self.config.unet
+        sides = 2 if job.guidance.scale > 1 and config.guidance is None else 1
+        needed = unet_bytes(config, len(job.seeds), size[1] // factor, size[0] // factor, self.dtype)
+        if free is None or needed * sides <= free:
+            return job
+        if needed > free:
+            width, height = size
+            warnings.warn(
+                f"{len(job.seeds)} pictures of {width}x{height} may not fit: a step takes about {needed / 1e9:.1f} GB "
+                f"beside the weights, and {free / 1e9:.1f} GB are free; make fewer at a time, or smaller ones",
+                stacklevel=2,
+            )
+        return replace(job, guidance=replace(job.guidance, sequential=True))
 
     @contextmanager
     def _visiting(self, *modules: nn.Module) -> Iterator[None]:
@@ -350,6 +370,28 @@ class Diffusion:
         finally:
             for module in modules:
                 module.to("cpu")
+
+
+def unet_bytes(config: UNetConfig, batch: int, height: int, width: int, dtype: torch.dtype) -> int:
+    """About what a step needs beside the weights, for latents of `height` x `width`: the skips and the feature maps.
+
+    Of these there are, at the peak, 29 to 33 of the first level's size in float32 and 13 to 14 in half precision (SD1.5
+    and SD2.1, batches of 2 and 4, 64x64 and 96x96 cells; on a CPU); SDXL's first level has no attention, so fewer.
+    """
+    shapes = config.residual_shapes(batch, height, width)
+    maps = 32 if dtype == torch.float32 else 14
+    return dtype.itemsize * (sum(math.prod(shape) for shape in shapes) + maps * math.prod(shapes[0]))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device, where that can be known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def first_step(steps: int, strength: float) -> int:

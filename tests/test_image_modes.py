@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import nativesd
+from nativesd import diffusion, loading
 from nativesd.errors import UsageError
 from test_pipeline import BETAS, SCHEDULERS, TOLERANCE, save_model
 
@@ -256,3 +257,64 @@ def test_lcm(folders: dict[str, Path], tmp_path: Path) -> None:
     result = ours("a cat", seed=5)
     compare(ours, result, expected)
     assert (result.parameters["steps"], result.parameters["sampler"]) == (4, "LCM")
+
+
+def test_taesd(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drop-in for the VAE, both ways, and the maker of previews."""
+    torch.manual_seed(4)
+    tiny = diffusers.AutoencoderTiny()
+    tiny.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    monkeypatch.setattr(loading, "taesd", lambda family: file)
+    ours = nativesd.load(folders["sd15"], device="cpu", vae="taesd", preview="taesd")
+    oracle = theirs(diffusers.StableDiffusionImg2ImgPipeline, folders["sd15"], "Euler")
+    oracle.vae = tiny
+    expected = oracle(
+        "a red cat", image=photo(), strength=0.5, num_inference_steps=20, guidance_scale=6.0,
+        generator=torch.Generator().manual_seed(5), output_type="np",
+    ).images  # fmt: skip
+    previews: list[Image.Image] = []
+    ours.previewer = nativesd.load(folders["sd15"], device="cpu", preview=file).previewer
+    options = {"steps": 20, "guidance_scale": 6.0, "sampler": "Euler", "strength": 0.5, "image": photo()}
+    result = ours("a red cat", seed=5, on_step=lambda step: previews.append(step.preview()), **options)
+    compare(ours, result, expected)
+    assert previews[-1].size == (SIDE, SIDE)
+    assert np.abs(np.asarray(previews[-1], np.float32) - np.asarray(result.images[0], np.float32)).mean() < 20
+
+
+def test_offloaded_modules_visit_the_device(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every module is called on to the device and back; the picture is the same."""
+    ours = nativesd.load(folders["sdxl"], device="cpu", offload=True)
+    moved: list[tuple[str, str]] = []
+    original = torch.nn.Module.to
+
+    def to(self: torch.nn.Module, device: Any) -> torch.nn.Module:
+        moved.append((type(self).__name__, "device" if isinstance(device, torch.device) else str(device)))
+        return original(self, device)
+
+    plain = nativesd.load(folders["sdxl"], device="cpu")("a cat", steps=2, seed=1)
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    result = ours("a cat", steps=2, seed=1)
+    assert (result.latents == plain.latents).all()
+    visits = [("TextEncoder", "device")] * 2 + [("TextEncoder", "cpu")] * 2
+    visits += [("UNet", "device"), ("UNet", "cpu"), ("VAE", "device"), ("VAE", "cpu")]
+    assert moved == visits
+
+
+def test_what_does_not_fit_is_said_before_the_first_step(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    expected = ours("a cat", steps=2, seed=1, num_images=2).latents
+    needed = diffusion.unet_bytes(ours.config.unet, 2, 8, 8, torch.float32)
+    monkeypatch.setattr(diffusion, "free_bytes", lambda device: needed + 1)
+    batches: list[int] = []
+    ours.unet.register_forward_pre_hook(lambda module, arguments: batches.append(len(arguments[0])))
+    found = ours("a cat", steps=2, seed=1, num_images=2).latents
+    assert set(batches) == {2}, "guidance one by one"
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    batches.clear()
+    monkeypatch.setattr(diffusion, "free_bytes", lambda device: needed - 1)
+    with pytest.warns(UserWarning, match="2 pictures of 64x64 may not fit"):
+        ours("a cat", steps=2, seed=1, num_images=2, on_step=lambda step: batches.append(-1))
+    assert batches[0] == 2

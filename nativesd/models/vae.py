@@ -126,7 +126,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latents of `images` (B, 3, H, W) in [-1, 1], each (B, channels, H / f, W / f)."""
+        """Mean and log-variance of the latents of `images` (B, 3, H, W) in [-1, 1], (B, channels, H / f, W / f)."""
         return self.distribution(self.encoder(images))
 
     def distribution(self, moments: Tensor) -> tuple[Tensor, Tensor]:
