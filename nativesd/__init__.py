@@ -16,29 +16,36 @@ from nativesd.version import __version__
 if TYPE_CHECKING:
     from nativesd.auditing import audit as audit
     from nativesd.auditing import diff as diff
+    from nativesd.control import Control as Control
     from nativesd.converting import convert as convert
     from nativesd.loading import load as load
+    from nativesd.loading import load_control as load_control
     from nativesd.pipeline import Hires as Hires
     from nativesd.pipeline import Pipeline as Pipeline
     from nativesd.pipeline import options_from as options_from
+    from nativesd.preprocess import canny as canny
     from nativesd.result import Result as Result
 
 _LAZY = {
     "audit": "nativesd.auditing", "diff": "nativesd.auditing", "convert": "nativesd.converting",
-    "load": "nativesd.loading", "Hires": "nativesd.pipeline", "Pipeline": "nativesd.pipeline",
+    "load": "nativesd.loading", "load_control": "nativesd.loading", "canny": "nativesd.preprocess",
+    "Control": "nativesd.control", "Hires": "nativesd.pipeline", "Pipeline": "nativesd.pipeline",
     "options_from": "nativesd.pipeline", "Result": "nativesd.result",
 }  # fmt: skip
 __all__ = [
+    "Control",
     "Hires",
     "NativesdError",
     "Pipeline",
     "Result",
     "__version__",
     "audit",
+    "canny",
     "convert",
     "diff",
     "generate",
     "load",
+    "load_control",
     "options_from",
 ]
 

@@ -19,6 +19,7 @@ from nativesd.errors import NativesdError, UsageError
 from nativesd.version import __version__
 
 if TYPE_CHECKING:
+    from nativesd.control import Control
     from nativesd.weights.audit import AuditReport, ComponentReport
     from nativesd.weights.diff import DiffReport
 
@@ -89,6 +90,13 @@ MODEL_HELP = "'tiny' (embedded), a folder, a file, or a hub id"
 @click.option("--hires-upscaler", type=click.Choice(["latent", "lanczos"]), help="[default: latent]")
 @click.option("--refiner", help="SDXL refiner for the last steps: a folder, a file, or a hub id.")
 @click.option("--refiner-at", type=float, help="How far on the refiner takes over [default: 0.8].")
+@click.option("--control", nargs=2, multiple=True, metavar="MODEL IMAGE", help="ControlNet or T2I-Adapter; repeatable.")
+@click.option("--control-scale", type=float, multiple=True, help="One per --control, in its order [default: 1].")
+@click.option("--control-start", type=float, multiple=True, help="From which part of the steps on [default: 0].")
+@click.option("--control-end", type=float, multiple=True, help="Up to which part of the steps [default: 1].")
+@click.option("--control-preprocess", multiple=True, help="canny, a processor of controlnet_aux, or none [default].")
+@click.option("--control-kind", multiple=True, help="For a ControlNetUnion: what the hint is, such as depth.")
+@click.option("--guess-mode", is_flag=True, default=None, help="ControlNets act for the prompt only.")
 @click.option("--guidance-rescale", type=float, help="0 to 1, against strong guidance's contrast [default: 0].")
 @click.option("--eta", type=float, help="0 to 1, the noise that a sampler adds again [default: the sampler's].")
 @click.option("--clip-skip", type=int, help="Layer of the text encoder from the end; 1 is the last.")
@@ -127,6 +135,8 @@ def generate(
         options["width"], options["height"] = size
     if prompt is not None:
         options["prompt"] = prompt
+    if control := _controls(options):
+        options["control"] = control
     passes = {name.removeprefix("hires_"): options.pop(name) for name in list(options) if name.startswith("hires_")}
     if passes and "hires" not in options:
         raise click.UsageError("the options of the second pass need --hires")
@@ -164,6 +174,24 @@ def generate(
             click.echo(f"{what}: {reason}", err=True)
     for path in result.save(output or Path(f"nativesd-{result.seeds[0]}.png")):
         click.echo(path)
+
+
+def _controls(options: dict[str, Any]) -> list[Control]:
+    """The --control options, taken out of `options`; those that go with them are matched by their order."""
+    from nativesd.control import Control
+
+    controls = options.pop("control", ())
+    settings: dict[str, tuple[Any, ...]] = {
+        name: options.pop(f"control_{name}", ()) for name in ("scale", "start", "end", "preprocess", "kind")
+    }
+    for name, values in settings.items():
+        if len(values) > len(controls):
+            raise click.UsageError(f"{len(values)} --control-{name} for {len(controls)} --control")
+    out = []
+    for i, (model, image) in enumerate(controls):
+        chosen = {name: values[i] for name, values in settings.items() if i < len(values) and values[i] != "none"}
+        out.append(Control(model, image, **chosen))
+    return out
 
 
 @main.command()

@@ -93,6 +93,20 @@ class UNetConfig:
                 shapes.append((batch, level.width, height, width))
         return [*shapes, (batch, self.levels[-1].width, height, width)]
 
+    def adapter_shapes(self, batch: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
+        """Shapes (B, C, H, W) of the features of a T2I-Adapter for `height` x `width` latent cells.
+
+        One per level, added where its attention ends, or behind its downsampling where it has none; and one for the
+        middle, which adapters may leave out.
+        """
+        shapes = []
+        for level in self.levels:
+            halved = (height, width) if level is self.levels[-1] else (-(-height // 2), -(-width // 2))
+            attention = any(depth is not None for depth in level.down)
+            shapes.append((batch, level.width, *((height, width) if attention else halved)))
+            height, width = halved
+        return [*shapes, (batch, self.levels[-1].width, height, width)]
+
 
 @dataclass(frozen=True)
 class VAEConfig:

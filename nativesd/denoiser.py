@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ class Conditioning:
     """What the UNet is told beside the latents, for B pictures; what a UNet does not take is None.
 
     context (B, T, C); pooled (B, P) and time_ids (B, n): SDXL's; guidance (B, w): LCM's embedding of the guidance
-    scale; channels (B, c, h, w): further input channels, of inpainting and of edited pictures.
+    scale; channels (B, c, h, w): further input channels, of inpainting and of edited pictures. prompt (B,) is 1 where
+    it is the prompt's conditioning, and 0 where it is the negative prompt's.
     """
 
     context: Tensor
+    prompt: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
     guidance: Tensor | None = None
@@ -37,8 +40,8 @@ def join(sides: Sequence[Conditioning]) -> Conditioning:
         tensors = [getattr(side, name) for side in sides]
         return None if tensors[0] is None else torch.cat(tensors)
 
-    context = torch.cat([side.context for side in sides])
-    return Conditioning(context, cat("pooled"), cat("time_ids"), cat("guidance"), cat("channels"))
+    context, prompt = (torch.cat([getattr(side, name) for side in sides]) for name in ("context", "prompt"))
+    return Conditioning(context, prompt, cat("pooled"), cat("time_ids"), cat("guidance"), cat("channels"))
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,16 @@ class Guidance:
         return combined
 
 
+class Steers(Protocol):
+    """What adds to the UNet's features: ControlNets and adapters (`nativesd.control.Steering`)."""
+
+    def residuals(self, latents: Tensor, time: float, sigma: float, side: Conditioning) -> list[Tensor] | None:
+        """For noisy latents of unit variance (B, C, h, w), what the UNet takes as `residuals`."""
+
+    def adapter(self, sigma: float, copies: int) -> list[Tensor]:
+        """What the UNet takes as `adapter`, `copies` rows of each."""
+
+
 def make_denoiser(
     unet: UNet,
     sides: Sequence[Conditioning],
@@ -79,6 +92,7 @@ def make_denoiser(
     timestep: Callable[[float], float],
     prediction: Prediction,
     dtype: torch.dtype,
+    steering: Steers | None = None,
 ) -> Denoiser:
     """The function that samplers call: noisy latents (B, C, h, w) and sigma to the predicted clean latents, float32.
 
@@ -87,11 +101,13 @@ def make_denoiser(
     together = join(sides)
     sequential = guidance.sequential
 
-    def answer(scaled: Tensor, time: float, side: Conditioning) -> Tensor:
+    def answer(scaled: Tensor, time: float, sigma: float, side: Conditioning) -> Tensor:
         inputs = scaled if side.channels is None else torch.cat([scaled, side.channels], dim=1)
         output: Tensor = unet(
-            inputs.to(dtype), time, side.context, pooled=side.pooled, time_ids=side.time_ids, guidance=side.guidance
-        )
+            inputs.to(dtype), time, side.context, pooled=side.pooled, time_ids=side.time_ids, guidance=side.guidance,
+            residuals=None if steering is None else steering.residuals(scaled.to(dtype), time, sigma, side),
+            adapter=() if steering is None else steering.adapter(sigma, len(scaled)),
+        )  # fmt: skip
         return output.float()
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -100,14 +116,14 @@ def make_denoiser(
         outputs: Sequence[Tensor] = ()
         if not sequential:
             try:
-                outputs = answer(torch.cat([scaled] * len(sides)), time, together).chunk(len(sides))
+                outputs = answer(torch.cat([scaled] * len(sides)), time, sigma, together).chunk(len(sides))
             except torch.cuda.OutOfMemoryError:
                 if len(sides) == 1:
                     raise
                 warnings.warn("not enough memory for prompt and negative prompt at once: one by one now", stacklevel=2)
                 sequential = True
         if sequential:
-            outputs = [answer(scaled, time, side) for side in sides]
+            outputs = [answer(scaled, time, sigma, side) for side in sides]
         return to_clean(guidance.combine(outputs), x, sigma, prediction)
 
     return denoise

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nativesd import autoencoder
 from nativesd.config import Prediction, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from nativesd.control import Control, ControlModel, make_hint, steer
 from nativesd.denoiser import Conditioning, Guidance, guidance_embedding, keep_known, make_denoiser, watch
 from nativesd.errors import UsageError
 from nativesd.images import mask_to_latents, mask_to_tensor
@@ -116,6 +117,8 @@ class Job:
     choice: Choice
     kind: Kind
     eta: float | None
+    control: Sequence[Control]
+    guess: bool
     refiner: Diffusion | None
     refiner_at: float
     on_step: Callable[[Step], None] | None
@@ -165,6 +168,9 @@ class Diffusion:
     sequential: bool = False
     offload: bool = False
     previewer: TinyVAE | None = None
+    load_control: Callable[[str | Path], ControlModel] | None = None
+    """Loads the models of a `Control` that names one."""
+    _controls: dict[str, ControlModel] = field(default_factory=dict, repr=False)
 
     def encode_prompt(
         self, prompts: Sequence[str], *, literal: bool = False, clip_skip: int | None = None
@@ -278,13 +284,21 @@ class Diffusion:
                 continue
             part = plan.part(begin, end)
             sides = model._sides(job, size, channels)
+            steering = None
+            if job.control and model is self:
+                hints = [make_hint(control, self.config.unet, size, self.config.vae.factor) for control in job.control]
+                steering = steer(
+                    hints, self.config.unet, plan.sigmas[:-1].tolist(), batch=len(x), cells=(x.shape[2], x.shape[3]),
+                    device=self.device, guess=job.guess,
+                )  # fmt: skip
             denoise = make_denoiser(
-                model.unet, sides, job.guidance, part.timestep, model.config.prediction, model.dtype
+                model.unet, sides, job.guidance, part.timestep, model.config.prediction, model.dtype, steering
             )
             if keep is not None:
                 denoise = keep_known(denoise, *keep)
             denoise = watch(denoise, part.sigmas[:-1].tolist(), partial(self._report, job, begin, total))
-            with model._visiting(model.unet):
+            networks = [] if steering is None else [hint.model.module for hint in steering.networks]
+            with model._visiting(model.unet, *networks):
                 x = job.choice.sampler.run(denoise, x, Call(part, noise, model.config.scheduler, job.eta))
         return x / plan.end
 
@@ -311,6 +325,7 @@ class Diffusion:
             told = None if unet.guidance is None else guidance_embedding(job.guidance.scale, unet.guidance)
             conditioning = Conditioning(
                 rows(context, negative),
+                prompt=torch.full((total,), float(not negative), device=self.device),
                 guidance=None if told is None else told.expand(total, -1).to(self.device),
                 channels=None if channels is None else channels.expand(total, -1, -1, -1),
             )

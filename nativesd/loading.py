@@ -6,16 +6,27 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from nativesd.build import build
-from nativesd.config import Prediction, TextEncoderConfig, UNetConfig, VAEConfig
+from nativesd.config import (
+    ControlNetConfig,
+    Prediction,
+    T2IAdapterConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from nativesd.control import ControlModel
 from nativesd.diffusion import PipelineConfig
 from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.models.clip import TextEncoder
+from nativesd.models.controlnet import ControlNet, ControlNetUnion
+from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
@@ -148,8 +159,46 @@ def load(
         for name, encoder in zip(model.text_encoders, encoders, strict=True)
     )
     return Pipeline(
-        config, unet_module, vae_module, encoders, tokenizers, place, kind, offload=offload, previewer=previewer
+        config,
+        unet_module,
+        vae_module,
+        encoders,
+        tokenizers,
+        place,
+        kind,
+        offload=offload,
+        previewer=previewer,
+        load_control=partial(load_control, device=home, dtype=kind, maps=maps),
     )
+
+
+def load_control(
+    source: str | Path = "tiny",
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    maps: str | Path | None = None,
+) -> ControlModel:
+    """Load a ControlNet (plain or union) or a T2I-Adapter: "tiny" (edges, for the embedded model), a folder, a file, or
+    a hub id.
+
+    The options are those of `load`. Raises SourceError for what cannot be read or is neither.
+    """
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    path = TINY / "controlnet" if source == "tiny" else Path(source)
+    if source != "tiny" and not path.exists() and isinstance(source, str) and HUB_ID.fullmatch(source):
+        from nativesd.weights.hub import fetch_component
+
+        path = fetch_component(source)
+    for member, identity in identify_all(open_source(path), load_tables(None if maps is None else Path(maps))):
+        for component in identity.components:
+            if isinstance(component.config, ControlNetConfig | T2IAdapterConfig):
+                module = build(component.config)
+                assert isinstance(module, ControlNet | ControlNetUnion | T2IAdapter)
+                fill(module, member, component, device=place, dtype=kind)
+                return ControlModel(str(source) if source == "tiny" else path.stem, module.eval())
+    raise SourceError(f"{source} is neither a ControlNet nor a T2I-Adapter: see its audit")
 
 
 FEW_STEPS = {"turbo": 4, "lightning": 4, "hyper": 8, "lcm": 4}
@@ -171,7 +220,7 @@ def settle_scheduler(
         scheduler = replace(scheduler, steps_offset=1)
     if prediction is not None:
         scheduler = replace(scheduler, prediction=prediction)
-    elif not model.prediction_known and model.family == "sd2":
+    elif not model.prediction_known and scheduler.prediction == "v":
         found, share = probe_prediction(unet)
         scheduler = replace(scheduler, prediction=found)
         inferred["prediction"] = f"{found}, as the UNet answers pure noise with {share:.0%} of that noise"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from nativesd import images
+from nativesd.control import Control, ControlModel
 from nativesd.denoiser import Guidance
 from nativesd.diffusion import EDITING, INPAINTING, PLAIN, Diffusion, Job, Start, Step
 from nativesd.errors import UsageError
@@ -110,6 +111,8 @@ class Pipeline(Diffusion):
         hires: Hires | float | None = None,
         refiner: Diffusion | None = None,
         refiner_at: float = 0.8,
+        control: Sequence[Control] = (),
+        guess_mode: bool = False,
         guidance_rescale: float = 0.0,
         eta: float | None = None,
         clip_skip: int | None = None,
@@ -137,6 +140,8 @@ class Pipeline(Diffusion):
         mask_blur       pixels over which the repainted part fades into the picture
         hires           a second pass at a larger size: a `Hires`, or its scale
         refiner         an SDXL refiner, which takes the last steps, from `refiner_at` of the way on
+        control         ControlNets and T2I-Adapters with their pictures, as `Control`; they add up
+        guess_mode      ControlNets act for the prompt only, and the deeper the stronger
         guidance_rescale  0 to 1: against the contrast of strong guidance (for zero-terminal-SNR models 0.7)
         eta             0 to 1: how much noise a sampler adds again; default: the sampler's own
         clip_skip       layers of the text encoder from the end, 1 is the last; default: as the model was trained
@@ -193,6 +198,8 @@ class Pipeline(Diffusion):
             choice=choice,
             kind=kind,
             eta=eta,
+            control=[self._loaded(each) for each in control],
+            guess=guess_mode,
             refiner=refiner,
             refiner_at=refiner_at,
             on_step=on_step,
@@ -233,6 +240,7 @@ class Pipeline(Diffusion):
             "hires": None if hires is None else hires.fields(),
             "refiner": None if refiner is None else refiner.config.name,
             "refiner_at": None if refiner is None else refiner_at,
+            "control": [str(getattr(each.model, "name", each.model)) for each in control] or None,
             "inferred": inferred,
             "notes": list(inputs.notes),
         }
@@ -252,6 +260,17 @@ class Pipeline(Diffusion):
         embedding.fit([encoder.config.width for encoder in self.text_encoders])
         self.embeddings[embedding.name] = embedding
         return embedding.name
+
+    def _loaded(self, control: Control) -> Control:
+        """The control with its model, which is loaded once for all calls."""
+        if isinstance(control.model, ControlModel):
+            return control
+        key = str(control.model)
+        if key not in self._controls:
+            if self.load_control is None:
+                raise UsageError(f"{key}: load it first, with nativesd.load_control()")
+            self._controls[key] = self.load_control(control.model)
+        return replace(control, model=self._controls[key])
 
     def _choose(self, name: str | None, schedule: str | None) -> tuple[Choice, Kind]:
         """The sampler and the schedule: as asked for, else the model's own."""

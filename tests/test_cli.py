@@ -10,13 +10,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from sd_parsers import ParserManager
 
+import nativesd
 from nativesd import cli
+from nativesd.control import Control
 from nativesd.loading import TINY
 
 
@@ -241,3 +244,31 @@ def test_tokens_are_shown(run: Run) -> None:
     assert "chunk 1 of 2: 3 of 75 tokens" in done.stdout
     assert "736  red  x 1.5" in done.stdout
     assert run("tokens", "a [b:c:0.5]").returncode == 2
+
+
+def test_controls_are_matched_by_their_order(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "hint.png")
+    seen: list[list[Control]] = []
+    original = nativesd.Pipeline.__call__
+
+    def call(self: nativesd.Pipeline, prompt: str, **options: Any) -> nativesd.Result:
+        seen.append(options.pop("control", []))
+        return original(self, prompt, **options)
+
+    monkeypatch.setattr(nativesd.Pipeline, "__call__", call)
+    done = run(
+        "generate", "a fox", "--steps", "1", "--control", "one", "hint.png", "--control", "two", "hint.png",
+        "--control-scale", "0.5", "--control-scale", "0.7", "--control-end", "0.6", "--control-preprocess", "none",
+        "--control-preprocess", "canny", "--control-kind", "depth",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert seen == [[
+        Control("one", "hint.png", 0.5, end=0.6, kind="depth"), Control("two", "hint.png", 0.7, preprocess="canny"),
+    ]]  # fmt: skip
+    done = run("generate", "a fox", "--control", "one", "hint.png", "--control-scale", "1", "--control-scale", "2")
+    assert done.returncode == 2
+    assert "2 --control-scale for 1 --control" in done.stderr
+    monkeypatch.setattr(nativesd.Pipeline, "__call__", original)
+    done = run("generate", "a fox", "--control", "nothing.safetensors", "hint.png")
+    assert done.returncode == 3
+    assert "nothing.safetensors is missing" in done.stderr

@@ -44,6 +44,7 @@ class ControlEncoder(UNetEncoder):
 
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__(config.unet)
+        self.control_config = config
         *down, mid = (shape[1] for shape in config.unet.residual_shapes(1, 1, 1))  # channels
         self.hint = HintEncoder(config.hint_channels, config.hint_widths, config.unet.levels[0].width)
         self.control_down = nn.ModuleList(nn.Conv2d(width, width, 1) for width in down)

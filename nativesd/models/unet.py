@@ -101,18 +101,29 @@ class UNetEncoder(nn.Module):
             embedding = embedding + self.add_embedding(torch.cat([pooled.to(dtype), ids.to(dtype)], dim=-1))
         return embedding
 
-    def encode(self, x: Tensor, embedding: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """conv_in's output through down path and middle: (B, C, h, w), and the skips in `residual_shapes` order."""
-        skips = [x]
+    def encode(
+        self, x: Tensor, embedding: Tensor, context: Tensor, adapter: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """conv_in's output through down path and middle: (B, C, h, w), and the skips in `residual_shapes` order.
+
+        The features of `adapter` are added as `adapter_shapes` says.
+        """
+        skips, features = [x], list(adapter)
         for stage in cast("Iterable[Stage]", self.down):
             for j in range(len(stage)):
                 x = stage.layer(j, x, embedding, context)
                 skips.append(x)
+            if features and len(stage.attentions):
+                skips[-1] = x = x + features.pop(0)
             if stage.downsample is not None:
                 x = stage.downsample(x)
                 skips.append(x)
+            if features and not len(stage.attentions):
+                skips[-1] = x = x + features.pop(0)
         for j in range(len(self.mid)):
             x = self.mid.layer(j, x, embedding, context)
+        if features:
+            x = x + features.pop(0)
         return x, skips
 
     def residual_shapes(self, batch: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
@@ -149,6 +160,7 @@ class UNet(UNetEncoder):
         time_ids: Tensor | None = None,
         guidance: Tensor | None = None,
         residuals: Sequence[Tensor] | None = None,
+        adapter: Sequence[Tensor] = (),
     ) -> Tensor:
         """Predict from `latents` (B, in_channels, H, W) at `timestep` (a number, () or (B,); 0..999 or between).
 
@@ -156,11 +168,12 @@ class UNet(UNetEncoder):
         pooled     (B, added.pooled), time_ids (B, added.ids): SDXL's added conditioning
         guidance   (B, config.guidance): LCM's embedding of the guidance scale
         residuals  tensors of `residual_shapes(B, H, W)`, in that order: added to the skips, and to the middle's output
+        adapter    tensors of `config.adapter_shapes(B, H, W)`, in that order, the last one optional: a T2I-Adapter's
 
         Returns (B, out_channels, H, W). Raises ValueError where residuals have other shapes.
         """
         embedding = self.embed(latents, timestep, pooled, time_ids, guidance)
-        x, skips = self.encode(self.conv_in(latents), embedding, context)
+        x, skips = self.encode(self.conv_in(latents), embedding, context, adapter)
         if residuals is not None:
             expected = self.residual_shapes(len(latents), latents.shape[2], latents.shape[3])
             found = [tuple(residual.shape) for residual in residuals]

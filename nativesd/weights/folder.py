@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nativesd.config import Activation, Config, Depth, Level, TextEncoderConfig, TextTime, UNetConfig, VAEConfig
+from nativesd.config import (
+    Activation,
+    AdapterStage,
+    Config,
+    ControlNetConfig,
+    Depth,
+    Level,
+    T2IAdapterConfig,
+    TextEncoderConfig,
+    TextTime,
+    UNetConfig,
+    UnionConfig,
+    VAEConfig,
+)
 from nativesd.errors import SourceError
 from nativesd.weights.header import merge_headers, quote, read_header, read_index
 
@@ -37,6 +51,10 @@ def component_config(path: Path) -> Config | None:
             encoder = model / "text_encoder_2" / "config.json"
             pooled = read_json(encoder).get("projection_dim") if encoder.is_file() else None
             return _parse(lambda data: unet_config(data, pooled=pooled or 1280), data, path)
+        case "ControlNetModel" | "ControlNetUnionModel":
+            return _parse(controlnet_config, data, path)
+        case "T2IAdapter":
+            return _parse(t2i_adapter_config, data, path)
         case "AutoencoderKL":
             return _parse(vae_config, data, path)
         case "CLIPTextModel" | "CLIPTextModelWithProjection" as name:
@@ -148,6 +166,44 @@ def unet_config(data: Json, *, pooled: int | None) -> UNetConfig:
         added=added,
         guidance=data.get("time_cond_proj_dim"),
         groups=data.get("norm_num_groups", 32),
+    )
+
+
+def controlnet_config(data: Json) -> ControlNetConfig:
+    """ControlNetModel's config.json, or ControlNetUnionModel's. Raises ValueError, KeyError."""
+    _require(data, global_pool_conditions=False, controlnet_conditioning_channel_order="rgb")
+    pooled = None
+    if data.get("addition_embed_type") == "text_time":  # six time ids: there is no ControlNet for the refiner
+        pooled = data["projection_class_embeddings_input_dim"] - 6 * data["addition_time_embed_dim"]
+    count = len(data["block_out_channels"])
+    unet = unet_config({**data, "up_block_types": ["UpBlock2D"] * count}, pooled=pooled)
+    union = None
+    if data.get("_class_name") == "ControlNetUnionModel":
+        union = UnionConfig(
+            data["num_control_type"], data["num_trans_layer"], data["num_trans_head"], data["addition_time_embed_dim"]
+        )
+    return ControlNetConfig(
+        unet=replace(unet, levels=tuple(replace(level, up=()) for level in unet.levels)),
+        hint_widths=tuple(data.get("conditioning_embedding_out_channels", (16, 32, 96, 256))),
+        hint_channels=data.get("conditioning_channels", 3),
+        union=union,
+    )
+
+
+def t2i_adapter_config(data: Json) -> T2IAdapterConfig:
+    """T2IAdapter's config.json. Raises ValueError, KeyError."""
+    _require(data, adapter_type=("full_adapter", "full_adapter_xl", "light_adapter"))
+    widths, kind = list(data["channels"]), data.get("adapter_type", "full_adapter")
+    if kind == "light_adapter":
+        widths.append(widths[-1])
+    # the published forms halve at every stage but the first, SDXL's at the third alone
+    down = [i == 2 if kind == "full_adapter_xl" else i > 0 for i in range(len(widths))]
+    return T2IAdapterConfig(
+        stages=tuple(AdapterStage(width, halves) for width, halves in zip(widths, down, strict=True)),
+        layers=data.get("num_res_blocks", 2),
+        unshuffle=data.get("downscale_factor", 8),
+        image_channels=data.get("in_channels", 3),
+        light=kind == "light_adapter",
     )
 
 

@@ -72,6 +72,12 @@ def fetch_file(repo_id: str, name: str) -> Path:
         return Path(hf_hub_download(repo_id, name))
 
 
+def fetch_component(repo_id: str) -> Path:
+    """The local folder of a repository that is one component (a ControlNet, an adapter). Raises NetworkError."""
+    fetch_file(repo_id, "diffusion_pytorch_model.safetensors")
+    return fetch_file(repo_id, "config.json").parent
+
+
 def fetch_configs(repo_id: str, *, revision: str | None = None) -> Path:
     """The local folder with a repository's configs and shard indexes, none of its weights. Raises NetworkError."""
     patterns = ["model_index.json", "config.json", "*/config.json", "*.safetensors.index*.json"]

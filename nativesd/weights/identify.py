@@ -14,7 +14,9 @@ from nativesd.config import (
     SDXL_VAE,
     UNETS,
     Config,
+    ControlNetConfig,
     Prediction,
+    T2IAdapterConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
@@ -189,12 +191,16 @@ def _component(
         label = label or TEXT_ENCODERS.get(read.width, "CLIP")
     elif kind == "controlnet":
         config, evidence = controlnet_config(parameters)
+        if isinstance(given, ControlNetConfig):
+            config, evidence = given, [STATED]
         label = FAMILIES[unet_family(config.unet)[0]] + (" union" if config.union is not None else "")
     elif kind == "tiny_vae":
         config, evidence = tiny_vae_config(parameters)
         label = "TAESD"
     elif kind == "t2i_adapter":
         config, evidence = t2i_adapter_config(parameters)
+        if isinstance(given, T2IAdapterConfig):
+            config, evidence = given, [STATED]
         label = "SDXL" if config.unshuffle == 16 else "SD1.x"
     elif found.table.keymap.names:
         label = adapter_family(shapes)

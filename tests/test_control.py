@@ -1,0 +1,218 @@
+"""ControlNets and T2I-Adapters in whole pictures, against the diffusers pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import nativesd
+from nativesd.errors import SourceError, UsageError
+from nativesd.loading import load_control
+from nativesd.pipeline import Control
+from test_image_modes import compare, hole, photo, theirs
+from test_pipeline import save_model
+
+OPTIONS = {"num_inference_steps": 20, "guidance_scale": 6.0, "output_type": "np"}
+OURS = {"steps": 20, "guidance_scale": 6.0}
+
+
+def stripes(width: int = 64, height: int = 64, *, down: bool = False) -> Image.Image:
+    """White bars on black."""
+    array = np.zeros((height, width, 3), np.uint8)
+    array[:: 8 if down else 1, :: 1 if down else 8] = 255
+    return Image.fromarray(array)
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """Zero convolutions too, so that they matter."""
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.05)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("control")
+    for form in ("sd15", "sd21-v", "sdxl"):
+        save_model(form, root / form)
+        unet = diffusers.UNet2DConditionModel.from_pretrained(root / form / "unet")
+        for number in (1, 2):
+            control = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
+            randomise(control, number)
+            control.save_pretrained(root / f"{form}-control-{number}")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(root / "sdxl" / "unet")
+    shared = {name: unet.config[name] for name in (
+        "block_out_channels", "down_block_types", "layers_per_block", "norm_num_groups", "attention_head_dim",
+        "cross_attention_dim", "use_linear_projection", "transformer_layers_per_block", "addition_embed_type",
+        "addition_time_embed_dim", "projection_class_embeddings_input_dim",
+    )}  # fmt: skip
+    union = diffusers.ControlNetUnionModel(
+        **shared, conditioning_embedding_out_channels=(8, 8, 16, 16), num_control_type=6, num_trans_channel=32,
+        num_trans_head=4, num_proj_channel=32,
+    )  # fmt: skip
+    randomise(union, 3)
+    union.save_pretrained(root / "union")
+    adapter = diffusers.T2IAdapter(channels=[32, 64], num_res_blocks=2, downscale_factor=8, adapter_type="full_adapter")
+    randomise(adapter, 4)
+    adapter.save_pretrained(root / "adapter")
+    return {path.name: path for path in root.iterdir()}
+
+
+PIPELINES = {
+    "sd15": diffusers.StableDiffusionControlNetPipeline, "sd21-v": diffusers.StableDiffusionControlNetPipeline,
+    "sdxl": diffusers.StableDiffusionXLControlNetPipeline,
+}  # fmt: skip
+
+
+def oracle(folders: dict[str, Path], form: str, cls: Any, count: int) -> Any:
+    nets = [diffusers.ControlNetModel.from_pretrained(folders[f"{form}-control-{i + 1}"]) for i in range(count)]
+    base = theirs(diffusers.DiffusionPipeline, folders[form])
+    pipe = (
+        cls(**base.components, controlnet=nets[0] if count == 1 else nets)
+        if form == "sdxl"
+        else cls(**base.components, controlnet=nets[0] if count == 1 else nets, requires_safety_checker=False)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("size", [(64, 64), (72, 40)])
+@pytest.mark.parametrize("form", PIPELINES)
+def test_one_controlnet(folders: dict[str, Path], form: str, size: tuple[int, int]) -> None:
+    """Odd sizes of latents too: 9 x 5 cells are halved to 5 x 3."""
+    pipe = oracle(folders, form, PIPELINES[form], 1)
+    hint = stripes(*size)
+    expected = pipe(
+        "a red cat", image=hint, controlnet_conditioning_scale=0.7, width=size[0], height=size[1],
+        generator=torch.Generator().manual_seed(5), **OPTIONS,
+    ).images  # fmt: skip
+    ours = nativesd.load(folders[form], device="cpu")
+    control = Control(folders[f"{form}-control-1"], hint, scale=0.7)
+    result = ours("a red cat", control=[control], width=size[0], height=size[1], seed=5, **OURS)
+    compare(ours, result, expected)
+    plain = ours("a red cat", width=size[0], height=size[1], seed=5, **OURS)
+    assert (plain.latents - result.latents).abs().max() > 0.05, "the control has to matter"
+
+
+@pytest.mark.parametrize("form", PIPELINES)
+def test_two_controlnets_with_scales_and_times(folders: dict[str, Path], form: str) -> None:
+    pipe = oracle(folders, form, PIPELINES[form], 2)
+    expected = pipe(
+        ["a red cat"] * 2, image=[stripes(), stripes(down=True)], controlnet_conditioning_scale=[0.5, 0.8],
+        control_guidance_start=[0.0, 0.3], control_guidance_end=[0.6, 1.0],
+        generator=[torch.Generator().manual_seed(s) for s in (5, 6)], **OPTIONS,
+    ).images  # fmt: skip
+    ours = nativesd.load(folders[form], device="cpu")
+    control = [
+        Control(folders[f"{form}-control-1"], stripes(), 0.5, end=0.6),
+        Control(load_control(folders[f"{form}-control-2"], device="cpu"), stripes(down=True), 0.8, start=0.3),
+    ]
+    result = ours("a red cat", control=control, num_images=2, seed=5, **OURS)
+    compare(ours, result, expected)
+
+
+@pytest.mark.parametrize("form", ["sd15", "sdxl"])
+def test_guess_mode(folders: dict[str, Path], form: str) -> None:
+    pipe = oracle(folders, form, PIPELINES[form], 1)
+    expected = pipe(
+        "a red cat", image=stripes(), guess_mode=True, generator=torch.Generator().manual_seed(5), **OPTIONS
+    ).images
+    ours = nativesd.load(folders[form], device="cpu")
+    control = [Control(folders[f"{form}-control-1"], stripes())]
+    compare(ours, ours("a red cat", control=control, guess_mode=True, seed=5, **OURS), expected)
+
+
+def test_controlnet_with_image_to_image(folders: dict[str, Path]) -> None:
+    pipe = oracle(folders, "sd15", diffusers.StableDiffusionControlNetImg2ImgPipeline, 1)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    expected = pipe(
+        "a red cat", image=photo(), control_image=stripes(), strength=0.6, controlnet_conditioning_scale=0.7,
+        generator=torch.Generator().manual_seed(5), **OPTIONS,
+    ).images  # fmt: skip
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    control = [Control(folders["sd15-control-1"], stripes(), 0.7)]
+    result = ours("a red cat", image=photo(), strength=0.6, control=control, seed=5, sampler="DDIM", **OURS)
+    compare(ours, result, expected)
+
+
+@pytest.mark.parametrize("kinds", [(3,), (1, 3)])
+def test_union(folders: dict[str, Path], kinds: tuple[int, ...]) -> None:
+    """One hint or several in one network; every picture of a batch is the one it is alone."""
+    base = theirs(diffusers.DiffusionPipeline, folders["sdxl"])
+    union = diffusers.ControlNetUnionModel.from_pretrained(folders["union"])
+    pipe = diffusers.StableDiffusionXLControlNetUnionPipeline(**base.components, controlnet=union)
+    pipe.set_progress_bar_config(disable=True)
+    hints = [stripes(), stripes(down=True)][: len(kinds)]
+    expected = pipe(
+        "a red cat", control_image=hints, control_mode=list(kinds), controlnet_conditioning_scale=0.7,
+        generator=torch.Generator().manual_seed(6), **OPTIONS,
+    ).images  # fmt: skip
+    ours = nativesd.load(folders["sdxl"], device="cpu")
+    model = load_control(folders["union"], device="cpu")
+    control = [Control(model, hint, 0.7, kind=kind) for hint, kind in zip(hints, kinds, strict=True)]
+    result = ours("a red cat", control=control, num_images=2, seed=5, **OURS)
+    found = ours.decode_tensor(result.latents)[1:].permute(0, 2, 3, 1).numpy()
+    assert np.abs(found - expected).max() <= 2e-3
+
+
+def test_t2i_adapter(folders: dict[str, Path]) -> None:
+    base = theirs(diffusers.DiffusionPipeline, folders["sd15"])
+    adapter = diffusers.T2IAdapter.from_pretrained(folders["adapter"])
+    parts = {name: part for name, part in base.components.items() if name != "image_encoder"}
+    pipe = diffusers.StableDiffusionAdapterPipeline(**parts, adapter=adapter, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        "a red cat", image=stripes(), adapter_conditioning_scale=0.7, width=64, height=64,
+        generator=torch.Generator().manual_seed(5), **OPTIONS,
+    ).images  # fmt: skip
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    result = ours("a red cat", control=[Control(folders["adapter"], stripes(), 0.7)], seed=5, **OURS)
+    compare(ours, result, expected)
+    plain = ours("a red cat", seed=5, **OURS)
+    assert (plain.latents - result.latents).abs().max() > 0.05
+
+
+def test_everything_at_once(folders: dict[str, Path]) -> None:
+    """Inpainting, two controls of two kinds and a prompt of two chunks, bit-equal when repeated."""
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    control = [Control(folders["sd15-control-1"], stripes(), 0.5, end=0.5), Control(folders["adapter"], stripes(), 0.5)]
+    options = {"image": photo(), "mask": hole(), "strength": 0.8, "control": control, "steps": 5, "seed": 1}
+    prompt = "a (red:1.2) cat, " * 30
+    first, second = ours(prompt, **options), ours(prompt, **options)
+    assert (first.latents == second.latents).all()
+    assert (np.asarray(first.images[0])[:4] == np.asarray(photo())[:4]).all()
+
+
+def test_what_does_not_fit_is_refused_before_a_step(folders: dict[str, Path]) -> None:
+    ours = nativesd.load(folders["sdxl"], device="cpu")
+    steps: list[int] = []
+
+    def call(control: Control, **options: Any) -> None:
+        ours("a cat", control=[control], steps=2, seed=1, on_step=lambda step: steps.append(step.index), **options)
+
+    with pytest.raises(UsageError, match=r"another family.*context 32 wide, and the model's is 80"):
+        call(Control(folders["sd15-control-1"], stripes()))
+    with pytest.raises(UsageError, match="pass kind="):
+        call(Control(folders["union"], stripes()))
+    with pytest.raises(UsageError, match="start and end"):
+        call(Control(folders["sdxl-control-1"], stripes(), start=0.6, end=0.5))
+    with pytest.raises(UsageError, match=r"T2I-Adapter of another family.*\(1, 32, 8, 8\)"):
+        call(Control(folders["adapter"], stripes()))
+    with pytest.raises(UsageError, match=r"no preprocessor|needs controlnet_aux"):
+        call(Control(folders["sdxl-control-1"], stripes(), preprocess="nonsense"))
+    assert steps == []
+    with pytest.raises(SourceError, match="neither a ControlNet nor a T2I-Adapter"):
+        load_control(folders["sdxl"] / "vae")
+
+
+def test_canny() -> None:
+    edges = np.asarray(nativesd.canny(photo()))
+    assert edges.shape == (64, 64, 3)
+    assert set(np.unique(edges)) == {0, 255}
+    assert 20 < (edges[..., 0] > 0).sum() < 400
