@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from nativesd.config import TextEncoderConfig, UNetConfig, VAEConfig
+from nativesd.config import ControlNetConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from nativesd.models.clip import TextEncoder, TextOutput
+from nativesd.models.controlnet import ControlNet
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
-from nativesd.weights.keymap import load_table
+from nativesd.weights.keymap import BoundMap, load_table
 from nativesd.weights.plan import make_plan
-from nativesd.weights.published import text_json, unet_json, vae_json
+from nativesd.weights.published import controlnet_json, text_json, unet_json, vae_json
 
 TOLERANCE = 1e-5
 """The largest `difference` that counts as the same result in float32."""
@@ -289,6 +290,75 @@ def run_published_text_encoder(
         body = reference if config.projection is None else reference.text_model
         hidden = body.final_layer_norm(hidden)
     return TextOutput(hidden, out.pooler_output if config.projection is None else out.text_embeds)
+
+
+def fits(table: BoundMap, theirs: dict[str, tuple[int, ...]], ours: dict[str, tuple[int, ...]]) -> None:
+    """Raises AssertionError where a table does not map the names of `theirs` and `ours` onto each other, both ways."""
+    plan = make_plan(table, theirs, ours)
+    for problems in (plan.missing, plan.unexpected, plan.duplicate, plan.wrong_shape, plan.ignored):
+        assert not problems
+    assert plan.sources.keys() == ours.keys()
+    assert {key for source in plan.sources.values() for key in source.keys} == theirs.keys()
+    for name, source in plan.sources.items():
+        written = table.source(name)
+        assert written is not None
+        assert len(written.keys) == 1
+        prefix = source.keys[0].removesuffix(written.keys[0].removeprefix(table.keymap.prefixes[0]))
+        assert prefix in table.keymap.prefixes
+
+
+def lend(ours: nn.Module, reference: nn.Module, table: str) -> None:
+    """Draw our module's tensors (it is on meta), and give them to diffusers' through a weight map, read backwards."""
+    draw(ours, 0)
+    bound = load_table(table).bind()
+    fits(bound, shapes(reference), shapes(ours))
+    tensors = ours.state_dict()
+    theirs = {key: torch.cat([tensors[name] for name, _ in bound.parameters(key)]) for key in shapes(reference)}
+    reference.load_state_dict(theirs, assign=True)
+    reference.eval()
+
+
+def published_controlnet(config: ControlNetConfig) -> ControlNetModel | ControlNetUnionModel:
+    """diffusers' ControlNet of our config, on meta."""
+    with torch.device("meta"):
+        return (ControlNetModel if config.union is None else ControlNetUnionModel)(**arguments(controlnet_json(config)))
+
+
+@torch.inference_mode()
+def run_controlnet(ours: ControlNet, inputs: UNetInputs, hint: Tensor, scale: float = 1.0) -> list[Tensor]:
+    """Our residuals."""
+    found: list[Tensor] = ours(
+        inputs.latents,
+        inputs.timestep,
+        inputs.context,
+        hint,
+        pooled=inputs.pooled,
+        time_ids=inputs.time_ids,
+        scale=scale,
+    )
+    return found
+
+
+@torch.inference_mode()
+def run_published_controlnet(
+    reference: ControlNetModel | ControlNetUnionModel, inputs: UNetInputs, hint: Any, scale: Any = 1.0, **more: Any
+) -> list[Tensor]:
+    """diffusers' residuals."""
+    out = reference(
+        inputs.latents,
+        inputs.timestep,
+        inputs.context,
+        hint,
+        conditioning_scale=scale,
+        added_cond_kwargs={"text_embeds": inputs.pooled, "time_ids": inputs.time_ids},
+        **more,
+    )
+    return [*out.down_block_res_samples, out.mid_block_res_sample]
+
+
+def worst(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference of two lists of residuals."""
+    return max(difference(f, e) for f, e in zip(found, expected, strict=True))
 
 
 def sparse(manifest: Manifest, path: Path) -> Path:

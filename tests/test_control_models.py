@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderTiny, ControlNetModel, ControlNetUnionModel
 from diffusers import T2IAdapter as PublishedT2IAdapter
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 from nativesd.build import build
 from nativesd.config import (
@@ -36,10 +36,24 @@ from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
-from nativesd.weights.keymap import BoundMap, load_table
-from nativesd.weights.plan import make_plan
-from nativesd.weights.published import controlnet_json, t2i_adapter_json, tiny_vae_json
-from oracles import TOLERANCE, UNetInputs, arguments, difference, draw, published_manifests, shapes, unet_inputs
+from nativesd.weights.keymap import load_table
+from nativesd.weights.published import t2i_adapter_json, tiny_vae_json
+from oracles import (
+    TOLERANCE,
+    UNetInputs,
+    arguments,
+    difference,
+    draw,
+    fits,
+    lend,
+    published_controlnet,
+    published_manifests,
+    run_controlnet,
+    run_published_controlnet,
+    shapes,
+    unet_inputs,
+    worst,
+)
 
 DIFFERENT = 10 * TOLERANCE
 """The least `difference` that counts as another result."""
@@ -57,32 +71,6 @@ def one_thread() -> Iterator[None]:
 def random(*shape: int, seed: int = 3) -> Tensor:
     """Uniform in [0, 1), as hints are."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def fits(table: BoundMap, theirs: dict[str, tuple[int, ...]], ours: dict[str, tuple[int, ...]]) -> None:
-    """Raises AssertionError where a table does not map the names of `theirs` and `ours` onto each other, both ways."""
-    plan = make_plan(table, theirs, ours)
-    for problems in (plan.missing, plan.unexpected, plan.duplicate, plan.wrong_shape, plan.ignored):
-        assert not problems
-    assert plan.sources.keys() == ours.keys()
-    assert {key for source in plan.sources.values() for key in source.keys} == theirs.keys()
-    for name, source in plan.sources.items():
-        written = table.source(name)
-        assert written is not None
-        assert len(written.keys) == 1
-        prefix = source.keys[0].removesuffix(written.keys[0].removeprefix(table.keymap.prefixes[0]))
-        assert prefix in table.keymap.prefixes
-
-
-def lend(ours: nn.Module, reference: nn.Module, table: str) -> None:
-    """Draw our module's tensors (it is on meta), and give them to diffusers' through a weight map, read backwards."""
-    draw(ours, 0)
-    bound = load_table(table).bind()
-    fits(bound, shapes(reference), shapes(ours))
-    tensors = ours.state_dict()
-    theirs = {key: torch.cat([tensors[name] for name, _ in bound.parameters(key)]) for key in shapes(reference)}
-    reference.load_state_dict(theirs, assign=True)
-    reference.eval()
 
 
 def encoder(
@@ -118,12 +106,6 @@ UNIONS = {
 SIZES = [(8, 16), (13, 11), (9, 14)]
 
 
-def published_controlnet(config: ControlNetConfig) -> ControlNetModel | ControlNetUnionModel:
-    """diffusers' ControlNet of our config, on meta."""
-    with torch.device("meta"):
-        return (ControlNetModel if config.union is None else ControlNetUnionModel)(**arguments(controlnet_json(config)))
-
-
 @cache
 def pair(form: str) -> tuple[ControlNet, ControlNetModel]:
     """The two ControlNets of a form, built once."""
@@ -156,21 +138,6 @@ def hint_for(config: ControlNetConfig, size: tuple[int, int], seed: int = 3) -> 
 
 
 @torch.inference_mode()
-def run(ours: ControlNet, inputs: UNetInputs, hint: Tensor, scale: float = 1.0) -> list[Tensor]:
-    """Our residuals."""
-    found: list[Tensor] = ours(
-        inputs.latents,
-        inputs.timestep,
-        inputs.context,
-        hint,
-        pooled=inputs.pooled,
-        time_ids=inputs.time_ids,
-        scale=scale,
-    )
-    return found
-
-
-@torch.inference_mode()
 def run_union(
     ours: ControlNetUnion,
     inputs: UNetInputs,
@@ -192,44 +159,22 @@ def run_union(
     return found
 
 
-@torch.inference_mode()
-def run_published(
-    reference: ControlNetModel | ControlNetUnionModel, inputs: UNetInputs, hint: Any, scale: Any = 1.0, **more: Any
-) -> list[Tensor]:
-    """diffusers' residuals."""
-    out = reference(
-        inputs.latents,
-        inputs.timestep,
-        inputs.context,
-        hint,
-        conditioning_scale=scale,
-        added_cond_kwargs={"text_embeds": inputs.pooled, "time_ids": inputs.time_ids},
-        **more,
-    )
-    return [*out.down_block_res_samples, out.mid_block_res_sample]
-
-
-def worst(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest difference of two lists of residuals."""
-    return max(difference(f, e) for f, e in zip(found, expected, strict=True))
-
-
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_controlnet(form: str, size: tuple[int, int]) -> None:
     ours, reference = pair(form)
     inputs, hint = inputs_for(FORMS[form], size), hint_for(FORMS[form], size)
-    found = run(ours, inputs, hint)
+    found = run_controlnet(ours, inputs, hint)
     assert [tuple(residual.shape) for residual in found] == ours.residual_shapes(2, *size)
-    assert worst(found, run_published(reference, inputs, hint)) <= TOLERANCE
+    assert worst(found, run_published_controlnet(reference, inputs, hint)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("form", ["sd15", "sdxl small"])
 def test_scale_multiplies_every_residual(form: str) -> None:
     ours, reference = pair(form)
     inputs, hint = inputs_for(FORMS[form], (8, 8)), hint_for(FORMS[form], (8, 8))
-    found, full = run(ours, inputs, hint, 0.35), run(ours, inputs, hint)
-    assert worst(found, run_published(reference, inputs, hint, 0.35)) <= TOLERANCE
+    found, full = run_controlnet(ours, inputs, hint, 0.35), run_controlnet(ours, inputs, hint)
+    assert worst(found, run_published_controlnet(reference, inputs, hint, 0.35)) <= TOLERANCE
     assert worst(found, [residual * 0.35 for residual in full]) <= TOLERANCE
 
 
@@ -237,14 +182,14 @@ def test_scale_multiplies_every_residual(form: str) -> None:
 def test_every_input_counts(form: str) -> None:
     ours, _ = pair(form)
     inputs, hint = inputs_for(FORMS[form], (8, 8)), hint_for(FORMS[form], (8, 8))
-    plain = run(ours, inputs, hint)
-    assert min(map(difference, run(ours, inputs, 1 - hint), plain)) > DIFFERENT
+    plain = run_controlnet(ours, inputs, hint)
+    assert min(map(difference, run_controlnet(ours, inputs, 1 - hint), plain)) > DIFFERENT
     for field in ("latents", "timestep", "pooled", "time_ids", "context"):
         value = getattr(inputs, field)
         if value is not None:
             change: dict[str, Any] = {field: value.flip(0) if isinstance(value, Tensor) else 20.0}
             other = replace(inputs, **change)
-            changed = difference(run(ours, other, hint)[-1], plain[-1]) > DIFFERENT
+            changed = difference(run_controlnet(ours, other, hint)[-1], plain[-1]) > DIFFERENT
             assert changed == (field != "context" or form != "sdxl small"), field
 
 
@@ -255,7 +200,7 @@ def test_an_attention_without_blocks_computes() -> None:
     with torch.device("meta"):
         without = ControlNet(bare)
     without.load_state_dict({name: ours.state_dict()[name] for name in without.state_dict()}, assign=True)
-    found, plain = run(ours, inputs, hint), run(without, inputs, hint)
+    found, plain = run_controlnet(ours, inputs, hint), run_controlnet(without, inputs, hint)
     assert worst(found[:-1], plain[:-1]) == 0
     assert difference(found[-1], plain[-1]) > DIFFERENT
 
@@ -269,7 +214,7 @@ def test_a_unet_takes_the_residuals_as_they_are(form: str) -> None:
         unet = UNet(replace(config, levels=levels))
     draw(unet, 1)
     inputs = inputs_for(FORMS[form], (13, 11))
-    residuals = run(ours, inputs, hint_for(FORMS[form], (13, 11)))
+    residuals = run_controlnet(ours, inputs, hint_for(FORMS[form], (13, 11)))
     with torch.inference_mode():
         plain, controlled = (
             unet(
@@ -290,7 +235,7 @@ def test_a_hint_that_does_not_fit_is_refused() -> None:
     inputs = inputs_for(SD15, (8, 8))
     for wrong in (random(2, 3, 64, 72), random(2, 3, 8, 8), random(1, 3, 64, 64)):
         with pytest.raises(ValueError, match="hint"):
-            run(ours, inputs, wrong)
+            run_controlnet(ours, inputs, wrong)
 
 
 CASES: dict[str, tuple[list[int], float | list[float]]] = {
@@ -315,7 +260,7 @@ def test_union(form: str, case: str) -> None:
     used = torch.zeros(2, config.union.kinds)
     used[:, kinds] = 1
     found = run_union(ours, inputs, hints, kinds, scale)
-    expected = run_published(reference, inputs, hints, scale, control_type=used, control_type_idx=kinds)
+    expected = run_published_controlnet(reference, inputs, hints, scale, control_type=used, control_type_idx=kinds)
     assert [tuple(residual.shape) for residual in found] == ours.residual_shapes(2, 9, 14)
     assert worst(found, expected) <= TOLERANCE
 
