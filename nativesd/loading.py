@@ -168,7 +168,7 @@ def load(
         kind,
         offload=offload,
         previewer=previewer,
-        load_control=partial(load_control, device=home, dtype=kind, maps=maps),
+        load_control=partial(load_control, device=home, dtype=kind, maps=maps, unet=unet_module),
     )
 
 
@@ -178,11 +178,13 @@ def load_control(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     maps: str | Path | None = None,
+    unet: UNet | None = None,
 ) -> ControlModel:
     """Load a ControlNet (plain or union) or a T2I-Adapter: "tiny" (edges, for the embedded model), a folder, a file, or
     a hub id.
 
-    The options are those of `load`. Raises SourceError for what cannot be read or is neither.
+    The options are those of `load`. `unet` is the model's, to which a ControlNet that was saved as a difference is
+    added. Raises SourceError for what cannot be read or is neither.
     """
     place = _device(device)
     kind = _dtype(dtype, place)
@@ -197,8 +199,26 @@ def load_control(
                 module = build(component.config)
                 assert isinstance(module, ControlNet | ControlNetUnion | T2IAdapter)
                 fill(module, member, component, device=place, dtype=kind)
+                if "difference" in member.tensors:
+                    _add(module, unet, path)
                 return ControlModel(str(source) if source == "tiny" else path.stem, module.eval())
     raise SourceError(f"{source} is neither a ControlNet nor a T2I-Adapter: see its audit")
+
+
+@torch.no_grad()
+def _add(module: torch.nn.Module, unet: UNet | None, path: Path) -> None:
+    """Add the UNet's encoder to a ControlNet that holds what it differs by."""
+    if unet is None:
+        raise SourceError(f"{path} holds the difference from a model's UNet: use it with one, or pass unet=")
+    shared = unet.state_dict()
+    for name, parameter in module.named_parameters():
+        if name in shared:
+            if shared[name].shape != parameter.shape:
+                raise SourceError(
+                    f"{path} holds the difference from another family's UNet: {name} is {tuple(parameter.shape)}, and "
+                    f"the model's {tuple(shared[name].shape)}"
+                )
+            parameter.add_(shared[name].to(parameter))
 
 
 FEW_STEPS = {"turbo": 4, "lightning": 4, "hyper": 8, "lcm": 4}

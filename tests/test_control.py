@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import nativesd
 from nativesd.errors import SourceError, UsageError
 from nativesd.loading import load_control
 from nativesd.pipeline import Control
+from nativesd.weights.checkpoint import unmap
+from nativesd.weights.keymap import load_table
 from test_image_modes import compare, hole, photo, theirs
 from test_pipeline import save_model
 
@@ -209,6 +212,23 @@ def test_what_does_not_fit_is_refused_before_a_step(folders: dict[str, Path]) ->
     assert steps == []
     with pytest.raises(SourceError, match="neither a ControlNet nor a T2I-Adapter"):
         load_control(folders["sdxl"] / "vae")
+
+
+def test_a_difference_is_added_to_the_models_unet(folders: dict[str, Path], tmp_path: Path) -> None:
+    """lllyasviel's difference files: the encoder's weights less those of the model it was trained on."""
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    whole = load_control(folders["sd15-control-1"], device="cpu")
+    state, shared = whole.module.state_dict(), ours.unet.state_dict()
+    difference = {name: tensor - shared[name] if name in shared else tensor for name, tensor in state.items()}
+    table = load_table("controlnet.ldm").bind(whole.module.config.dims, "control_model.")
+    published = {key: tensor.contiguous() for key, tensor in unmap(difference, table).items()}
+    file = tmp_path / "diff_control.safetensors"
+    save_file({**published, "difference": torch.ones(1)}, file)
+    module = load_control(file, device="cpu", unet=ours.unet).module
+    for name, tensor in module.state_dict().items():
+        assert (tensor - state[name]).abs().max() < 1e-6, name
+    with pytest.raises(SourceError, match="holds the difference"):
+        load_control(file, device="cpu")
 
 
 def test_canny() -> None:

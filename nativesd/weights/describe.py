@@ -315,7 +315,17 @@ def controlnet_config(parameters: Parameters, pooled: int = 1280) -> tuple[Contr
         why = "no cross-attention in the file; the family's"
         evidence = [e for e in evidence if e.what != "context"]
         evidence.append(Evidence("context", str(context), why, determined=False))
-    return ControlNetConfig(unet, union=union), evidence
+    return ControlNetConfig(unet, hint_widths=_hint_widths(parameters), union=union), evidence
+
+
+def _hint_widths(parameters: Parameters) -> tuple[int, ...]:
+    """Widths of a hint's encoder: the published ones, unless more of the file's layers have others."""
+    published, found = ControlNetConfig.hint_widths, []
+    names = ["hint.conv_in.weight", *(f"hint.blocks.{i}.weight" for i in range(1, 16, 2))]  # every second one strides
+    for name in names:
+        found += [shape[0] for shape in _shapes(parameters, re.escape(name), 4)]
+    same = sum(a == b for a, b in zip(found, published, strict=False))
+    return published if same * 2 >= len(found) and len(found) <= len(published) else tuple(found)
 
 
 UNION_KINDS = (6, 8)  # ControlNetUnion as first published, and promax
