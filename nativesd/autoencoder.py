@@ -28,8 +28,10 @@ from nativesd.models.layers import ResnetBlock
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.vae import VAE, Stage
 
-TILE = 256  # in pixels; the published VAE decodes 2048x2048 in 4 GB with it, and larger strips are no faster
-AUTO_SIDE = 1536  # pictures with a longer side are decoded in strips where nothing else is asked for
+TILE = 384
+"""In pixels. With less, strips of the published VAE in float32 are below 32 MiB, and what glibc allocates below that it
+keeps when it is freed (mallopt(3), M_MMAP_THRESHOLD); with more, a strip's own work takes more than is saved."""
+AUTO_SIDE = 1536  # pictures with a longer side are worked on in strips where nothing else is asked for
 MAPS = 4  # live feature maps at the peak of a plain run: a convolution's input and output, and a reordered copy of each
 
 
@@ -310,7 +312,7 @@ def _cut(x: Tensor, pixels: int, tile: int, multiple: int = 1) -> Strips:
     units = x.shape[2] // multiple
     count = max(1, min(math.ceil(pixels / tile**2), units // 2))
     sizes = [len(part) * multiple for part in torch.arange(units).tensor_split(count)]
-    return Strips(part.clone() for part in torch.split(x, sizes, dim=2))  # a view would keep all of `x`
+    return Strips(torch.split(x, sizes, dim=2))
 
 
 def _decode_strips(vae: VAE, latents: Tensor, tile: int) -> Tensor:
@@ -333,7 +335,7 @@ def _decode_strips(vae: VAE, latents: Tensor, tile: int) -> Tensor:
         if stage.upsample is not None:
             source = Upsampled(source, stage.upsample)
             if stage.upsample.out_channels * pixels <= room * 4 ** (len(stages) - 2 - i):  # kept where there is room
-                source = Strips(window.rows for window in _windows(source, 0, consume=True))
+                source = Strips(window.rows.clone() for window in _windows(source, 0, consume=True))
     moments = _moments(decoder.norm_out, (window.rows for window in _windows(source, 0)))
     return torch.cat(
         [
