@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from nativesd.build import expected
 from nativesd.errors import SourceError, UsageError
 from nativesd.loading import TINY
-from nativesd.weights.audit import AuditReport, report_components
+from nativesd.weights.audit import AuditReport, ComponentReport, report_components
+from nativesd.weights.checkpoint import read_tensor
 from nativesd.weights.diff import DiffReport, compare_parameters, parameters
-from nativesd.weights.identify import identify_all
-from nativesd.weights.keymap import load_tables
+from nativesd.weights.identify import Identity, identify_all
+from nativesd.weights.keymap import KeyMap, load_tables
+from nativesd.weights.lora_audit import report_lora
 from nativesd.weights.source import Member, open_remote, open_source
 
 
 def audit(
     source: str | Path, *, maps: str | Path | None = None, believed: str | None = None, revision: str | None = None
 ) -> AuditReport:
-    """What is in a source and what every tensor of it becomes, from headers alone: no tensor is read.
+    """What is in a source and what every tensor of it becomes, from headers alone: no tensor is read, but for a
+    LoRA's alphas, each one number.
 
     source    "tiny", a safetensors file, a model folder, a hub id, org/name/file.safetensors on the hub, or its URL
     maps      a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
@@ -37,10 +42,27 @@ def audit(
         preset = family, layout
     identities = identify_all(find(source, revision=revision), tables, believed=preset)
     components = [
-        report for member, identity in identities for report in report_components(identity, member.tensors, expected)
+        _with_base(report, member, identity, tables)
+        for member, identity in identities
+        for report in report_components(identity, member.tensors, expected)
     ]
     family = next((label for _, identity in identities if (label := identity.label())), "")
     return AuditReport(str(source), family, tuple(components))
+
+
+def _with_base(
+    report: ComponentReport, member: Member, identity: Identity, tables: Mapping[str, KeyMap]
+) -> ComponentReport:
+    """A LoRA's report with the parameters that it changes in the base that it fits; any other as it is."""
+    keys = [key for c in identity.components if c.name == report.name == "lora" for key in c.found.keys]
+    if not keys:
+        return report
+    read = partial(_number, member) if member.files else None
+    return report_lora(report, {key: member.tensors[key] for key in keys}, tables, expected, read)
+
+
+def _number(member: Member, key: str) -> float:
+    return float(read_tensor(member, key))
 
 
 def diff(source: str | Path, other: str | Path, *, values: bool = False, maps: str | Path | None = None) -> DiffReport:

@@ -90,6 +90,7 @@ MODEL_HELP = "'tiny' (embedded), a folder, a file, or a hub id"
 @click.option("--hires-upscaler", type=click.Choice(["latent", "lanczos"]), help="[default: latent]")
 @click.option("--refiner", help="SDXL refiner for the last steps: a folder, a file, or a hub id.")
 @click.option("--refiner-at", type=float, help="How far on the refiner takes over [default: 0.8].")
+@click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE[:TEXT]]", help="LoRA to merge in; repeatable.")
 @click.option("--control", nargs=2, multiple=True, metavar="MODEL IMAGE", help="ControlNet or T2I-Adapter; repeatable.")
 @click.option("--control-scale", type=float, multiple=True, help="One per --control, in its order [default: 1].")
 @click.option("--control-start", type=float, multiple=True, help="From which part of the steps on [default: 0].")
@@ -135,6 +136,8 @@ def generate(
         options["width"], options["height"] = size
     if prompt is not None:
         options["prompt"] = prompt
+    if "loras" in options:
+        options["loras"] = [_lora(text) for text in options["loras"]]
     if control := _controls(options):
         options["control"] = control
     passes = {name.removeprefix("hires_"): options.pop(name) for name in list(options) if name.startswith("hires_")}
@@ -174,6 +177,20 @@ def generate(
             click.echo(f"{what}: {reason}", err=True)
     for path in result.save(output or Path(f"nativesd-{result.seeds[0]}.png")):
         click.echo(path)
+
+
+def _lora(text: str) -> tuple[str, float, float]:
+    """FILE, FILE:SCALE or FILE:SCALE:TEXT, where the file's own name may have colons."""
+    file, scales = text, list[float]()
+    while len(scales) < 2 and ":" in file:
+        head, _, tail = file.rpartition(":")
+        try:
+            scales.insert(0, float(tail))
+        except ValueError:
+            break
+        file = head
+    unet = scales[0] if scales else 1.0
+    return file, unet, scales[1] if len(scales) > 1 else unet
 
 
 def _controls(options: dict[str, Any]) -> list[Control]:
@@ -298,6 +315,31 @@ def convert(source: str, dest: Path, layout: str, dtype: str | None, maps: Path 
     done = run_convert(source, dest, layout=layout, dtype=dtype, maps=maps)
     for reason, keys in _by_reason(done.ignored.items()).items():
         click.echo(f"left out {_some(keys)}: {reason}", err=True)
+    click.echo(done.path)
+
+
+@main.group()
+def lora() -> None:
+    """LoRA files."""
+
+
+@lora.command(
+    "merge", help=f"Write MODEL ({SOURCE_HELP.partition(',')[0]} or a model folder) with LORAs merged to DEST."
+)
+@click.argument("model")
+@click.argument("loras", nargs=-1, required=True, metavar="LORA[:SCALE[:TEXT]]...")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
+def merge(model: str, loras: Sequence[str], dest: Path, maps: Path | None) -> None:
+    """See the command's help."""
+    from nativesd.merging import merge_checkpoint
+    from nativesd.weights.lora import Use, read_lora
+
+    uses = [Use(read_lora(file), unet, text) for file, unet, text in map(_lora, loras)]
+    done = merge_checkpoint(model, uses, dest, maps=maps)
+    for reason, keys in _by_reason(done.ignored.items()).items():
+        click.echo(f"left out {_some(keys)}: {reason}", err=True)
+    click.echo(f"{done.changed} of {done.tensors} tensors changed", err=True)
     click.echo(done.path)
 
 

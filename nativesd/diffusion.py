@@ -32,6 +32,8 @@ from nativesd.sampling.table import Call, Choice
 from nativesd.text.embedding import Embedding
 from nativesd.text.encode import encode_prompts
 from nativesd.text.tokenizer import ClipTokenizer
+from nativesd.weights.lora import LoraFile
+from nativesd.weights.lora_merge import Merged
 
 # sgm inference/api.py (SamplingParams): the refiner's aesthetic scores for the prompt and the negative prompt
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
@@ -168,9 +170,12 @@ class Diffusion:
     sequential: bool = False
     offload: bool = False
     previewer: TinyVAE | None = None
+    lora_state: Merged | None = None
+    """What LoRAs are merged into, and which are in it now."""
     load_control: Callable[[str | Path], ControlModel] | None = None
     """Loads the models of a `Control` that names one."""
     _controls: dict[str, ControlModel] = field(default_factory=dict, repr=False)
+    _loras: dict[str, LoraFile] = field(default_factory=dict, repr=False)
 
     def encode_prompt(
         self, prompts: Sequence[str], *, literal: bool = False, clip_skip: int | None = None

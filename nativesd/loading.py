@@ -39,6 +39,7 @@ from nativesd.weights.describe import prediction as prediction_of
 from nativesd.weights.folder import read_json
 from nativesd.weights.identify import Component, Identity, identify_all
 from nativesd.weights.keymap import KeyMap, load_tables
+from nativesd.weights.lora_merge import Merged, host
 from nativesd.weights.published import picture_size, scheduler_json
 from nativesd.weights.source import Member, open_source
 
@@ -131,6 +132,8 @@ def load(
     upcast = isinstance(vae_config, VAEConfig) and vae_config.force_upcast and kind == torch.float16
     vae_module: VAE | TinyVAE = make(*model.parts["vae"], torch.float32 if upcast else kind)
     encoders: tuple[TextEncoder, ...] = tuple(make(*model.parts[name], kind) for name in model.text_encoders)
+    filled = {"unet": unet_module, **dict(zip(model.text_encoders, encoders, strict=True))}
+    hosts = {name: host(module, *model.parts[name], tables) for name, module in filled.items()}
     previewer = None
     if preview is not None:
         (member,) = open_source(taesd(model.family) if preview == "taesd" else preview)
@@ -168,6 +171,7 @@ def load(
         kind,
         offload=offload,
         previewer=previewer,
+        lora_state=Merged(hosts),
         load_control=partial(load_control, device=home, dtype=kind, maps=maps, unet=unet_module),
     )
 

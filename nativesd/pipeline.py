@@ -26,7 +26,10 @@ from nativesd.sampling.noise import NoiseKind
 from nativesd.sampling.schedule import Kind
 from nativesd.sampling.table import Choice, find_sampler, find_schedule
 from nativesd.text.embedding import read_embedding
+from nativesd.weights.lora import Use, read_lora
+from nativesd.weights.lora_merge import set_loras
 
+Lora = str | Path | tuple[str | Path, float] | tuple[str | Path, float, float]
 Upscaler = Literal["latent", "lanczos"]
 STRENGTH = 0.8  # of image-to-image where none is asked for, as in diffusers
 
@@ -111,6 +114,7 @@ class Pipeline(Diffusion):
         hires: Hires | float | None = None,
         refiner: Diffusion | None = None,
         refiner_at: float = 0.8,
+        loras: Sequence[Lora] = (),
         control: Sequence[Control] = (),
         guess_mode: bool = False,
         guidance_rescale: float = 0.0,
@@ -140,6 +144,8 @@ class Pipeline(Diffusion):
         mask_blur       pixels over which the repainted part fades into the picture
         hires           a second pass at a larger size: a `Hires`, or its scale
         refiner         an SDXL refiner, which takes the last steps, from `refiner_at` of the way on
+        loras           files, or (file, scale), or (file, scale of the UNet's part, of the text encoders'): merged into
+                        the weights for this call and taken out, to the bit, when a later one does not name them
         control         ControlNets and T2I-Adapters with their pictures, as `Control`; they add up
         guess_mode      ControlNets act for the prompt only, and the deeper the stronger
         guidance_rescale  0 to 1: against the contrast of strong guidance (for zero-terminal-SNR models 0.7)
@@ -182,6 +188,7 @@ class Pipeline(Diffusion):
         if sampler is None:
             inferred.setdefault("sampler", f"{choice.sampler.name}, for the model's {config.scheduler.class_name}")
 
+        self._set_loras(loras)
         inputs = self._inputs(image, mask, outpaint, width, height, resize, mask_blur)
         size = (inputs.width, inputs.height)
         if isinstance(hires, float | int):
@@ -240,6 +247,7 @@ class Pipeline(Diffusion):
             "hires": None if hires is None else hires.fields(),
             "refiner": None if refiner is None else refiner.config.name,
             "refiner_at": None if refiner is None else refiner_at,
+            "loras": {use.lora.path.stem: (use.unet, use.text_encoder) for use in self._uses()} or None,
             "control": [str(getattr(each.model, "name", each.model)) for each in control] or None,
             "inferred": inferred,
             "notes": list(inputs.notes),
@@ -260,6 +268,24 @@ class Pipeline(Diffusion):
         embedding.fit([encoder.config.width for encoder in self.text_encoders])
         self.embeddings[embedding.name] = embedding
         return embedding.name
+
+    def _set_loras(self, loras: Sequence[Lora]) -> None:
+        """Make these the LoRAs in the weights. Raises WeightsError where one does not fit, or not as a whole."""
+        if self.lora_state is None:
+            if loras:
+                raise UsageError("LoRAs are merged from the model's files: load it with nativesd.load()")
+            return
+        uses = []
+        for lora in loras:
+            file, *scales = (lora,) if isinstance(lora, str | Path) else lora
+            if str(file) not in self._loras:
+                self._loras[str(file)] = read_lora(file)
+            unet = scales[0] if scales else 1.0
+            uses.append(Use(self._loras[str(file)], unet, scales[1] if len(scales) > 1 else unet))
+        set_loras(self.lora_state, uses)
+
+    def _uses(self) -> tuple[Use, ...]:
+        return () if self.lora_state is None else self.lora_state.uses
 
     def _loaded(self, control: Control) -> Control:
         """The control with its model, which is loaded once for all calls."""

@@ -39,7 +39,7 @@ class Result:
         Of `parameters` these are needed: prompt, negative_prompt, steps, sampler, schedule, guidance_scale, width,
         height, model. These are written where they are there and not None: strength, clip_skip, guidance_rescale, eta,
         noise ("cpu" or "cuda"), image_guidance_scale, mask_blur, literal, refiner (a name), refiner_at, vae (a name),
-        hires (upscale or width and height, steps, upscaler, strength) and loras (names to hashes).
+        hires (upscale or width and height, steps, upscaler, strength) and loras (names to scales).
         """
         p = self.parameters
         hires: Mapping[str, Any] = p.get("hires") or {}
@@ -68,7 +68,7 @@ class Result:
             "Hires resize": f"{hires['width']}x{hires['height']}" if "width" in hires else None,
             "Hires steps": hires.get("steps"),
             "Hires upscaler": hires.get("upscaler"),
-            "Lora hashes": ", ".join(f"{name}: {value}" for name, value in (p.get("loras") or {}).items()) or None,
+            "LoRAs": _loras(p.get("loras") or {}),
             "Version": f"nativesd {__version__}",
         }
         prompt = p["prompt"] if isinstance(p["prompt"], str) else p["prompt"][index]
@@ -130,6 +130,15 @@ def _number(value: float | None) -> str | None:
         return None
     short = f"{value:g}"
     return short if float(short) == value else repr(float(value))
+
+
+def _loras(loras: Mapping[str, tuple[float, float]]) -> str | None:
+    """As A1111 writes them in a prompt: one scale for both, or the text encoders' and then the UNet's."""
+    tags = [
+        f"<lora:{name}:{_number(text)}{'' if text == unet else f':{_number(unet)}'}>"
+        for name, (unet, text) in loras.items()
+    ]
+    return " ".join(tags) or None
 
 
 def _umask() -> int:

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 from sd_parsers import ParserManager
 
 import nativesd
@@ -272,3 +275,32 @@ def test_controls_are_matched_by_their_order(run: Run, tmp_path: Path, monkeypat
     done = run("generate", "a fox", "--control", "nothing.safetensors", "hint.png")
     assert done.returncode == 3
     assert "nothing.safetensors is missing" in done.stderr
+
+
+def test_loras_are_used_and_merged(run: Run, tmp_path: Path) -> None:
+    """Merged for one call, or into a folder that then makes the same picture; a foreign one is refused."""
+    module = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_v"
+    generator = torch.Generator().manual_seed(0)
+    down, up = (4 * torch.randn(*shape, generator=generator) for shape in ((4, 144), (144, 4)))
+    save_file({f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}, tmp_path / "style.safetensors")
+    common = ("generate", "a fox", "--steps", "2", "--seed", "7", "-o")
+    assert run(*common, "plain.png").returncode == 0
+    done = run(*common, "style.png", "--lora", "style.safetensors:0.5")
+    assert done.returncode == 0, done.stderr
+    text = Image.open(tmp_path / "style.png").text["parameters"]  # type: ignore[attr-defined]
+    assert 'LoRAs: "<lora:style:0.5>"' in text
+    done = run("lora", "merge", str(TINY), "style.safetensors:0.5", "merged")
+    assert done.returncode == 0, done.stderr
+    assert "1 of " in done.stderr
+    assert run(*common, "merged.png", "--model", "merged", "--guidance-scale", "3").returncode == 0
+    plain, style, merged = (
+        np.asarray(Image.open(tmp_path / f"{name}.png"), float) for name in ("plain", "style", "merged")
+    )
+    assert np.abs(style - plain).mean() > 1
+    assert np.abs(style - merged).mean() < 0.1, "the merged weights are rounded to float16"
+    foreign = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    save_file({f"{foreign}.lora_down.weight": torch.ones(4, 2048), f"{foreign}.lora_up.weight": torch.ones(640, 4)},
+              tmp_path / "foreign.safetensors")  # fmt: skip
+    done = run(*common, "foreign.png", "--lora", "foreign.safetensors")
+    assert done.returncode == 3
+    assert not (tmp_path / "foreign.png").exists()

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import nativesd
-from nativesd.errors import SourceError, UsageError
+from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.loading import load_control
 from nativesd.pipeline import Control
 from nativesd.weights.checkpoint import unmap
@@ -181,13 +181,55 @@ def test_t2i_adapter(folders: dict[str, Path]) -> None:
     assert (plain.latents - result.latents).abs().max() > 0.05
 
 
-def test_everything_at_once(folders: dict[str, Path]) -> None:
-    """Inpainting, two controls of two kinds and a prompt of two chunks, bit-equal when repeated."""
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    """Two modules of the UNet and one of the text encoder, in kohya's naming."""
+    generator = torch.Generator().manual_seed(7)
+    keys: dict[str, torch.Tensor] = {}
+    for module, width in (
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", 32),
+        ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0", 64),
+        ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 32),
+    ):
+        keys[f"{module}.lora_down.weight"] = torch.randn(4, width, generator=generator)
+        keys[f"{module}.lora_up.weight"] = torch.randn(width, 4, generator=generator)
+        keys[f"{module}.alpha"] = torch.tensor(4.0)
+    save_file(keys, tmp_path / "style.safetensors")
+    return tmp_path / "style.safetensors"
+
+
+def test_loras_come_and_go_between_calls(folders: dict[str, Path], lora: Path) -> None:
+    """Scale by scale another picture; without them the first one again, to the bit."""
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    options = {"steps": 3, "seed": 1}
+    plain = ours("a cat", **options).latents
+    weak, strong = (ours("a cat", loras=[(lora, scale)], **options) for scale in (0.2, 1.0))
+    assert weak.parameters["loras"] == {"style": (0.2, 0.2)}
+    unet_only = ours("a cat", loras=[(lora, 1.0, 0.0)], **options).latents
+    changes = [float((latents - plain).abs().max()) for latents in (weak.latents, strong.latents, unet_only)]
+    assert 1e-3 < changes[0] < changes[1]
+    assert changes[2] > 1e-3
+    assert (unet_only - strong.latents).abs().max() > 1e-3
+    assert (ours("a cat", **options).latents == plain).all()
+    with pytest.raises(WeightsError, match="3 of its 9 keys found no place"):
+        nativesd.load(folders["sdxl"], device="cpu")("a cat", loras=[lora], **options)
+
+
+def test_everything_at_once(folders: dict[str, Path], lora: Path) -> None:
+    """Inpainting, a LoRA, two controls of two kinds and a prompt of two chunks, bit-equal when repeated."""
     ours = nativesd.load(folders["sd15"], device="cpu")
     control = [Control(folders["sd15-control-1"], stripes(), 0.5, end=0.5), Control(folders["adapter"], stripes(), 0.5)]
-    options = {"image": photo(), "mask": hole(), "strength": 0.8, "control": control, "steps": 5, "seed": 1}
+    options = {
+        "image": photo(),
+        "mask": hole(),
+        "strength": 0.8,
+        "control": control,
+        "loras": [lora],
+        "steps": 5,
+        "seed": 1,
+    }
     prompt = "a (red:1.2) cat, " * 30
-    first, second = ours(prompt, **options), ours(prompt, **options)
+    first, second = (ours(prompt, **options) for _ in range(2))
     assert (first.latents == second.latents).all()
     assert (np.asarray(first.images[0])[:4] == np.asarray(photo())[:4]).all()
 

@@ -441,11 +441,12 @@ def test_result_writes_a_field_for_each_parameter() -> None:
     }  # fmt: skip
     rich = result(
         strength=0.6, clip_skip=2, guidance_rescale=0.7, noise="cuda", eta=0.25, vae="mse, fine", schedule="normal",
-        loras={"sea": "12ab", "sky": "34cd"}, guidance_scale=7.123456789, hires=None,
+        loras={"sea": (0.8, 0.8), "sky": (0.5, 0.25)}, guidance_scale=7.123456789, hires=None,
     )  # fmt: skip
     assert {name: value for name, value in fields_of(rich).items() if fields_of(result()).get(name) != value} == {
         "Schedule type": "Uniform", "CFG scale": "7.123456789", "VAE": "mse, fine", "Denoising strength": "0.6",
-        "Clip skip": "2", "RNG": "NV", "Eta": "0.25", "CFG Rescale": "0.7", "Lora hashes": "sea: 12ab, sky: 34cd",
+        "Clip skip": "2", "RNG": "NV", "Eta": "0.25", "CFG Rescale": "0.7",
+        "LoRAs": "<lora:sea:0.8> <lora:sky:0.25:0.5>",
     }  # fmt: skip
 
 

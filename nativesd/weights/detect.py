@@ -46,7 +46,7 @@ class Detection:
 def detect(keys: Iterable[str], tables: Mapping[str, KeyMap]) -> Detection:
     """Assign every name of a checkpoint to the component it belongs to. Raises TableError for a faulty table."""
     detection = Detection()
-    beside = [table.bind() for table in tables.values() if not table.rules and not table.names]
+    beside = [table.bind() for table in tables.values() if not table.rules and not table.is_named]
     left: dict[str, None] = {}
     for key in keys:
         reason = next((reason for table in beside if (reason := table.reason_to_ignore(key)) is not None), None)
@@ -55,11 +55,9 @@ def detect(keys: Iterable[str], tables: Mapping[str, KeyMap]) -> Detection:
         else:
             detection.ignored[key] = reason
     _take(detection, left, _known_prefixes(left, tables), foreign=False)
-    named = [table.bind() for table in tables.values() if table.names]
-    best = max(named, key=lambda table: sum(table.describe(key) is not None for key in left), default=None)
-    if best is not None and (keys := [key for key in left if best.describe(key) is not None]):
-        detection.found.append(Found(best, "", keys))
-        for key in keys:
+    while (found := _most_named(left, tables)) is not None:
+        detection.found.append(found)
+        for key in found.keys:
             del left[key]
     _take(detection, left, _foreign_prefixes(left, tables), foreign=True)
     for key in left:
@@ -122,6 +120,17 @@ def _best(prefix: str, tables: list[KeyMap], left: Mapping[str, None], foreign: 
     if best is None:
         return None
     return Found(best, prefix, [key for key in left if key.startswith(prefix) or best.parameters(key)], foreign)
+
+
+def _most_named(left: Mapping[str, None], tables: Mapping[str, KeyMap]) -> Found | None:
+    """What the table names that names most keys, of those without parameters of ours; its kin name the others."""
+    bound = [table.bind() for table in tables.values() if table.is_named]
+    named = {table: {key for key in left if table.describe(key) is not None} for table in bound}
+    best = max(named, key=lambda table: len(named[table]), default=None)
+    if best is None or not named[best]:
+        return None
+    kin = set[str]().union(*(keys for table, keys in named.items() if table.keymap.component == best.keymap.component))
+    return Found(best, "", [key for key in left if key in kin])
 
 
 def _adopt(key: str, detection: Detection) -> None:

@@ -202,7 +202,7 @@ def _component(
         if isinstance(given, T2IAdapterConfig):
             config, evidence = given, [STATED]
         label = "SDXL" if config.unshuffle == 16 else "SD1.x"
-    elif found.table.keymap.names:
+    elif found.table.keymap.is_named:
         label = adapter_family(shapes)
     return Component(name, label, "", found, config, tuple(evidence))
 

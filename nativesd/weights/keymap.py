@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from nativesd.errors import NativesdError
+from nativesd.weights.lora_names import LoraNames
 
 Shape = tuple[int, ...]
 Op = Literal["copy", "transpose", "conv1x1", "split", "concat"]
@@ -142,6 +143,13 @@ class KeyMap:
     """pattern -> what such a key is, for layouts that are recognised and have no parameters of ours"""
     probes: tuple[Probe, ...]
     rules: tuple[LoopedRule, ...]
+    lora: LoraNames | None = None
+    """How a layout of LoRA files names its tensors"""
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the table says what keys are, and not what fills parameters of ours."""
+        return bool(self.names) or self.lora is not None
 
     @classmethod
     def load(cls, path: Path) -> KeyMap:
@@ -159,12 +167,12 @@ class KeyMap:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise TableError(f"{name} is not TOML: {error}") from error
-        if unknown := set(data) - {"map", "dims", "leaf", "also", "rule", "names"}:
+        if unknown := set(data) - {"map", "dims", "leaf", "also", "rule", "names", "lora"}:
             raise TableError(f"{name}: unknown section {', '.join(sorted(unknown))}")
         head, leaves = data.get("map", {}), data.get("leaf", {})
         if not {"component", "layout"} <= set(head) <= {"component", "layout", "prefix", "detect", "ignore"}:
             raise TableError(f"{name}: [map] takes component and layout, and may have prefix, detect and ignore")
-        if not (data.get("rule") or data.get("names") or head.get("ignore")):
+        if not (data.get("rule") or data.get("names") or data.get("lora") or head.get("ignore")):
             raise TableError(f"{name} has no [[rule]]")
         if unknown := set(data.get("also", {})) - set(leaves):
             raise TableError(f"{name}: [also] without [leaf] of the same name: {', '.join(sorted(unknown))}")
@@ -173,6 +181,10 @@ class KeyMap:
                 re.compile(pattern)
             except re.error as error:
                 raise TableError(f"{name}: {pattern!r} is not a regular expression: {error}") from error
+        try:
+            lora = LoraNames.parse(data["lora"]) if "lora" in data else None
+        except ValueError as error:
+            raise TableError(f"{name}: {error}") from error
         return cls(
             name=name,
             component=head["component"],
@@ -187,6 +199,7 @@ class KeyMap:
                 for number, rule in enumerate(data.get("rule", ()), 1)
                 for entry in _fill_leaf(name, number, rule, data)
             ),
+            lora=lora,
         )
 
     def bind(self, dims: Dims | None = None, prefix: str | None = None) -> BoundMap:
@@ -389,7 +402,9 @@ class BoundMap:
         return next((reason for pattern, reason in self._ignore if pattern.fullmatch(key)), None)
 
     def describe(self, key: str) -> str | None:
-        """What the key is, by the table's [names], whose pattern's groups may stand in it; None where none fits."""
+        """What the key is, by the table's [lora], or its [names], whose pattern's groups may stand in it; else None."""
+        if self.keymap.lora is not None and (meaning := self.keymap.lora.describe(key)) is not None:
+            return meaning
         for pattern, meaning in self._names:
             if match := pattern.fullmatch(key):
                 return meaning.format(**match.groupdict("")).strip()

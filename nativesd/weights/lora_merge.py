@@ -1,0 +1,198 @@
+"""LoRAs merged into the weights of a loaded model, and taken out again.
+
+A weight becomes W + the sum over LoRAs of strength x change, in float32 and rounded once. What a change is stands in
+`lora`; with DoRA it is m (W + D) / |W + D| - W for the product D, the norms along the axis of the magnitude m (Liu et
+al. 2024, section 4.1; ComfyUI, comfy/weight_adapter/base.py, `weight_decompose`, which also says what strength does).
+Every change is that of the model's own weights, so that the order of LoRAs does not matter.
+
+Nothing is kept for taking LoRAs out: the weights are read from the model's files again, and are the same to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nativesd.errors import SourceError, WeightsError
+from nativesd.weights.checkpoint import apply, read_tensor
+from nativesd.weights.identify import Component
+from nativesd.weights.keymap import KeyMap, Shape, Source, load_tables
+from nativesd.weights.lora import Change, Place, Resolution, Use, resolve
+from nativesd.weights.lora_parts import DORA, dora_axis
+from nativesd.weights.plan import make_plan
+from nativesd.weights.source import Member
+
+Read = Callable[[str], Tensor]
+"""A tensor of a LoRA by its key."""
+Applied = tuple[Change, float, Read]
+"""A change, its strength, and where its tensors come from."""
+
+
+def merged(weight: Tensor, changes: Sequence[Applied]) -> Tensor:
+    """`weight` with all changes, in float32, contiguous. Raises WeightsError where a LoRA's values are not finite."""
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device).copy_(weight)
+    base = out.clone() if any(set(DORA) & set(change.keys) for change, _, _ in changes) else out
+    for change, strength, read in changes:
+        parts = {part: _part(read, key, weight.device) for part, key in change.keys.items()}
+        alpha = parts.pop("alpha", None)
+        scale = change.scale(None if alpha is None else float(alpha))
+        magnitude = next((part for part in DORA if part in parts), None)
+        if magnitude is None and set(parts) == {"up", "down"} and change.target.source.rule.op in ("copy", "conv1x1"):
+            out.flatten(1).addmm_(parts["up"].flatten(1), parts["down"].flatten(1), alpha=scale * strength)
+            continue
+        difference = apply([_product(parts).reshape(change.target.published)], change.target.source)
+        if magnitude is None:
+            out.add_(difference, alpha=scale * strength)
+        else:
+            axis = dora_axis(magnitude, tuple(parts[magnitude].shape), tuple(weight.shape))
+            out.add_(_decomposed(base, difference.mul_(scale), parts[magnitude], axis), alpha=strength)
+    return out
+
+
+def _part(read: Read, key: str, device: torch.device) -> Tensor:
+    tensor = read(key)
+    if not torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all():
+        raise WeightsError(f"{key} of a LoRA holds values that are not finite: get the file again")
+    return tensor.to(device=device, dtype=torch.float32)
+
+
+def _decomposed(weight: Tensor, difference: Tensor, magnitude: Tensor, axis: int) -> Tensor:
+    """What DoRA adds to a weight, for the product of its parts."""
+    total = difference.add_(weight)
+    others = [i for i in range(weight.ndim) if i != axis]
+    norm = torch.linalg.vector_norm(total, dim=others, keepdim=True).clamp_min_(torch.finfo(torch.float32).eps)
+    return total.mul_(magnitude.reshape(norm.shape) / norm).sub_(weight)
+
+
+def _product(parts: Mapping[str, Tensor]) -> Tensor:
+    """What the parts multiply to: a matrix (O, I * kernel), or (O, I, kernel), or a difference as it is."""
+    match parts:
+        case {"diff": whole} | {"w_norm": whole} | {"diff_b": whole} | {"b_norm": whole}:
+            return whole
+        case {"up": up, "down": down}:
+            mid = parts.get("mid")
+            return up.flatten(1) @ down.flatten(1) if mid is None else _tucker(up.flatten(1), down.flatten(1), mid)
+        case {"hada_w1_a": _}:
+            first = _low_rank(parts, "hada_w1", "hada_t1")
+            return first.mul_(_low_rank(parts, "hada_w2", "hada_t2"))
+        case _:
+            small = _low_rank(parts, "lokr_w1", "")
+            large = _low_rank(parts, "lokr_w2", "lokr_t2")
+            return torch.kron(small.flatten(1), large.flatten(1))
+
+
+def _low_rank(parts: Mapping[str, Tensor], name: str, core: str) -> Tensor:
+    """A factor of LyCORIS: whole, or a product of two matrices, or of two and a core."""
+    if name in parts:
+        return parts[name]
+    left, right = parts[f"{name}_a"], parts[f"{name}_b"]
+    return _tucker(left.T, right, parts[core]) if core in parts else left @ right
+
+
+def _tucker(left: Tensor, right: Tensor, core: Tensor) -> Tensor:
+    """sum over m, n of left[o, m] core[m, n, y, x] right[n, i]: (O, M), (N, I), (M, N, Y, X) -> (O, I, Y, X)."""
+    return torch.einsum("om,mnyx,ni->oiyx", left, core, right)
+
+
+@dataclass(frozen=True)
+class Host:
+    """A component of a loaded model: its module, the files that its weights are in, and where LoRAs find their place.
+
+    Make it with `host`, when the module has been filled.
+    """
+
+    module: nn.Module
+    member: Member
+    component: Component
+    place: Place
+    written: Mapping[Path, int]
+    """When each file was last written, in nanoseconds"""
+
+    @cached_property
+    def sources(self) -> Mapping[str, Source]:
+        """Where in the files every parameter is."""
+        keys = {key: self.member.tensors[key].shape for key in self.component.found.keys}
+        return make_plan(self.component.table, keys, self.place.shapes).sources
+
+    def read(self, parameter: str) -> Tensor:
+        """A parameter as the file has it. Raises SourceError where the file is no longer the one that was loaded."""
+        source = self.sources[parameter]
+        for path in {self.member.files[key] for key in source.keys}:
+            if not path.is_file() or path.stat().st_mtime_ns != self.written[path]:
+                raise SourceError(f"{path} is not the file that was loaded any more: load the model again")
+        return apply([read_tensor(self.member, key) for key in source.keys], source)
+
+
+def host(module: nn.Module, member: Member, component: Component, tables: Mapping[str, KeyMap] | None = None) -> Host:
+    """The component that `module` was filled from."""
+    shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    assert component.config is not None  # there is a module
+    written = {path: path.stat().st_mtime_ns for path in set(member.files.values())}
+    return Host(module, member, component, Place(component.config, shapes, tables or load_tables()), written)
+
+
+@dataclass
+class Merged:
+    """The LoRAs that are in a model's weights now. `hosts`: unet, text_encoder, text_encoder_2, as far as there are."""
+
+    hosts: Mapping[str, Host]
+    uses: tuple[Use, ...] = ()
+    resolutions: tuple[Resolution, ...] = ()
+    touched: dict[str, set[str]] = field(default_factory=dict)
+    """component -> parameters that are not as in the files"""
+
+
+@torch.no_grad()
+def set_loras(state: Merged, uses: Sequence[Use], *, strict: bool = True) -> tuple[Resolution, ...]:
+    """Make `uses` the LoRAs in the model's weights, whatever there were before; [] takes all out, to the bit.
+
+    Nothing is touched before every LoRA has been found to fit; should merging fail then, all are taken out. With
+    `strict` a LoRA of which anything finds no place is refused, else the resolutions say what that is. Returns one for
+    each use. Raises WeightsError, SourceError.
+    """
+    if uses and tuple(uses) == state.uses and not (strict and any(found.unplaced for found in state.resolutions)):
+        return state.resolutions
+    places = {name: host.place for name, host in state.hosts.items()}
+    resolutions = tuple(resolve(use.lora, places, strict=strict) for use in uses)
+    wanted = gather(uses, resolutions)
+    state.uses = state.resolutions = ()
+    try:
+        for name in state.hosts:
+            _set_component(state, name, wanted.get(name, {}))
+    except BaseException:
+        for name in state.hosts:
+            _set_component(state, name, {})
+        raise
+    state.uses, state.resolutions = tuple(uses), resolutions
+    return resolutions
+
+
+def _set_component(state: Merged, name: str, wanted: Mapping[str, Sequence[Applied]]) -> None:
+    """Change the weights of one component, and put those back that are not to be changed any more."""
+    host, touched = state.hosts[name], state.touched.setdefault(name, set())
+    for parameter in [*wanted, *sorted(touched - wanted.keys())]:
+        tensor = host.module.get_parameter(parameter)
+        own = host.read(parameter).to(tensor.device, tensor.dtype) if parameter in touched else tensor
+        if parameter in wanted:
+            touched.add(parameter)
+            tensor.copy_(merged(own, wanted[parameter]))
+        else:
+            tensor.copy_(own)
+            touched.discard(parameter)
+
+
+def gather(uses: Sequence[Use], resolutions: Sequence[Resolution]) -> dict[str, dict[str, list[Applied]]]:
+    """component -> parameter -> what changes it, in an order that does not depend on that of the LoRAs."""
+    out: dict[str, dict[str, list[Applied]]] = {}
+    pairs = zip(uses, resolutions, strict=True)
+    for use, resolution in sorted(pairs, key=lambda pair: (str(pair[0].lora.path), pair[0].unet, pair[0].text_encoder)):
+        for change in resolution.changes:
+            if strength := use.strength(change.component):
+                changes = out.setdefault(change.component, {}).setdefault(change.target.parameter, [])
+                changes.append((change, strength, partial(read_tensor, use.lora.member)))
+    return out
