@@ -156,3 +156,47 @@ def test_what_a_unet_predicts_is_seen_in_its_answer(pipe: nativesd.Pipeline) -> 
 def test_an_empty_prompt_is_the_unconditional_picture(pipe: nativesd.Pipeline) -> None:
     result = pipe("", seed=1, steps=2)
     assert result.images[0].size == (64, 64)
+
+
+def outline(image: Image.Image) -> np.ndarray:
+    """The edges of a picture, (H, W) bool."""
+    return np.asarray(nativesd.canny(image))[..., 0] > 0
+
+
+def overlap(found: np.ndarray, wanted: np.ndarray, reach: int = 2) -> float:
+    """F1 of two sets of edges, (H, W) bool, where an edge within `reach` pixels counts as met."""
+
+    def near(edges: np.ndarray) -> np.ndarray:
+        padded = np.pad(edges, reach)
+        shifts = range(2 * reach + 1)
+        height, width = edges.shape
+        return np.any([padded[i : i + height, j : j + width] for i in shifts for j in shifts], axis=0)
+
+    precision = (found & near(wanted)).sum() / max(found.sum(), 1)
+    recall = (wanted & near(found)).sum() / max(wanted.sum(), 1)
+    return float(2 * precision * recall / max(precision + recall, 1e-9))
+
+
+def test_edges_give_the_outline_and_the_prompt_the_colours(pipe: nativesd.Pipeline) -> None:
+    """The edges of one scene and the prompt of another, with and without the embedded ControlNet."""
+    rng, every = np.random.default_rng(0), scenes.scenes()
+    large, small = (scenes.artworks(round(side * 64)) for side in (scenes.LARGE, scenes.SMALL))
+    pairs = [[every[i] for i in rng.choice(len(every), 2, replace=False)] for _ in range(50)]
+    options = {"steps": 10, "sampler": "DPM++ 2M"}
+    free = pipe([scenes.caption(asked) for _, asked in pairs], seed=0, **options).images  # type: ignore[arg-type]
+    steered, unsteered, backgrounds = [], [], 0
+    for seed, ((shown, asked), plain) in enumerate(zip(pairs, free, strict=True)):
+        picture = scenes.render(shown, 64, large, small)
+        edges = nativesd.canny(Image.fromarray((picture * 255).round().astype(np.uint8)))
+        control = nativesd.Control("tiny", edges)
+        made = pipe(scenes.caption(asked), control=[control], seed=seed, **options).images[0]  # type: ignore[arg-type]
+        wanted = np.asarray(edges)[..., 0] > 0
+        steered.append(overlap(outline(made), wanted))
+        unsteered.append(overlap(outline(plain), wanted))
+        pixels = np.asarray(made, np.float32) / 255
+        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        backgrounds += np.linalg.norm(PALETTE - np.median(border, axis=0), axis=1).argmin() == asked.background
+    with_control, without = np.mean(steered), np.mean(unsteered)
+    print(f"\nedges' F1 {with_control:.3f}, without control {without:.3f}; background right in {backgrounds} of 50")
+    assert with_control >= 2 * without
+    assert backgrounds >= 45

@@ -3,7 +3,8 @@
     python tools/contact_sheet.py sheet.png
 
 Rows: image-to-image at strength 0.1, 0.5 and 0.9 behind its input; the lower half repainted on ten backgrounds; the
-colour word weighted 0, 0.5, 1, 1.5 and 2; outpainting and a second pass; every sampler, with its own steps and Karras.
+colour word weighted 0, 0.5, 1, 1.5 and 2; outpainting and a second pass; edges of six drawings, each with the picture
+that they and another prompt make; every sampler, with its own steps and Karras.
 """
 
 from __future__ import annotations
@@ -35,9 +36,18 @@ def rows() -> list[list[Image.Image]]:
         [one(f"a strawberry on a {c} background", image=first, mask=mask) for c in scenes.BACKGROUNDS],
         [one(f"a strawberry on a (blue:{weight}) background") for weight in (0, 0.5, 1, 1.5, 2)],
         [one(PROMPT, image=first, outpaint=(0, 0, 32, 0)), one(PROMPT, hires=nativesd.Hires(1.5, strength=0.5))],
+        [picture for subject in range(6) for picture in controlled(pipe, subject)],
         [one(PROMPT, sampler=sampler.name) for sampler in SAMPLERS],
         [one(PROMPT, sampler=sampler.name, schedule="karras") for sampler in SAMPLERS],
     ]
+
+
+def controlled(pipe: nativesd.Pipeline, subject: int) -> tuple[Image.Image, Image.Image]:
+    """The edges of a drawing, and the picture that they and a prompt for a strawberry make."""
+    large, small = (scenes.artworks(round(side * pipe.config.size)) for side in (scenes.LARGE, scenes.SMALL))
+    drawing = scenes.render(scenes.Scene(7 * subject + 2, 3), pipe.config.size, large, small)
+    edges = nativesd.canny(Image.fromarray((drawing * 255).round().astype("uint8")))
+    return edges, pipe(PROMPT, control=[nativesd.Control("tiny", edges)], seed=3).images[0]
 
 
 def main() -> None:
