@@ -33,32 +33,90 @@ Applied = tuple[Change, float, Read]
 """A change, its strength, and where its tensors come from."""
 
 
+ROWS = 1 << 18  # elements of a weight that are merged at once: their float32 copy stays in the processor's cache
+
+
 def merged(weight: Tensor, changes: Sequence[Applied]) -> Tensor:
     """`weight` with all changes, in float32, contiguous. Raises WeightsError where a LoRA's values are not finite."""
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    merge_into(out, weight, changes)
+    return out
+
+
+def merge_into(out: Tensor, weight: Tensor, changes: Sequence[Applied]) -> None:
+    """Write `weight` with all changes to `out`, of its shape and any dtype; it may be `weight` itself.
+
+    Raises WeightsError where a LoRA's values are not finite; nothing is written then.
+    """
+    gathered = [_gather(applied, weight.device) for applied in changes]
+    if not out.is_contiguous() or not all(isinstance(parts, Factors) for parts in gathered):
+        out.copy_(_whole(weight, gathered))
+        return
+    factors = [parts for parts in gathered if isinstance(parts, Factors)]
+    source, target = weight.flatten(1), out.flatten(1)
+    rows = max(1, ROWS // source.shape[1])
+    blocks = zip(torch.split(source, rows), torch.split(target, rows), range(0, len(source), rows), strict=True)
+    for block, result, start in blocks:
+        total = block.float() if block.dtype != torch.float32 else block.clone()
+        for each in factors:
+            total.addmm_(each.up[start : start + rows], each.down, alpha=each.scale)
+        result.copy_(total)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A change that is scale * up @ down, of the weight as a matrix; float32."""
+
+    up: Tensor
+    down: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Any other change, by the parts it is made of; float32."""
+
+    change: Change
+    parts: Mapping[str, Tensor]
+    scale: float
+    strength: float
+
+
+def _gather(applied: Applied, device: torch.device) -> Factors | Parts:
+    change, strength, read = applied
+    parts = {part: _part(read, key, device) for part, key in change.keys.items()}
+    alpha = parts.pop("alpha", None)
+    scale = change.scale(None if alpha is None else float(alpha))
+    if set(parts) == {"up", "down"} and change.target.source.rule.op in ("copy", "conv1x1"):
+        return Factors(parts["up"].flatten(1), parts["down"].flatten(1), scale * strength)
+    return Parts(change, parts, scale, strength)
+
+
+def _whole(weight: Tensor, changes: Sequence[Factors | Parts]) -> Tensor:
+    """`weight` with changes of any kind, in float32."""
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device).copy_(weight)
-    base = out.clone() if any(set(DORA) & set(change.keys) for change, _, _ in changes) else out
-    for change, strength, read in changes:
-        parts = {part: _part(read, key, weight.device) for part, key in change.keys.items()}
-        alpha = parts.pop("alpha", None)
-        scale = change.scale(None if alpha is None else float(alpha))
-        magnitude = next((part for part in DORA if part in parts), None)
-        if magnitude is None and set(parts) == {"up", "down"} and change.target.source.rule.op in ("copy", "conv1x1"):
-            out.flatten(1).addmm_(parts["up"].flatten(1), parts["down"].flatten(1), alpha=scale * strength)
+    base = out.clone() if any(isinstance(each, Parts) and set(DORA) & set(each.parts) for each in changes) else out
+    for each in changes:
+        if isinstance(each, Factors):
+            out.flatten(1).addmm_(each.up, each.down, alpha=each.scale)
             continue
-        difference = apply([_product(parts).reshape(change.target.published)], change.target.source)
+        target = each.change.target
+        difference = apply([_product(each.parts).reshape(target.published)], target.source)
+        magnitude = next((part for part in DORA if part in each.parts), None)
         if magnitude is None:
-            out.add_(difference, alpha=scale * strength)
+            out.add_(difference, alpha=each.scale * each.strength)
         else:
-            axis = dora_axis(magnitude, tuple(parts[magnitude].shape), tuple(weight.shape))
-            out.add_(_decomposed(base, difference.mul_(scale), parts[magnitude], axis), alpha=strength)
+            axis = dora_axis(magnitude, tuple(each.parts[magnitude].shape), tuple(weight.shape))
+            turned = _decomposed(base, difference.mul_(each.scale), each.parts[magnitude], axis)
+            out.add_(turned, alpha=each.strength)
     return out
 
 
 def _part(read: Read, key: str, device: torch.device) -> Tensor:
-    tensor = read(key)
-    if not torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all():
+    tensor = read(key).to(device=device, dtype=torch.float32)
+    if tensor.numel() and not tensor.abs().amax().isfinite():
         raise WeightsError(f"{key} of a LoRA holds values that are not finite: get the file again")
-    return tensor.to(device=device, dtype=torch.float32)
+    return tensor
 
 
 def _decomposed(weight: Tensor, difference: Tensor, magnitude: Tensor, axis: int) -> Tensor:
@@ -180,7 +238,7 @@ def _set_component(state: Merged, name: str, wanted: Mapping[str, Sequence[Appli
         own = host.read(parameter).to(tensor.device, tensor.dtype) if parameter in touched else tensor
         if parameter in wanted:
             touched.add(parameter)
-            tensor.copy_(merged(own, wanted[parameter]))
+            merge_into(tensor, own, wanted[parameter])
         else:
             tensor.copy_(own)
             touched.discard(parameter)
