@@ -1,0 +1,171 @@
+"""Checkpoints: what is in them, and changing their layout or their weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.text import Text
+
+from nativesd.cli.common import SOURCE_HELP, by_reason, count, lora_use, main, print_lines, row, size_text, some
+from nativesd.errors import UsageError
+
+if TYPE_CHECKING:
+    from nativesd.weights.audit import AuditReport, ComponentReport
+    from nativesd.weights.diff import DiffReport
+
+SHOWN = 20  # findings of a kind, unless all are asked for
+
+
+@main.command(help=f"Explain every tensor of SOURCE: {SOURCE_HELP}. Exit code 1 means findings.")
+@click.argument("source")
+@click.option("--keys", is_flag=True, help="List the whole mapping.")
+@click.option("--trace", metavar="NAME", help="Show how a key, or a parameter of ours, is mapped.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON (schema 1: see the README).")
+@click.option("--as", "believed", metavar="FAMILY/LAYOUT", help="Compare with what you take it for: such as sdxl/ldm.")
+@click.option("--diff", "other", metavar="OTHER", help="Compare two checkpoints, whatever their layouts.")
+@click.option("--values", is_flag=True, help="With --diff: compare the tensors too.")
+@click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--all", "everything", is_flag=True, help=f"List every finding, not the first {SHOWN} of a kind.")
+def audit(
+    source: str,
+    keys: bool,
+    trace: str | None,
+    as_json: bool,
+    believed: str | None,
+    other: str | None,
+    values: bool,
+    maps: Path | None,
+    revision: str | None,
+    everything: bool,
+) -> None:
+    """See the command's help."""
+    from nativesd import auditing
+
+    if other is not None:
+        difference = auditing.diff(source, other, values=values, maps=maps)
+        if as_json:
+            click.echo(difference.to_json())
+        else:
+            print_lines(_diff_lines(difference, len(difference.differences) if everything else SHOWN))
+        sys.exit(0 if difference.ok else 1)
+    if values:
+        raise click.UsageError("--values compares two checkpoints: name the other one with --diff")
+    report = auditing.audit(source, maps=maps, believed=believed, revision=revision)
+    if trace is not None:
+        lines = report.trace(trace)
+        if not lines:
+            raise UsageError(f"{source} has no key, and its model no parameter, called {trace}")
+        print_lines(Text(line) for line in lines)
+    elif as_json:
+        click.echo(report.to_json())
+    else:
+        print_lines(_audit_lines(report, keys=keys, shown=sys.maxsize if everything else SHOWN))
+    sys.exit(0 if report.ok else 1)
+
+
+@main.command(help=f"Write SOURCE ({SOURCE_HELP}) to DEST in another layout: a folder, or a .safetensors file for ldm.")
+@click.argument("source")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--layout", required=True, type=click.Choice(["diffusers", "ldm"]), help="The layout of DEST.")
+@click.option("--dtype", type=click.Choice(["f16", "bf16", "f32"]), help="[default: as stored]")
+@click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
+def convert(source: str, dest: Path, layout: str, dtype: str | None, maps: Path | None) -> None:
+    """See the command's help."""
+    from nativesd.converting import convert as run_convert
+
+    done = run_convert(source, dest, layout=layout, dtype=dtype, maps=maps)
+    for reason, keys in by_reason(done.ignored.items()).items():
+        click.echo(f"left out {some(keys)}: {reason}", err=True)
+    click.echo(done.path)
+
+
+@main.group()
+def lora() -> None:
+    """LoRA files."""
+
+
+@lora.command(
+    "merge", help=f"Write MODEL ({SOURCE_HELP.partition(',')[0]} or a model folder) with LORAs merged to DEST."
+)
+@click.argument("model")
+@click.argument("loras", nargs=-1, required=True, metavar="LORA[:SCALE[:TEXT]]...")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
+def merge(model: str, loras: Sequence[str], dest: Path, maps: Path | None) -> None:
+    """See the command's help."""
+    from nativesd.merging import merge_checkpoint
+    from nativesd.weights.lora import Use, read_lora
+
+    uses = [Use(read_lora(file), unet, text) for file, unet, text in map(lora_use, loras)]
+    done = merge_checkpoint(model, uses, dest, maps=maps)
+    for reason, keys in by_reason(done.ignored.items()).items():
+        click.echo(f"left out {some(keys)}: {reason}", err=True)
+    click.echo(f"{done.changed} of {done.tensors} tensors changed", err=True)
+    click.echo(done.path)
+
+
+def _audit_lines(report: AuditReport, *, keys: bool, shown: int) -> Iterator[Text]:
+    """The report for people: per component a headline, its sums, the evidence, what is ignored, the findings."""
+    for component in report.components:
+        what = ", ".join(filter(None, (component.family, component.layout)))
+        counts = f"{len(component.mapped)} of {component.expected} mapped" if component.expected else ""
+        yield Text.assemble(
+            (component.name, "bold"), f" ({what})" if what else "", f": {counts}" if counts else "",
+            style="" if component.ok else "red",
+        )  # fmt: skip
+        dtypes = ", ".join(f"{name} x{count}" for name, count in component.dtypes.items())
+        yield row(
+            "tensors",
+            f"{component.tensors}, {count(component.parameters)} parameters, {dtypes}, {size_text(component.bytes)}",
+        )
+        for entry in component.evidence:
+            override = f"; to choose otherwise: {entry.override}" if entry.override else ""
+            if entry.determined:
+                yield row(entry.what, f"{entry.value} ({entry.why})")
+            else:
+                yield row(entry.what, f"{entry.value} by default, not determined ({entry.why}{override})", "yellow")
+        for reason, names in by_reason((i.key, i.reason) for i in component.ignored).items():
+            yield row("ignored", f"{some(names)}: {reason}")
+        if keys:
+            for m in component.mapped:
+                yield row("mapped", f"{' + '.join(m.keys)} -> {m.parameter} {m.shape} [{m.operation}]")
+        yield from _finding_lines(component, shown)
+
+
+def _finding_lines(component: ComponentReport, shown: int) -> Iterator[Text]:
+    paired = {m.found for m in component.missing if m.found}
+    unexpected = [u for u in component.unexpected if u.key not in paired]
+    for m in component.missing[:shown]:
+        yield row("missing", f"{m.parameter} {m.shape}", "red")
+        yield row("", f"expected as {' + '.join(m.expected) or 'nothing any rule names'}")
+        if m.found:
+            yield row("", f"found {m.found}: {m.hint}")
+    for u in unexpected[:shown]:
+        yield row("unexpected", f"{u.key} {u.shape} {u.dtype}: {u.reason}", "red")
+    for w in component.wrong_shape[:shown]:
+        yield row("wrong shape", f"{' + '.join(w.keys)} {w.shape}, for {w.parameter}", "red")
+        yield row("", f"expected {w.expected} ({w.table} rule {w.rule})")
+    for d in component.duplicate[:shown]:
+        yield row("duplicate", f"{d.parameter}: claimed by {', '.join(d.keys)}", "red")
+    lists = {
+        "missing": component.missing, "unexpected": unexpected, "of a wrong shape": component.wrong_shape,
+        "duplicate": component.duplicate,
+    }  # fmt: skip
+    for kind, findings in lists.items():
+        if len(findings) > shown:
+            yield row("", f"and {len(findings) - shown} more {kind} (--all lists them)")
+
+
+def _diff_lines(report: DiffReport, shown: int) -> Iterator[Text]:
+    yield Text(f"{report.same} parameters are the same in {report.first} and {report.second}")
+    for d in report.differences[:shown]:
+        maximum = "" if d.maximum is None else f", max |difference| {d.maximum:g}"
+        sides = " | ".join(side for side in (d.first, d.second) if side)
+        yield row(d.kind, f"{d.parameter}: {sides}{maximum}", "red")
+    if len(report.differences) > shown:
+        yield row("", f"and {len(report.differences) - shown} more (--all lists them)")
