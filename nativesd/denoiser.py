@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nativesd.config import Prediction
+from nativesd.models.layers import CachedContext
 from nativesd.models.unet import UNet
 from nativesd.sampling.samplers import Denoiser
 
@@ -100,11 +101,15 @@ def make_denoiser(
     """
     together = join(sides)
     sequential = guidance.sequential
+    # the UNet's answers begin to differ where the text comes in
+    shared = steering is None and together.channels is together.pooled is together.guidance is None
+    contexts = {id(side): CachedContext(side.context) for side in (together, *sides)}
 
     def answer(scaled: Tensor, time: float, sigma: float, side: Conditioning) -> Tensor:
         inputs = scaled if side.channels is None else torch.cat([scaled, side.channels], dim=1)
         output: Tensor = unet(
-            inputs.to(dtype), time, side.context, pooled=side.pooled, time_ids=side.time_ids, guidance=side.guidance,
+            inputs.to(dtype), time, contexts[id(side)],
+            pooled=side.pooled, time_ids=side.time_ids, guidance=side.guidance,
             residuals=None if steering is None else steering.residuals(scaled.to(dtype), time, sigma, side),
             adapter=() if steering is None else steering.adapter(sigma, len(scaled)),
         )  # fmt: skip
@@ -116,7 +121,8 @@ def make_denoiser(
         outputs: Sequence[Tensor] = ()
         if not sequential:
             try:
-                outputs = answer(torch.cat([scaled] * len(sides)), time, sigma, together).chunk(len(sides))
+                every = scaled if shared else torch.cat([scaled] * len(sides))
+                outputs = answer(every, time, sigma, together).chunk(len(sides))
             except torch.cuda.OutOfMemoryError:
                 if len(sides) == 1:
                     raise

@@ -47,15 +47,28 @@ class TextEncoder(nn.Module):
         Pooling takes the last layer at the first end-of-text token, which has the vocabulary's highest id (argmax, as
         in openai/CLIP `encode_text`), so it is right whatever the padding is.
         """
+        states = self.states(tokens, embedded)
+        return TextOutput(
+            self.context(states[self.config.hidden if hidden is None else hidden]), self.pooled(tokens, states[-1])
+        )
+
+    def states(self, tokens: Tensor, embedded: Tensor | None = None) -> list[Tensor]:
+        """Every layer's output (B, T, width)."""
         x = self.token_embedding(tokens) if embedded is None else embedded
         x = x + self.position_embedding.weight[: tokens.shape[1]]
         states = []
         for layer in self.layers:
             x = layer(x)
             states.append(x)
-        last = self.final_norm(x)
-        context = states[self.config.hidden if hidden is None else hidden]
-        if self.config.hidden_norm:
-            context = last if context is x else self.final_norm(context)
-        pooled = last[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)]
-        return TextOutput(context, pooled if self.text_projection is None else self.text_projection(pooled))
+        return states
+
+    def context(self, state: Tensor) -> Tensor:
+        """What the UNet takes of a layer's output."""
+        return self.final_norm(state) if self.config.hidden_norm else state
+
+    def pooled(self, tokens: Tensor, last: Tensor) -> Tensor:
+        """The embedding (B, projection or width) at the end-of-text token, of the last layer's output."""
+        pooled: Tensor = self.final_norm(last)[
+            torch.arange(tokens.shape[0], device=tokens.device), tokens.argmax(dim=-1)
+        ]
+        return pooled if self.text_projection is None else self.text_projection(pooled)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -74,9 +76,39 @@ class ResnetBlock(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, causal: bool = False) -> Tensor:
     """Multi-head scaled dot-product attention: (B, T, C), (B, S, C), (B, S, C) -> (B, T, C)."""
     # (B, T, C) -> (B, H, T, D)
-    q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (torch.unflatten(t, 2, (heads, t.shape[2] // heads)).transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return out.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
+
+
+def repeat_to(x: Tensor, batch: int) -> Tensor:
+    """`x` as often, one after the other along the first axis, as `batch` rows need; itself where it has as many."""
+    return x if x.shape[0] == batch else x.repeat(batch // x.shape[0], *[1] * (x.ndim - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class CachedContext:
+    """Hidden states (B, S, context width), and what every attention makes of them, computed once.
+
+    It is good for as long as the weights stay the same.
+    """
+
+    states: Tensor
+    projected: dict[Attention, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the hidden states."""
+        return self.states.shape
+
+    def keys_values(self, layer: Attention) -> tuple[Tensor, Tensor]:
+        """`layer`'s keys and values of the hidden states, each (B, S, C)."""
+        if layer not in self.projected:
+            self.projected[layer] = layer.to_k(self.states), layer.to_v(self.states)
+        return self.projected[layer]
+
+
+Context: TypeAlias = Tensor | CachedContext
 
 
 class Attention(nn.Module):
@@ -93,11 +125,19 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context or width, width, bias=bias)
         self.to_out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """(B, T, C)[, (B, S, context width)] -> (B, T, C)."""
-        source = x if context is None else context
-        out: Tensor = self.to_out(attention(self.to_q(x), self.to_k(source), self.to_v(source), self.heads))
+        if isinstance(context, CachedContext):
+            k, v = context.keys_values(self)
+        else:
+            source = x if context is None else context
+            k, v = self.to_k(source), self.to_v(source)
+        out: Tensor = self.to_out(self.attend(x, k, v))
         return out
+
+    def attend(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the queries of `x` (B, T, C) find in keys and values (B, S, C): (B, T, C)."""
+        return attention(self.to_q(x), k, v, self.heads)
 
 
 class GEGLU(nn.Module):
@@ -127,9 +167,9 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = GEGLU(width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, T, C), (B, S, context width) -> (B, T, C)."""
-        x = x + self.attn1(self.norm1(x))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, T, C), (n * B, S, context width) -> (n * B, T, C): all n parts see the same `x` up to the context."""
+        x = repeat_to(x + self.attn1(self.norm1(x)), context.shape[0])
         x = x + self.attn2(self.norm2(x), context)
         out: Tensor = x + self.ff(self.norm3(x))
         return out
@@ -149,8 +189,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out: nn.Module = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.linear = linear
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W), (B, S, context width) -> (B, C, H, W)."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, C, H, W), (n * B, S, context width) -> (n * B, C, H, W)."""
         h: Tensor = self.norm(x)
         if not self.linear:
             h = self.proj_in(h)
@@ -161,10 +201,10 @@ class SpatialTransformer(nn.Module):
             h = block(h, context)
         if self.linear:
             h = self.proj_out(h)
-        h = h.transpose(1, 2).reshape(x.shape)  # (B, HW, C) -> (B, C, H, W)
+        h = h.transpose(1, 2).reshape(-1, *x.shape[1:])  # (n * B, HW, C) -> (n * B, C, H, W)
         if not self.linear:
             h = self.proj_out(h)
-        return x + h
+        return repeat_to(x, h.shape[0]) + h
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nativesd.config import Depth, UNetConfig
-from nativesd.models.layers import EmbeddingMLP, ResnetBlock, SpatialTransformer, sinusoidal
+from nativesd.models.layers import Context, EmbeddingMLP, ResnetBlock, SpatialTransformer, repeat_to, sinusoidal
 
 EPS = 1e-5  # of the GroupNorms in residual blocks and before conv_out (`normalization` in the source above)
 
@@ -53,9 +53,9 @@ class Stage(nn.Module):
     def __len__(self) -> int:
         return len(self.resnets)
 
-    def layer(self, j: int, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+    def layer(self, j: int, x: Tensor, embedding: Tensor, context: Context) -> Tensor:
         """Residual block `j` and its transformer: (B, widths_in[j], H, W) -> (B, width, H, W)."""
-        x = self.resnets[j](x, embedding)
+        x = self.resnets[j](x, repeat_to(embedding, x.shape[0]))
         if str(j) in self.attentions:
             x = self.attentions[str(j)](x, context)
         return x
@@ -89,7 +89,7 @@ class UNetEncoder(nn.Module):
         guidance: Tensor | None,
     ) -> Tensor:
         """The embedding (B, time width) of the timestep and of everything else that is one vector per picture."""
-        batch, dtype, config = len(latents), latents.dtype, self.config
+        batch, dtype, config = latents.shape[0], latents.dtype, self.config
         times = torch.as_tensor(timestep, device=latents.device).expand(batch)  # () or (B,) -> (B,)
         embedding: Tensor = self.time_embedding(
             sinusoidal(times, config.levels[0].width).to(dtype), None if guidance is None else guidance.to(dtype)
@@ -102,7 +102,7 @@ class UNetEncoder(nn.Module):
         return embedding
 
     def encode(
-        self, x: Tensor, embedding: Tensor, context: Tensor, adapter: Sequence[Tensor] = ()
+        self, x: Tensor, embedding: Tensor, context: Context, adapter: Sequence[Tensor] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """conv_in's output through down path and middle: (B, C, h, w), and the skips in `residual_shapes` order.
 
@@ -154,7 +154,7 @@ class UNet(UNetEncoder):
         self,
         latents: Tensor,
         timestep: Tensor | float,
-        context: Tensor,
+        context: Context,
         *,
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
@@ -164,7 +164,9 @@ class UNet(UNetEncoder):
     ) -> Tensor:
         """Predict from `latents` (B, in_channels, H, W) at `timestep` (a number, () or (B,); 0..999 or between).
 
-        context    (B, T, context width): the text encoder's hidden states
+        context    (B, T, context width): the text encoder's hidden states. (n * B, T, context width): n texts for every
+                   one of the latents, and n * B predictions; up to the first attention to the text they are the same,
+                   and computed once. Without `pooled`, `residuals` and `adapter` only
         pooled     (B, added.pooled), time_ids (B, added.ids): SDXL's added conditioning
         guidance   (B, config.guidance): LCM's embedding of the guidance scale
         residuals  tensors of `residual_shapes(B, H, W)`, in that order: added to the skips, and to the middle's output
@@ -175,7 +177,7 @@ class UNet(UNetEncoder):
         embedding = self.embed(latents, timestep, pooled, time_ids, guidance)
         x, skips = self.encode(self.conv_in(latents), embedding, context, adapter)
         if residuals is not None:
-            expected = self.residual_shapes(len(latents), latents.shape[2], latents.shape[3])
+            expected = self.residual_shapes(latents.shape[0], latents.shape[2], latents.shape[3])
             found = [tuple(residual.shape) for residual in residuals]
             if found != expected:
                 raise ValueError(f"control residuals of shapes {found} do not fit: this UNet takes {expected}")
@@ -184,7 +186,7 @@ class UNet(UNetEncoder):
             x = x + middle
         for stage in cast("Iterable[Stage]", self.up):
             for j in range(len(stage)):
-                x = stage.layer(j, torch.cat([x, skips.pop()], dim=1), embedding, context)
+                x = stage.layer(j, torch.cat([x, repeat_to(skips.pop(), x.shape[0])], dim=1), embedding, context)
             if stage.upsample is not None:
                 x = stage.upsample(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nativesd.config import VAEConfig
-from nativesd.models.layers import Attention, ResnetBlock
+from nativesd.models.layers import Attention, Context, ResnetBlock
 
 EPS = 1e-6  # of every GroupNorm in the VAE (`Normalize` in the source above)
 
@@ -21,7 +21,7 @@ class PixelAttention(Attention):
         super().__init__(width, heads=1, bias=True)
         self.norm = nn.GroupNorm(groups, width, EPS)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         h: Tensor = self.norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, HW, C)
         return x + super().forward(h).transpose(1, 2).reshape(x.shape)  # (B, HW, C) -> (B, C, H, W)
