@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from nativesd.auditing import diff as diff
     from nativesd.control import Control as Control
     from nativesd.converting import convert as convert
+    from nativesd.exporting import export_onnx as export_onnx
+    from nativesd.exporting import export_tensorrt as export_tensorrt
     from nativesd.loading import load as load
     from nativesd.loading import load_control as load_control
     from nativesd.pipeline import Hires as Hires
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "audit": "nativesd.auditing", "diff": "nativesd.auditing", "convert": "nativesd.converting",
+    "export_onnx": "nativesd.exporting", "export_tensorrt": "nativesd.exporting",
     "load": "nativesd.loading", "load_control": "nativesd.loading", "canny": "nativesd.preprocess",
     "Control": "nativesd.control", "Hires": "nativesd.pipeline", "Pipeline": "nativesd.pipeline",
     "options_from": "nativesd.pipeline", "Result": "nativesd.result",
@@ -43,13 +46,27 @@ __all__ = [
     "canny",
     "convert",
     "diff",
+    "export_onnx",
+    "export_tensorrt",
     "generate",
     "load",
     "load_control",
     "options_from",
 ]
 
-LOAD_OPTIONS = ("device", "dtype", "prediction", "unet", "vae", "text_encoders", "preview", "offload", "maps")
+LOAD_OPTIONS = (
+    "device",
+    "dtype",
+    "prediction",
+    "unet",
+    "vae",
+    "text_encoders",
+    "preview",
+    "offload",
+    "maps",
+    "backend",
+    "engines",
+)
 
 
 def generate(prompt: str | Sequence[str], model: str = "tiny", **options: Any) -> Result:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -145,6 +145,13 @@ class Start:
         return self.image
 
 
+class Closes(Protocol):
+    """What holds memory that can be given back."""
+
+    def close(self) -> int:
+        """Free it; returns how many bytes that was, as far as it is known."""
+
+
 @dataclass
 class Diffusion:
     """A loaded model. The modules are bare: the VAE's scaling factor is applied here.
@@ -170,6 +177,8 @@ class Diffusion:
     sequential: bool = False
     offload: bool = False
     previewer: TinyVAE | None = None
+    acceleration: Closes | None = None
+    """The graphs that run in place of modules (`nativesd.acceleration`)."""
     lora_state: Merged | None = None
     """What LoRAs are merged into, and which are in it now."""
     load_control: Callable[[str | Path], ControlModel] | None = None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -42,6 +42,9 @@ from nativesd.weights.keymap import KeyMap, load_tables
 from nativesd.weights.lora_merge import Merged, host
 from nativesd.weights.published import picture_size, scheduler_json
 from nativesd.weights.source import Member, open_source
+
+if TYPE_CHECKING:
+    from nativesd.export.library import BackendName
 
 TINY = Path(__file__).parent / "tiny"
 LAST_TIMESTEP = 999.0
@@ -93,6 +96,8 @@ def load(
     preview: str | Path | None = None,
     offload: bool = False,
     maps: str | Path | None = None,
+    backend: Literal["torch"] | BackendName = "torch",
+    engines: str | Path | None = None,
 ) -> Pipeline:
     """Load a model.
 
@@ -106,6 +111,7 @@ def load(
     preview        a TAESD ("taesd", or a file or folder) for the previews of `on_step`
     offload        keep the modules in main memory, and each on the device only while it is used
     maps           a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
+    backend        what runs the components: torch, or as in `Pipeline.accelerate`, which also says what engines is
 
     With all files local no request is made. Raises SourceError and WeightsError for what cannot be read or does not
     fit, NetworkError for the hub, UsageError for an argument that cannot be.
@@ -161,7 +167,7 @@ def load(
         _tokenizer(model.path, name, encoder.config)
         for name, encoder in zip(model.text_encoders, encoders, strict=True)
     )
-    return Pipeline(
+    pipeline = Pipeline(
         config,
         unet_module,
         vae_module,
@@ -174,6 +180,7 @@ def load(
         lora_state=Merged(hosts),
         load_control=partial(load_control, device=home, dtype=kind, maps=maps, unet=unet_module),
     )
+    return pipeline if backend == "torch" else pipeline.accelerate(backend, engines=engines)
 
 
 def load_control(

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from nativesd.sampling.table import Choice, find_sampler, find_schedule
 from nativesd.text.embedding import read_embedding
 from nativesd.weights.lora import Use, read_lora
 from nativesd.weights.lora_merge import set_loras
+
+if TYPE_CHECKING:
+    from nativesd.export.library import BackendName
 
 Lora = str | Path | tuple[str | Path, float] | tuple[str | Path, float, float]
 Upscaler = Literal["latent", "lanczos"]
@@ -188,7 +191,7 @@ class Pipeline(Diffusion):
         if sampler is None:
             inferred.setdefault("sampler", f"{choice.sampler.name}, for the model's {config.scheduler.class_name}")
 
-        self._set_loras(loras)
+        self.set_loras(loras)
         inputs = self._inputs(image, mask, outpaint, width, height, resize, mask_blur)
         size = (inputs.width, inputs.height)
         if isinstance(hires, float | int):
@@ -259,6 +262,33 @@ class Pipeline(Diffusion):
             parameters={name: value for name, value in parameters.items() if value is not None},
         )
 
+    def accelerate(
+        self,
+        backend: BackendName = "onnx",
+        *,
+        engines: str | Path | None = None,
+        components: Sequence[str] = ("text_encoder", "unet", "controlnet", "vae"),
+    ) -> Pipeline:
+        """This pipeline with its components run by another backend; it shares the weights of this one, which stays.
+
+        backend     onnx (ONNX Runtime; CPU, or CUDA with onnxruntime-gpu), openvino (CPU), tensorrt or tensorrt-rtx
+        engines     the folder of graphs and engines; default: nativesd/engines in the user's cache. ONNX graphs that
+                    are not in it are exported to it and checked, which takes time once; TensorRT engines are built
+                    with `nativesd export tensorrt`
+        components  what is accelerated, of text_encoder, unet, controlnet (those that controls name), and vae
+
+        LoRAs that are merged now are in the graphs. What a graph has no input for (T2I-Adapters, textual inversions,
+        other LoRAs, sizes outside an engine's profiles) is run by PyTorch, with a warning that says why. Raises
+        UsageError for what cannot be, NativesdError where a graph does not compute what PyTorch does.
+        """
+        from nativesd.acceleration import accelerate
+
+        return accelerate(self, backend, engines=engines, components=components)
+
+    def close(self) -> int:
+        """Free what an accelerated pipeline's backend holds; returns how many bytes that was, as far as it is known."""
+        return 0 if self.acceleration is None else self.acceleration.close()
+
     def load_embedding(self, path: str | Path, name: str | None = None) -> str:
         """Take in a textual inversion (.safetensors); returns the name that prompts call it by, the file's by default.
 
@@ -269,7 +299,7 @@ class Pipeline(Diffusion):
         self.embeddings[embedding.name] = embedding
         return embedding.name
 
-    def _set_loras(self, loras: Sequence[Lora]) -> None:
+    def set_loras(self, loras: Sequence[Lora]) -> None:
         """Make these the LoRAs in the weights. Raises WeightsError where one does not fit, or not as a whole."""
         if self.lora_state is None:
             if loras:

@@ -1,8 +1,19 @@
-"""Real sizes and GPU tests run when their marker is asked for (-m full, -m gpu), and say so otherwise."""
+"""What several files of tests share: the console script, and the markers.
+
+Real sizes and GPU tests run when their marker is asked for (-m full, -m gpu), and say so otherwise.
+"""
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
+
+from nativesd import cli
 
 REASONS = {"full": "real sizes: run with -m full", "gpu": "needs a CUDA device: run with -m gpu"}
 
@@ -13,3 +24,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in REASONS.items():
             if marker in item.keywords and marker not in asked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """The console script in this process, in an empty folder: code, stdout, stderr."""
+
+    def invoke(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["nativesd", *arguments])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back what the script replaces
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as end:
+            cli.run()
+        captured = capsys.readouterr()
+        return Done(int(end.value.code or 0), captured.out, captured.err)
+
+    return invoke

@@ -6,9 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +18,9 @@ from safetensors.torch import save_file
 from sd_parsers import ParserManager
 
 import nativesd
-from nativesd import cli
+from conftest import Done, Run
 from nativesd.control import Control
 from nativesd.loading import TINY
-
-
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """The console script in this process, in an empty folder: code, stdout, stderr."""
-
-    def invoke(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["nativesd", *arguments])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back what the script replaces
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as end:
-            cli.run()
-        captured = capsys.readouterr()
-        return Done(int(end.value.code or 0), captured.out, captured.err)
-
-    return invoke
 
 
 def test_generate_writes_a_picture_that_parsers_read(run: Run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Exit codes: 0 fine, 1 findings, 2 usage, 3 unreadable or unfit input, 4 network.
 """
 
 from nativesd.cli import checkpoints as checkpoints
+from nativesd.cli import graphs as graphs
 from nativesd.cli import machine as machine
 from nativesd.cli import pictures as pictures
 from nativesd.cli.common import main as main

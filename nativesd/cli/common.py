@@ -15,6 +15,7 @@ from nativesd.errors import NativesdError
 from nativesd.version import __version__
 
 MODEL_HELP = "'tiny' (embedded), a folder, a file, or a hub id"
+ENGINES_HELP = "Folder of engines [default: nativesd/engines in the user's cache]."
 SOURCE_HELP = "a safetensors file, a model folder, a hub id, or org/name/file.safetensors on the hub"
 
 

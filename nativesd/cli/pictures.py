@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from nativesd.cli.common import MODEL_HELP, Border, Size, lora_use, main
+from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Border, Size, lora_use, main
 
 if TYPE_CHECKING:
     from nativesd.control import Control
+
+BACKENDS = ["torch", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 
 
 @main.command()
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
 @click.option("--vae", type=click.Path(), help="File or folder of a VAE to use instead of the model's, or taesd.")
 @click.option("--text-encoder", "text_encoders", type=click.Path(), multiple=True, help="The same; repeatable.")
 @click.option("--offload", is_flag=True, default=None, help="Keep what is not in use in main memory.")
+@click.option("--backend", type=click.Choice(BACKENDS), help="What runs the model [default: torch].")
+@click.option("--engines", type=click.Path(path_type=Path), help=ENGINES_HELP)
 @click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what was chosen without being told, and from what.")
 def generate(

@@ -1,0 +1,198 @@
+"""Exported graphs and engines: making them, and what is in a folder of engines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, lora_use, main, size_text
+
+if TYPE_CHECKING:
+    from nativesd.exporting import Exported
+
+COMPONENTS = ["text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder"]
+NAMES = ["nativesd", "comfyui", "streamdiffusion"]
+COLUMNS = [
+    "component", "family", "weights", "backend", "for", "precision", "profiles", "control", "size", "state"
+]  # fmt: skip
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+@main.group()
+def export() -> None:
+    """Write a model's components as ONNX files or TensorRT engines."""
+
+
+def _common(command: Command) -> Command:
+    """The options that both exporters have."""
+    for option in reversed([
+        click.argument("source"),
+        click.option("--component", "components", multiple=True, type=click.Choice(COMPONENTS), help="[default: all]"),
+        click.option("--control", multiple=True, metavar="MODEL", help="ControlNet to export too; repeatable."),
+        click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE[:TEXT]]", help="LoRA to merge before."),
+        click.option("--no-slots", is_flag=True, help="Leave out the UNet's inputs for control residuals."),
+        click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override."),
+    ]):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@export.command("onnx", help=f"Write SOURCE ({MODEL_HELP}) as DEST/unet/model.onnx and so on, checked against PyTorch.")
+@_common
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16.")
+@click.option("--static", type=Size(), metavar="WxH", help="One size in pixels [default: any].")
+@click.option("--batch", type=int, default=2, show_default=True, help="With --static: rows, two for guidance.")
+@click.option("--chunks", type=int, default=1, show_default=True, help="With --static: chunks of 77 tokens.")
+@click.option("--opset", type=int, help="[default: 23; of the VAE 21]")
+@click.option("--names", type=click.Choice(NAMES), default=NAMES[0], help="Whose the UNet's inputs and outputs have.")
+@click.option("--no-check", is_flag=True, help="Do not run the files against PyTorch.")
+def export_onnx(
+    source: str,
+    dest: Path,
+    static: tuple[int, int] | None,
+    batch: int,
+    chunks: int,
+    no_check: bool,
+    no_slots: bool,
+    **given: Any,
+) -> None:
+    """See the command's help."""
+    from nativesd.exporting import Static
+    from nativesd.exporting import export_onnx as run_export
+
+    size = None if static is None else Static(*static, batch=batch, chunks=chunks)
+    done = run_export(
+        source, dest, static=size, slots=not no_slots, check=not no_check, on_part=_say, **_options(given)
+    )
+    _print_exported(done)
+
+
+@export.command("tensorrt", help=f"Build TensorRT engines of SOURCE ({MODEL_HELP}).")
+@_common
+@click.option("--engines", type=click.Path(path_type=Path), help=ENGINES_HELP)
+@click.option("--engine", "backend", type=click.Choice(["tensorrt-rtx", "tensorrt"]), help="[default: by the GPU]")
+@click.option("--for", "targets", multiple=True, metavar="SM", help="Such as sm120; repeatable [default: this GPU].")
+@click.option("--profile", "profiles", multiple=True, metavar="SIZE[-bIMAGES][-cCHUNKS]",
+              help="SIZE: 512, 768x512, 512to1024 or dynamic; repeatable [default: dynamic].")  # fmt: skip
+@click.option("--dtype", default="float16", show_default=True, help="float16, bfloat16 or float32.")
+@click.option("--weight-streaming", is_flag=True, help="The weights may stay in main memory.")
+@click.option("--refit", is_flag=True, help="The weights can be exchanged later.")
+@click.option("--again", is_flag=True, help="Build in place of an engine that is there.")
+def export_tensorrt(source: str, no_slots: bool, **given: Any) -> None:
+    """See the command's help."""
+    from nativesd.exporting import export_tensorrt as run_export
+
+    with _progress() as on_progress:
+        done = run_export(source, slots=not no_slots, on_part=_say, on_progress=on_progress, **_options(given))
+    _print_exported(done)
+
+
+@main.group()
+def engines() -> None:
+    """The folder of graphs and engines."""
+
+
+@engines.command("list")
+@click.option("--engines", "root", type=click.Path(path_type=Path), help=ENGINES_HELP)
+def list_engines(root: Path | None) -> None:
+    """List the engines with what they are for. Exit code 1: some are damaged."""
+    _show(root, deep=False)
+
+
+@engines.command("verify")
+@click.option("--engines", "root", type=click.Path(path_type=Path), help=ENGINES_HELP)
+def verify_engines(root: Path | None) -> None:
+    """Compare every file with its checksum. Exit code 1: some are damaged."""
+    _show(root, deep=True)
+
+
+@engines.command("prune")
+@click.option("--engines", "root", type=click.Path(path_type=Path), help=ENGINES_HELP)
+@click.option("--dry-run", is_flag=True, help="Say what would be removed.")
+def prune_engines(root: Path | None, dry_run: bool) -> None:
+    """Remove engines that are damaged, and what unfinished builds left."""
+    for gone in _store(root).prune(dry_run=dry_run):
+        click.echo(f"{'would remove' if dry_run else 'removed'} {gone.path} ({size_text(gone.size)}): {gone.reason}")
+
+
+def _store(root: Path | None) -> Any:
+    from nativesd.export.library import default_store
+    from nativesd.export.store import Store
+
+    return Store(root or default_store())
+
+
+def _show(root: Path | None, *, deep: bool) -> None:
+    from nativesd.export.store import verify
+
+    store = _store(root)
+    table = Table(
+        "component",
+        "family",
+        "weights",
+        "backend",
+        "for",
+        "precision",
+        "profiles",
+        "control",
+        "size",
+        "state",
+        box=None,
+        pad_edge=False,
+    )
+    sound = True
+    for entry in store.entries():
+        problem, key = verify(entry, deep=deep), entry.key
+        sound = sound and problem is None
+        what = (
+            [entry.path.name, *[""] * 7]
+            if key is None
+            else [key.component, key.family, key.weights[:8], f"{key.backend} {key.version}", key.device, key.precision,
+                  ", ".join(key.profiles), "slots" if key.control else ""]
+        )  # fmt: skip
+        table.add_row(*what, size_text(entry.size), problem or "sound")
+    Console(width=None if sys.stdout.isatty() else 240, highlight=False).print(table)
+    sys.exit(0 if sound else 1)
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """What was given on the command line, as the exporters take it."""
+    options = {name: value for name, value in given.items() if value not in (None, ())}
+    if "loras" in options:
+        options["loras"] = [lora_use(text) for text in options["loras"]]
+    return options
+
+
+def _say(name: str) -> None:
+    click.echo(f"nativesd: {name}", err=True)
+
+
+def _print_exported(done: Sequence[Exported]) -> None:
+    for each in done:
+        details = each.details.get("onnx", each.details)
+        error = f", within {details['error']:.1e} of PyTorch" if "error" in details else ", not checked"
+        click.echo(f"{each.path}{error}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Any], None]]:
+    """A bar of the builder's outermost phase, on stderr."""
+    from tqdm import tqdm
+
+    with tqdm(file=sys.stderr, leave=False, disable=None) as bar:
+
+        def show(progress: Any) -> None:
+            if len(progress.phases) == 1:
+                bar.set_description(progress.phases[0])
+                bar.total, bar.n = progress.steps, progress.step
+                bar.refresh()
+
+        yield show

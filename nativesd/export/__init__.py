@@ -1,0 +1,1 @@
+"""Modules as ONNX graphs and TensorRT engines."""

@@ -1,0 +1,183 @@
+"""Modules whose work an exported graph does, and PyTorch where the graph does not fit what is asked.
+
+An accelerated module is the plain one, with the same parameters under the same names, and another `forward`: what
+takes a UNet takes an `AcceleratedUNet`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from nativesd.errors import UsageError
+from nativesd.export.runner import Runner
+from nativesd.models.clip import TextEncoder, TextOutput
+from nativesd.models.controlnet import ControlNet
+from nativesd.models.layers import CachedContext, Context, repeat_to
+from nativesd.models.unet import UNet
+from nativesd.models.vae import VAE
+
+Stale = Callable[[], str | None]
+"""Why the weights are no longer those of the graph; None where they are."""
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Delegate:
+    """A runner with what decides whether it may answer, and the fallback's warnings, one of each kind."""
+
+    def __init__(self, name: str, runner: Runner, stale: Stale) -> None:
+        self.name = name
+        self.runner = runner
+        self.stale = stale
+        self.fallbacks: set[str] = set()
+
+    def run(self, given: Mapping[str, Tensor | None], *, unfit: str | None = None) -> dict[str, Tensor] | None:
+        """The graph's answer for what is given, or None, after a warning that says why, where PyTorch has to answer.
+
+        unfit  what of the call the graph has no input for
+        """
+        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+        reason = unfit or self.stale()
+        if reason is None:
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            reason = self.runner.refusal(self.runner.schema.given(tensors.keys()).request(shapes))
+        if reason is None:
+            return self.runner.run(tensors)
+        if reason not in self.fallbacks:
+            self.fallbacks.add(reason)
+            warnings.warn(f"{self.name}: {reason}: PyTorch runs it instead", stacklevel=4)
+        return None
+
+
+class AcceleratedUNet(UNet):
+    """A UNet that an exported graph runs."""
+
+    delegate: Delegate
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor | float,
+        context: Context,
+        *,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+        residuals: Sequence[Tensor] | None = None,
+        adapter: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """As `UNet.forward`."""
+        slots = self.delegate.runner.schema.control
+        unfit = "exported UNets have no inputs for a T2I-Adapter's features" if adapter else None
+        if residuals is not None and not slots:
+            unfit = "this graph was exported without control slots"
+        states = context.states if isinstance(context, CachedContext) else context
+        rows = repeat_to(latents, states.shape[0])
+        given = {
+            "sample": rows, "timestep": _rows(timestep, rows), "encoder_hidden_states": states,
+            "text_embeds": pooled, "time_ids": time_ids, "timestep_cond": guidance,
+        }  # fmt: skip
+        if residuals is not None and unfit is None:
+            given |= {slot.name: residual for slot, residual in zip(slots, residuals, strict=True)}
+        answer = self.delegate.run(given, unfit=unfit)
+        if answer is not None:
+            return answer["out_sample"].to(latents)
+        return super().forward(
+            latents, timestep, context, pooled=pooled, time_ids=time_ids, guidance=guidance, residuals=residuals,
+            adapter=adapter,
+        )  # fmt: skip
+
+
+class AcceleratedControlNet(ControlNet):
+    """A ControlNet that an exported graph runs; the scale is applied outside."""
+
+    delegate: Delegate
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor | float,
+        context: Tensor,
+        hint: Tensor,
+        *,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        scale: float | Tensor = 1.0,
+    ) -> list[Tensor]:
+        """As `ControlNet.forward`."""
+        given = {
+            "sample": latents, "timestep": _rows(timestep, latents), "encoder_hidden_states": context,
+            "controlnet_cond": hint, "text_embeds": pooled, "time_ids": time_ids,
+        }  # fmt: skip
+        answer = self.delegate.run(given)
+        if answer is not None:
+            return [answer[slot.name].to(latents) * scale for slot in self.delegate.runner.schema.outputs]
+        return super().forward(latents, timestep, context, hint, pooled=pooled, time_ids=time_ids, scale=scale)
+
+
+class AcceleratedTextEncoder(TextEncoder):
+    """A text encoder that an exported graph runs."""
+
+    delegate: Delegate
+
+    def forward(self, tokens: Tensor, *, embedded: Tensor | None = None, hidden: int | None = None) -> TextOutput:
+        """As `TextEncoder.forward`."""
+        unfit = "exported text encoders take tokens, and a textual inversion is none" if embedded is not None else None
+        answer = self.delegate.run({"input_ids": tokens}, unfit=unfit)
+        if answer is None:
+            return super().forward(tokens, embedded=embedded, hidden=hidden)
+        like = self.position_embedding.weight
+        layer = self.config.hidden if hidden is None else hidden
+        return TextOutput(answer["hidden_states"][layer].to(like), answer["pooled"].to(like))
+
+
+class AcceleratedVAE(VAE):
+    """A VAE whose whole pictures exported graphs encode and decode; strips of large ones are PyTorch's."""
+
+    encoding: Delegate | None
+    decoding: Delegate | None
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As `VAE.encode`."""
+        answer = None if self.encoding is None else self.encoding.run({"sample": images})
+        if answer is None:
+            return super().encode(images)
+        mean, logvar = answer["latent_parameters"].to(images).chunk(2, dim=1)
+        return mean, logvar
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As `VAE.decode`."""
+        answer = None if self.decoding is None else self.decoding.run({"latent_sample": latents})
+        return super().decode(latents) if answer is None else answer["sample"].to(latents)
+
+
+def accelerate_module(module: Module, delegates: Mapping[str, Delegate]) -> Module:
+    """A module with its graphs' runners, by component; it shares the parameters of the given one.
+
+    Raises UsageError for a module that has no exported form.
+    """
+    parts: dict[str, object] = {}
+    kind: type[nn.Module]
+    match module:
+        case UNet():
+            kind, parts["delegate"] = AcceleratedUNet, delegates["unet"]
+        case ControlNet():
+            kind, parts["delegate"] = AcceleratedControlNet, delegates["controlnet"]
+        case TextEncoder():
+            kind, parts["delegate"] = AcceleratedTextEncoder, delegates["text_encoder"]
+        case VAE():
+            kind = AcceleratedVAE
+            parts["encoding"], parts["decoding"] = delegates.get("vae_encoder"), delegates.get("vae_decoder")
+        case _:
+            raise UsageError(f"a {type(module).__name__} has no exported form")
+    out = kind.__new__(kind)
+    out.__dict__.update(module.__dict__, **parts)
+    return cast("Module", out)
+
+
+def _rows(timestep: Tensor | float, latents: Tensor) -> Tensor:
+    return torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).expand(len(latents))

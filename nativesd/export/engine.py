@@ -1,0 +1,554 @@
+"""TensorRT engines as runners: torch tensors bound where they are, on one queue, with shared activation memory."""
+
+# ruff: noqa: D102 (the methods of Engine and Context are TensorRT's)
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from nativesd.errors import SourceError, UsageError
+from nativesd.export.slots import Request, Schema, Slot
+from nativesd.export.store import RUNTIME_CACHE, Entry, verify, why_not
+from nativesd.export.tensorrt import (
+    DTYPES,
+    ENGINE,
+    PRODUCTS,
+    Backend,
+    Profile,
+    device_target,
+    load_backend,
+    make_log,
+    reason,
+    slot_dtype,
+)
+
+ALIGNMENT = 256  # bytes, of every address that is bound: NvInferRuntime.h, IExecutionContext::setInputTensorAddress
+GRAPHS = 8  # CUDA graphs that a runner keeps at most, one for each shape
+
+
+class Engine(Protocol):
+    """What is used of TensorRT's ICudaEngine."""
+
+    @property
+    def num_io_tensors(self) -> int: ...
+    @property
+    def num_optimization_profiles(self) -> int: ...
+    def get_tensor_name(self, index: int, /) -> str: ...
+    def get_tensor_dtype(self, name: str, /) -> Any: ...
+    def get_tensor_shape(self, name: str, /) -> Sequence[int]: ...
+    def get_tensor_profile_shape(self, name: str, profile: int, /) -> Sequence[Sequence[int]]: ...
+    def get_device_memory_size_for_profile_v2(self, profile: int, /) -> int: ...
+
+
+class Context(Protocol):
+    """What is used of TensorRT's IExecutionContext."""
+
+    def set_optimization_profile_async(self, profile: int, stream: int, /) -> bool: ...
+    def set_input_shape(self, name: str, shape: tuple[int, ...], /) -> bool: ...
+    def set_tensor_address(self, name: str, address: int, /) -> bool: ...
+    def update_device_memory_size_for_shapes(self) -> int: ...
+    def set_device_memory(self, address: int, size: int, /) -> None: ...
+    def execute_async_v3(self, stream: int, /) -> bool: ...
+
+
+class Queue(Protocol):
+    """Where engines run, one after another: a CUDA stream."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors have to be."""
+
+    @property
+    def handle(self) -> int:
+        """What TensorRT calls it."""
+
+    def use(self) -> AbstractContextManager[None]:
+        """Work that is queued in the block runs after what the caller has queued so far, and before what follows."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """The work as one launch, which the result makes."""
+
+    def wait(self) -> None:
+        """Until all work is done."""
+
+
+class CudaQueue:
+    """A stream of its own: on the default one, TensorRT synchronizes the device. Raises UsageError without a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        if not torch.cuda.is_available():
+            raise UsageError("TensorRT engines run on an NVIDIA GPU, and PyTorch finds none here")
+        self.device = torch.empty(0, device=device).device  # with its index, as tensors have it
+        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self.handle = int(self._stream.cuda_stream)
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """See `Queue`. Tensors of either stream outlive the other's work, as each waits for the other."""
+        outside = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(outside)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            outside.wait_stream(self._stream)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `Queue`."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+    def wait(self) -> None:
+        """See `Queue`."""
+        self._stream.synchronize()
+
+
+class Arena:
+    """Activation memory for all engines of one queue: they run one after another, so the largest need is enough."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+        self.generation = 0
+        """Changes when the memory is another, which makes CUDA graphs that were captured before stale."""
+        self._memory: Tensor | None = None
+        self._users = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes held."""
+        return 0 if self._memory is None else self._memory.numel()
+
+    def attach(self) -> None:
+        """Count a user."""
+        self._users += 1
+
+    def detach(self) -> int:
+        """Count a user less; the last one frees the memory. Returns how many bytes."""
+        self._users -= 1
+        freed = 0 if self._users else self.size
+        if freed:
+            self._replace(None)
+        return freed
+
+    def reserve(self, size: int) -> int:
+        """The address of at least `size` bytes, until the next call that needs more."""
+        if self._memory is None or self.size < size:
+            self._replace(None)  # before the new one is made, so that both are never held
+            try:
+                self._replace(torch.empty(size, dtype=torch.uint8, device=self.queue.device))
+            except torch.OutOfMemoryError:
+                raise UsageError(
+                    f"an engine needs {size / 1e9:.1f} GB of activation memory for this size, which are not free"
+                ) from None
+        assert self._memory is not None
+        return self._memory.data_ptr()
+
+    def _replace(self, memory: Tensor | None) -> None:
+        self.queue.wait()
+        self._memory = memory
+        self.generation += 1
+
+
+class Cache(Protocol):
+    """What an engine compiles when it first sees a shape, kept for the next process."""
+
+    def save(self) -> None:
+        """Write it, if there is anything new."""
+
+
+@dataclass
+class Captured:
+    """One launch for one shape: its context and the tensors that it is bound to."""
+
+    context: Context
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    replay: Callable[[], None]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in (*self.inputs.values(), *self.outputs.values()))
+
+
+class EngineRunner:
+    """An engine behind `Runner`'s call, for one thread. Tensors are bound where they are, every binding at every call.
+
+    new_context  makes execution contexts without memory of their own; each profile gets one, and each CUDA graph, as
+                 NVIDIA's "Working with CUDA Graphs" advises
+    dtype        of the weights
+    graphs       how many CUDA graphs are kept; one is captured when a shape comes for the second time
+    names        of the profiles, as far as they have any
+    weights      bytes that the engine holds on the device, for what `close` returns
+    errors       TensorRT's messages, to which it adds
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        new_context: Callable[[], Context],
+        schema: Schema,
+        arena: Arena,
+        *,
+        dtype: torch.dtype,
+        graphs: int = GRAPHS,
+        names: Sequence[str] = (),
+        weights: int = 0,
+        cache: Cache | None = None,
+        errors: Sequence[str] = (),
+    ) -> None:
+        self.schema = schema
+        self.profiles = _profiles(engine, schema, dtype, names)
+        self._engine: Engine | None = engine
+        self._new_context = new_context
+        self._dtype = dtype
+        self._arena = arena
+        self._queue = arena.queue
+        self._limit = graphs
+        self._weights = weights
+        self._cache = cache
+        self._errors = errors
+        self._contexts: dict[int, Context] = {}
+        self._zeros: Tensor | None = None
+        self._seen: set[tuple[Request, frozenset[str]]] = set()
+        self._graphs: OrderedDict[tuple[Request, frozenset[str]], Captured] = OrderedDict()
+        self._generation = arena.generation
+        arena.attach()
+
+    def refusal(self, request: Request) -> str | None:
+        """See `Runner`."""
+        if self._fitting(request):
+            return None
+        ranges = "; ".join(f"{p.name} ({p.min} to {p.max})" for p in self.profiles)
+        return f"{self.schema.component}: {request} is outside of every profile of this engine: {ranges}"
+
+    def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Runner`. The tensors have to be on the engine's device, of the slots' dtypes."""
+        if self._engine is None:
+            raise UsageError(f"this {self.schema.component} engine was closed: load it again")
+        inputs = self._checked(given)
+        present = replace(self.schema, inputs=tuple(slot for slot in self.schema.inputs if slot.name in inputs))
+        request = present.request({name: tuple(tensor.shape) for name, tensor in inputs.items()})
+        fitting = self._fitting(request)
+        if not fitting:
+            raise UsageError(str(self.refusal(request)))
+        profile = min(fitting, key=lambda index: _distance(self.schema, request, self.profiles[index]))
+        self._follow_arena()
+        key = (request, frozenset(inputs))
+        if key in self._graphs:
+            return self._replay(key, inputs)
+        if key in self._seen and self._limit:
+            self._graphs[key] = self._capture(request, profile, inputs)
+            while len(self._graphs) > self._limit:
+                self._graphs.popitem(last=False)
+            return self._replay(key, inputs)
+        outputs = self._outputs(request)
+        if profile not in self._contexts:
+            self._contexts[profile] = self._context(profile)
+        context = self._contexts[profile]
+        self._bind(context, request, profile, inputs, outputs)
+        with self._queue.use():
+            self._execute(context)
+        if key not in self._seen:
+            self._seen.add(key)
+            if self._cache is not None:
+                self._cache.save()
+        return outputs
+
+    def close(self) -> int:
+        """See `Runner`. The arena's memory goes with the last of its engines."""
+        if self._engine is None:
+            return 0
+        self._queue.wait()
+        freed = self._weights + self._forget_graphs() + (0 if self._zeros is None else self._zeros.nbytes)
+        if self._cache is not None:
+            self._cache.save()
+        self._contexts.clear()
+        self._zeros = self._engine = self._cache = None
+        self._new_context = _closed
+        return freed + self._arena.detach()
+
+    def _checked(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as they can be bound. Raises UsageError for names, dtypes and devices that are not the slots'."""
+        slots = {slot.name: slot for slot in self.schema.inputs}
+        unknown = sorted(given.keys() - slots.keys())
+        if unknown:
+            raise UsageError(f"{self.schema.component}: there is no input {', '.join(unknown)}")
+        inputs = {}
+        for name, slot in slots.items():
+            if name not in given:
+                if not slot.is_control:
+                    raise UsageError(f"{self.schema.component}: {name} was not given")
+                continue
+            tensor, dtype = given[name], slot_dtype(slot, self._dtype)
+            if tensor.dtype != dtype or tensor.device != self._queue.device:
+                raise UsageError(
+                    f"{self.schema.component}: {name} was given as {tensor.dtype} on {tensor.device}, and the engine "
+                    f"takes {dtype} on {self._queue.device}"
+                )
+            tensor = tensor.contiguous()
+            inputs[name] = tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+        return inputs
+
+    def _fitting(self, request: Request) -> list[int]:
+        """The profiles that a request is within."""
+        return [i for i, profile in enumerate(self.profiles) if _within(self.schema, request, profile)]
+
+    def _context(self, profile: int) -> Context:
+        """A new context, which keeps its profile."""
+        context = self._new_context()
+        with self._queue.use():
+            self._must(context.set_optimization_profile_async(profile, self._queue.handle), "the profile")
+        return context
+
+    def _bind(
+        self,
+        context: Context,
+        request: Request,
+        profile: int,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+    ) -> None:
+        """Every shape, every address and the activation memory: nothing of an earlier call stays bound."""
+        zeros = self._zeros_for(request, (slot for slot in self.schema.control if slot.name not in inputs))
+        for slot in self.schema.inputs:
+            self._must(context.set_input_shape(slot.name, slot.shape(request)), f"{slot.name}'s shape")
+            address = inputs[slot.name].data_ptr() if slot.name in inputs else zeros
+            self._must(context.set_tensor_address(slot.name, address), f"{slot.name}'s address")
+        for name, tensor in outputs.items():
+            self._must(context.set_tensor_address(name, tensor.data_ptr()), f"{name}'s address")
+        assert self._engine is not None
+        size = context.update_device_memory_size_for_shapes()  # 0 where it is not known
+        size = size or self._engine.get_device_memory_size_for_profile_v2(profile)
+        address = self._arena.reserve(size)
+        self._follow_arena()
+        context.set_device_memory(address, self._arena.size)
+
+    def _follow_arena(self) -> None:
+        """Forget graphs that hold the address of memory that was too small for another call, or another engine."""
+        if self._arena.generation != self._generation:
+            self._forget_graphs()
+            self._generation = self._arena.generation
+
+    def _zeros_for(self, request: Request, slots: Iterable[Slot]) -> int:
+        """The address of as many zeros as the largest of these slots needs: inputs are only read, so all share it."""
+        size = max((math.prod(slot.shape(request)) for slot in slots), default=0) * self._dtype.itemsize
+        if self._zeros is None or self._zeros.nbytes < size:
+            self._forget_graphs()  # which hold the address of the smaller ones
+            self._zeros = torch.zeros(size, dtype=torch.uint8, device=self._queue.device)
+        return self._zeros.data_ptr()
+
+    def _outputs(self, request: Request) -> dict[str, Tensor]:
+        return {
+            slot.name: torch.empty(
+                slot.shape(request), dtype=slot_dtype(slot, self._dtype), device=self._queue.device
+            )
+            for slot in self.schema.outputs
+        }  # fmt: skip
+
+    def _execute(self, context: Context) -> None:
+        self._must(context.execute_async_v3(self._queue.handle), "the call")
+
+    def _capture(self, request: Request, profile: int, inputs: Mapping[str, Tensor]) -> Captured:
+        """A graph with tensors of its own, for requests of this shape with these inputs."""
+        mine = {name: torch.empty_like(tensor) for name, tensor in inputs.items()}
+        outputs = self._outputs(request)
+        context = self._context(profile)
+        self._bind(context, request, profile, mine, outputs)
+        with self._queue.use():
+            for name, tensor in inputs.items():
+                mine[name].copy_(tensor)
+            self._execute(context)  # whatever is done once for a shape is not to be captured
+        try:
+            replay = self._queue.capture(lambda: self._execute(context))
+        except RuntimeError as error:
+            raise UsageError(
+                f"the {self.schema.component} engine makes no CUDA graph ({error}): load it with graphs=0"
+            ) from error
+        return Captured(context, mine, outputs, replay)
+
+    def _replay(self, key: tuple[Request, frozenset[str]], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._graphs.move_to_end(key)
+        graph = self._graphs[key]
+        out = {name: torch.empty_like(tensor) for name, tensor in graph.outputs.items()}
+        with self._queue.use():
+            for name, tensor in inputs.items():
+                graph.inputs[name].copy_(tensor)
+            graph.replay()
+            for name, tensor in graph.outputs.items():
+                out[name].copy_(tensor)
+        return out
+
+    def _must(self, done: bool, what: str) -> None:
+        """TensorRT answers False, and says why in its log."""
+        if not done:
+            raise SourceError(f"TensorRT did not take {what}: {reason(self._errors[-1:])}")
+
+    def _forget_graphs(self) -> int:
+        """Returns the bytes that they held."""
+        if self._graphs:
+            self._queue.wait()
+        freed = sum(graph.size for graph in self._graphs.values())
+        self._graphs.clear()
+        return freed
+
+
+class RuntimeCache:
+    """TensorRT-RTX's cache of the kernels that it compiled, in a file beside the engine."""
+
+    def __init__(self, cache: Any, path: Path) -> None:
+        self._cache = cache
+        self._path = path
+        self._size = -1
+        try:
+            cache.deserialize(path.read_bytes())  # False where it is of another GPU or driver: it is made anew
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+
+    def save(self) -> None:
+        """See `Cache`. A folder that cannot be written means compiling again next time, not a failed picture."""
+        data = bytes(self._cache.serialize() or b"")
+        if len(data) in (0, self._size):
+            return
+        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, self._path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+        self._size = len(data)
+
+
+def load_engine(
+    entry: Entry,
+    schema: Schema,
+    *,
+    dtype: torch.dtype,
+    arena: Arena,
+    graphs: int = GRAPHS,
+    weight_budget: int | None = None,
+) -> EngineRunner:
+    """An engine of the store on the arena's GPU.
+
+    schema         its inputs and outputs
+    arena          its activation memory, and the queue that it runs on; engines that take turns share one
+    weight_budget  bytes of weights that stay on the GPU, for an engine that was built with weight streaming
+
+    Raises SourceError for an engine that is damaged, of another version or for another GPU, and says which; UsageError
+    where its backend is not installed.
+    """
+    problem = verify(entry)
+    if problem is not None or entry.key is None:
+        raise SourceError(f"{entry.path} cannot be used: {problem}")
+    backend = cast("Backend", entry.key.backend)
+    if backend not in PRODUCTS or ENGINE not in entry.files:
+        raise SourceError(f"{entry.path} has no {ENGINE}: it is for {backend}")
+    trt = load_backend(backend)
+    target = device_target(arena.queue.device)
+    here = replace(entry.key, version=str(trt.__version__), device=target, slots=schema.digest)
+    problem = why_not(entry, here)
+    if problem is not None:
+        raise SourceError(f"{entry.path} cannot be used: {problem}")
+    engine, log = _deserialize(trt, entry.path / ENGINE)
+    if weight_budget is not None:
+        engine.weight_streaming_budget_v2 = min(weight_budget, engine.streamable_weights_size)
+    cache: RuntimeCache | None = None
+    config = None
+    if backend == "tensorrt-rtx":
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if graphs:  # which would keep the slower kernels that are used until those for the shape are ready
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        theirs = config.create_runtime_cache()
+        cache = RuntimeCache(theirs, entry.path / RUNTIME_CACHE)
+        config.set_runtime_cache(theirs)
+
+    def new_context() -> Context:
+        context = engine.create_execution_context(config or trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise SourceError(f"{entry.path} cannot be run by {PRODUCTS[backend]}: {reason(log.errors[-1:])}")
+        return cast("Context", context)
+
+    weights = entry.files[ENGINE].size if weight_budget is None else weight_budget
+    return EngineRunner(
+        engine, new_context, schema, arena, dtype=dtype, graphs=graphs, names=entry.key.profiles, weights=weights,
+        cache=cache, errors=log.errors,
+    )  # fmt: skip
+
+
+def _deserialize(trt: Any, path: Path) -> tuple[Any, Any]:
+    """An engine and its log. Raises SourceError where TensorRT does not take it."""
+    log = make_log(trt)
+    runtime = trt.Runtime(log)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise SourceError(f"{path} cannot be loaded by {trt.__name__} {trt.__version__}: {reason(log.errors)}")
+    return engine, log
+
+
+def _profiles(engine: Engine, schema: Schema, dtype: torch.dtype, names: Sequence[str]) -> tuple[Profile, ...]:
+    """The profiles of an engine. Raises SourceError where its inputs, outputs or profiles are not the schema's."""
+    wanted = {slot.name: DTYPES[slot_dtype(slot, dtype)] for slot in (*schema.inputs, *schema.outputs)}
+    found = {
+        name: str(engine.get_tensor_dtype(name)).rpartition(".")[2]
+        for name in map(engine.get_tensor_name, range(engine.num_io_tensors))
+    }
+    if found != wanted:
+        wrong = sorted({name for name, _ in found.items() ^ wanted.items()})
+        raise SourceError(f"the engine is not this {schema.component}'s: it differs in {', '.join(wrong)}")
+    profiles = []
+    for index in range(engine.num_optimization_profiles):
+        shapes = {slot.name: _bounds(engine, slot.name, index) for slot in schema.inputs}
+        try:
+            least, best, most = (
+                schema.request({name: tuple(three[i]) for name, three in shapes.items()}) for i in range(3)
+            )
+        except UsageError as error:
+            raise SourceError(f"profile {index} of the engine does not fit this {schema.component}: {error}") from error
+        profiles.append(Profile(names[index] if index < len(names) else str(index), least, best, most))
+    return tuple(profiles)
+
+
+def _bounds(engine: Engine, name: str, profile: int) -> Sequence[Sequence[int]]:
+    """The smallest, best and largest shape of an input, which has only one where no axis is dynamic."""
+    shape = tuple(engine.get_tensor_shape(name))
+    return engine.get_tensor_profile_shape(name, profile) if -1 in shape else (shape,) * 3
+
+
+def _within(schema: Schema, request: Request, profile: Profile) -> bool:
+    return all(
+        least <= size <= most
+        for slot in schema.inputs
+        for size, least, most in zip(
+            slot.shape(request), slot.shape(profile.min), slot.shape(profile.max), strict=True
+        )
+    )  # fmt: skip
+
+
+def _distance(schema: Schema, request: Request, profile: Profile) -> float:
+    """How far a request is from what a profile is fastest at: the sum over the axes of the logarithms' differences."""
+    return sum(
+        abs(math.log(size / best))
+        for slot in schema.inputs
+        for size, best in zip(slot.shape(request), slot.shape(profile.opt), strict=True)
+    )
+
+
+def _closed() -> Context:
+    raise UsageError("this engine was closed: load it again")

@@ -1,0 +1,133 @@
+"""Modules as functions of named tensors: the form in which they are exported, run and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from nativesd.errors import UsageError
+from nativesd.export.slots import (
+    CHUNK,
+    Component,
+    Request,
+    Schema,
+    controlnet_schema,
+    text_encoder_schema,
+    unet_schema,
+    vae_schema,
+)
+from nativesd.models.clip import TextEncoder
+from nativesd.models.controlnet import ControlNet, ControlNetUnion
+from nativesd.models.unet import UNet
+from nativesd.models.vae import VAE
+
+COMPONENTS: tuple[Component, ...] = ("text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder")
+DTYPES = {"float32": torch.float32, "int64": torch.int64}
+
+
+class Graph(nn.Module):
+    """A component as a function of the tensors that its schema names, in order."""
+
+    def __init__(self, module: nn.Module, schema: Schema) -> None:
+        super().__init__()
+        self.module = module
+        self.schema = schema
+        self._run = _RUN[schema.component]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parameters."""
+        return next(self.module.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of the parameters."""
+        return next(self.module.parameters()).device
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Tensors of `schema.inputs` to those of `schema.outputs`."""
+        named = {slot.name: tensor for slot, tensor in zip(self.schema.inputs, inputs, strict=True)}
+        return tuple(self._run(self.module, named))
+
+    def inputs(self, request: Request, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Random inputs of the size that a request asks for, in ranges that such inputs have; residuals among them."""
+        out = []
+        for slot in self.schema.inputs:
+            shape = slot.shape(request)
+            if slot.kind == "int64":  # tokens; the last is the end of text, which has the highest id
+                vocabulary = cast("TextEncoder", self.module).config.vocabulary
+                ids = torch.randint(0, vocabulary - 2, shape, generator=generator)
+                ids[:, -1] = vocabulary - 1
+                out.append(ids)
+                continue
+            tensor = torch.randn(shape, generator=generator)
+            if slot.name == "timestep":
+                tensor = torch.linspace(999.0, 1.0, shape[0])
+            elif slot.name == "time_ids":
+                tensor = (tensor.abs() * 512).round()
+            elif slot.is_control:
+                tensor *= 0.1
+            out.append(tensor.to(DTYPES.get(slot.kind, self.dtype)))
+        return out
+
+
+def graph_of(module: nn.Module, component: Component, *, control: bool = True) -> Graph:
+    """A component of a loaded module. Raises UsageError where there is no such graph."""
+    match module:
+        case UNet():
+            return Graph(module, unet_schema(module.config, control=control))
+        case ControlNet():
+            return Graph(module, controlnet_schema(module.control_config))
+        case ControlNetUnion():
+            return Graph(module, controlnet_schema(module.control_config))  # which says why not
+        case TextEncoder():
+            return Graph(module, text_encoder_schema(module.config))
+        case VAE() if component in ("vae_decoder", "vae_encoder"):
+            return Graph(module, vae_schema(module.config, component))
+    raise UsageError(f"a {type(module).__name__} has no exported form")
+
+
+def typical(schema: Schema) -> Request:
+    """A request to trace with: no side or batch is 1, which would be taken for a constant, nor equal to another."""
+    return Request(2, 72, 56, 2 * CHUNK if schema.component != "text_encoder" else CHUNK)
+
+
+def _unet(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    residuals = [tensor for name, tensor in given.items() if name.startswith("input_control_")]
+    return (
+        module(
+            given["sample"], given["timestep"], given["encoder_hidden_states"], pooled=given.get("text_embeds"),
+            time_ids=given.get("time_ids"), guidance=given.get("timestep_cond"), residuals=residuals or None,
+        ),
+    )  # fmt: skip
+
+
+def _controlnet(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    residuals: list[Tensor] = module(
+        given["sample"], given["timestep"], given["encoder_hidden_states"], given["controlnet_cond"],
+        pooled=given.get("text_embeds"), time_ids=given.get("time_ids"),
+    )  # fmt: skip
+    return residuals
+
+
+def _vae_decoder(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    return (cast("VAE", module).decode(given["latent_sample"]),)
+
+
+def _vae_encoder(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    return (torch.cat(cast("VAE", module).encode(given["sample"]), dim=1),)
+
+
+def _text_encoder(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    encoder, tokens = cast("TextEncoder", module), given["input_ids"]
+    states = encoder.states(tokens)
+    return torch.stack([encoder.context(state) for state in states]), encoder.pooled(tokens, states[-1])
+
+
+_RUN: dict[Component, Callable[[nn.Module, Mapping[str, Tensor]], Sequence[Tensor]]] = {
+    "unet": _unet, "controlnet": _controlnet, "vae_decoder": _vae_decoder, "vae_encoder": _vae_encoder,
+    "text_encoder": _text_encoder,
+}  # fmt: skip

@@ -1,0 +1,221 @@
+"""The inputs and outputs of exported graphs: names, dtypes and the shape of every one for every request.
+
+Exporters, TensorRT profiles, the runtimes and the tests take them from here. The slots of control residuals follow
+`UNetConfig.residual_shapes`: sides are halved rounding up, so that every size has slots that fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from nativesd.config import ControlNetConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from nativesd.errors import UsageError
+
+CHUNK = 77  # tokens of one chunk of a prompt, begin and end included
+MIDDLE = "input_control_middle"
+OUTPUT = "out_sample"
+
+Component = Literal["unet", "controlnet", "vae_decoder", "vae_encoder", "text_encoder"]
+Kind = Literal["weights", "float32", "int64"]
+"""A slot's dtype; "weights" is that of the parameters."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A side of a feature map or picture: ceil(latents' side * times / parts)."""
+
+    of: Literal["h", "w"]
+    times: int = 1
+    parts: int = 1
+
+    def __str__(self) -> str:
+        if self.parts > 1:
+            return f"ceil({self.of}/{self.parts})"
+        return f"{self.times}*{self.of}" if self.times > 1 else self.of
+
+
+Axis = int | Literal["batch", "tokens"] | Side
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one call asks of a graph: rows, the latents' sides in cells, and the length of the context."""
+
+    batch: int
+    height: int
+    width: int
+    tokens: int = CHUNK
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.height}x{self.width}, {self.tokens} tokens"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One input or output."""
+
+    name: str
+    axes: tuple[Axis, ...]
+    kind: Kind = "weights"
+    is_control: bool = False
+    """Whether it takes a control residual: zeros where there is no control."""
+
+    def shape(self, request: Request) -> tuple[int, ...]:
+        """Its shape where `request` is made."""
+        return tuple(_extent(axis, request) for axis in self.axes)
+
+    def __str__(self) -> str:
+        return f"{self.name} [{', '.join(map(str, self.axes))}] {self.kind}"
+
+
+@dataclass(frozen=True)
+class Schema:
+    """All inputs and outputs of a component's graph, in order."""
+
+    component: Component
+    inputs: tuple[Slot, ...]
+    outputs: tuple[Slot, ...]
+
+    @property
+    def control(self) -> tuple[Slot, ...]:
+        """The slots of the control residuals, in `residual_shapes` order."""
+        return tuple(slot for slot in self.inputs if slot.is_control)
+
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits that change when anything here does."""
+        return hashlib.sha256("\n".join(map(str, (*self.inputs, "->", *self.outputs))).encode()).hexdigest()[:8]
+
+    def given(self, names: Set[str]) -> Schema:
+        """Without the control slots that are not among `names`."""
+        kept = tuple(slot for slot in self.inputs if slot.name in names or not slot.is_control)
+        return replace(self, inputs=kept)
+
+    def request(self, shapes: Mapping[str, tuple[int, ...]]) -> Request:
+        """The request that inputs of these shapes make. Raises UsageError where they belong to no single one."""
+        found: dict[str, int] = {}
+        for slot in self.inputs:
+            for axis, size in zip(slot.axes, shapes.get(slot.name, ()), strict=False):
+                name = axis.of if isinstance(axis, Side) else axis
+                if isinstance(name, str) and name not in found and (not isinstance(axis, Side) or axis.parts == 1):
+                    found[name] = size // (axis.times if isinstance(axis, Side) else 1)
+        request = Request(found.get("batch", 1), found.get("h", 1), found.get("w", 1), found.get("tokens", CHUNK))
+        for slot in self.inputs:
+            wanted = slot.shape(request)
+            if shapes.get(slot.name) != wanted:
+                given = "nothing" if slot.name not in shapes else f"shape {tuple(shapes[slot.name])}"
+                raise UsageError(f"{self.component}: {slot.name} was given {given}, and {request} needs {wanted}")
+        return request
+
+    def renamed(self, convention: Convention) -> Schema:
+        """The same graph under the names that another project's runtime binds.
+
+        Raises UsageError where that project's graph differs by more than names.
+        """
+        if convention == "nativesd":
+            return self
+        if self.component != "unet":
+            raise UsageError(f"the names of {convention} are those of a UNet, not of a {self.component}")
+        if convention == "comfyui" and any(slot.name == "time_ids" for slot in self.inputs):
+            raise UsageError(
+                "ComfyUI_TensorRT gives SDXL one vector y in place of text_embeds and time_ids, which is another graph"
+            )
+        names = _NAMES[convention]
+
+        def rename(slot: Slot) -> Slot:
+            if convention == "comfyui" and slot.is_control:
+                index = slot.name.removeprefix("input_control_")
+                return replace(slot, name="middle_control_0" if slot.name == MIDDLE else f"output_control_{int(index)}")
+            return replace(slot, name=names.get(slot.name, slot.name))
+
+        return Schema(self.component, tuple(map(rename, self.inputs)), tuple(map(rename, self.outputs)))
+
+
+Convention = Literal["nativesd", "comfyui", "streamdiffusion"]
+# comfyanonymous/ComfyUI_TensorRT tensorrt_convert.py, its control names by pull request 90 (models/sd_unet.py); and
+# livepeer/StreamDiffusion acceleration/tensorrt/models.py, whose slots have the names used here
+_NAMES: dict[str, dict[str, str]] = {
+    "comfyui": {"sample": "x", "timestep": "timesteps", "encoder_hidden_states": "context", OUTPUT: "h"},
+    "streamdiffusion": {OUTPUT: "latent"},
+}
+
+
+def unet_schema(config: UNetConfig, *, control: bool = True) -> Schema:
+    """Of a UNet; the optional inputs are there where its configuration has them."""
+    residuals = _residuals(config, "input_control_") if control else ()
+    out = Slot(OUTPUT, ("batch", config.out_channels, Side("h"), Side("w")))
+    return Schema("unet", (*_unet_inputs(config), *residuals), (out,))
+
+
+def controlnet_schema(config: ControlNetConfig) -> Schema:
+    """Of a ControlNet for one kind of hint. Its outputs are what the UNet's slots take, before scales and sums.
+
+    Raises UsageError for a union: which kinds it is given changes its graph.
+    """
+    if config.union is not None:
+        raise UsageError("a ControlNet union chooses among its kinds of hints in Python, so it has no single graph")
+    factor = 2 ** (len(config.hint_widths) - 1)
+    hint = Slot("controlnet_cond", ("batch", config.hint_channels, Side("h", factor), Side("w", factor)))
+    return Schema("controlnet", (*_unet_inputs(config.unet), hint), _residuals(config.unet, "control_"))
+
+
+def vae_schema(config: VAEConfig, part: Literal["vae_decoder", "vae_encoder"]) -> Schema:
+    """Of the VAE's decoder, unscaled latents to [-1, 1], or its encoder, to mean and log-variance side by side."""
+    channels, factor = config.latent_channels, config.factor
+    pixels: tuple[Axis, ...] = ("batch", config.image_channels, Side("h", factor), Side("w", factor))
+    if part == "vae_decoder":
+        latents = Slot("latent_sample", ("batch", channels, Side("h"), Side("w")))
+        return Schema(part, (latents,), (Slot("sample", pixels),))
+    moments = Slot("latent_parameters", ("batch", 2 * channels, Side("h"), Side("w")))
+    return Schema(part, (Slot("sample", pixels),), (moments,))
+
+
+def text_encoder_schema(config: TextEncoderConfig) -> Schema:
+    """Of a text encoder: every layer's hidden states as the UNet takes them (for any clip skip), and the pooled one."""
+    ids = Slot("input_ids", ("batch", config.length), "int64")
+    states = Slot("hidden_states", (config.layers, "batch", config.length, config.width))
+    pooled = Slot("pooled", ("batch", config.projection or config.width))
+    return Schema("text_encoder", (ids,), (states, pooled))
+
+
+def _unet_inputs(config: UNetConfig) -> tuple[Slot, ...]:
+    """What a UNet and its ControlNets take alike."""
+    slots = [
+        Slot("sample", ("batch", config.in_channels, Side("h"), Side("w"))),
+        Slot("timestep", ("batch",), "float32"),
+        Slot("encoder_hidden_states", ("batch", "tokens", config.context)),
+    ]
+    if config.added is not None:
+        slots.append(Slot("text_embeds", ("batch", config.added.pooled)))
+        slots.append(Slot("time_ids", ("batch", config.added.ids), "float32"))
+    if config.guidance is not None:
+        slots.append(Slot("timestep_cond", ("batch", config.guidance)))
+    return tuple(slots)
+
+
+def _residuals(config: UNetConfig, prefix: str) -> tuple[Slot, ...]:
+    """The residuals: their channels and how often their sides are halved, read off `residual_shapes`."""
+    side = 2 ** len(config.levels)
+    out = []
+    shapes = config.residual_shapes(1, side, side)
+    for i, (_, channels, height, _) in enumerate(shapes):
+        name = "middle" if i == len(shapes) - 1 else f"{i:02d}"
+        sides = (Side("h", parts=side // height), Side("w", parts=side // height))
+        out.append(Slot(f"{prefix}{name}", ("batch", channels, *sides), is_control=prefix == "input_control_"))
+    return tuple(out)
+
+
+def _extent(axis: Axis, request: Request) -> int:
+    match axis:
+        case int():
+            return axis
+        case "batch":
+            return request.batch
+        case "tokens":
+            return request.tokens
+        case Side():
+            side = request.height if axis.of == "h" else request.width
+            return -(-side * axis.times // axis.parts)  # rounded up, as every halving is

@@ -1,0 +1,351 @@
+"""A folder of built engines and exported graphs, each in a folder of its own whose name says everything about it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from nativesd.errors import SourceError, UsageError
+from nativesd.version import __version__
+
+MANIFEST = "manifest.json"
+MANIFEST_SCHEMA = 1
+RUNTIME_CACHE = "runtime.cache"
+"""A file that a runtime may add to an entry and change at any time, so no manifest lists it."""
+PARTIAL, OLD = ".partial", ".old"
+SEPARATOR = "__"  # between the parts of a name
+LONGEST_NAME = 240  # of the 255 bytes that file systems allow; the rest is for locks and partial folders
+_PART = re.compile(r"[A-Za-z0-9.+-]+(_[A-Za-z0-9.+-]+)*")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What tells one engine, or one exported graph, from all others."""
+
+    component: str
+    family: str
+    weights: str
+    """Of the weights' hash, as many digits as the caller compares."""
+    backend: str
+    """onnx, tensorrt or tensorrt-rtx."""
+    version: str
+    """The backend's."""
+    device: str
+    """What it runs on: "sm120", "sm86+sm89", "any"."""
+    precision: str
+    profiles: tuple[str, ...]
+    slots: str
+    """The schema's digest."""
+    control: bool
+
+    @property
+    def name(self) -> str:
+        """The name of its folder. Raises UsageError where a part has characters that no name can hold."""
+        parts = {f.name: _text(getattr(self, f.name), f.name) for f in fields(self)}
+        for part, text in parts.items():
+            if not _PART.fullmatch(text):
+                raise UsageError(
+                    f"{text!r} cannot be the {part} of an engine: letters, digits and . + - are allowed, and single _"
+                )
+        name = SEPARATOR.join(parts.values())
+        if len(name) > LONGEST_NAME:
+            raise UsageError(f"{name} is longer than {LONGEST_NAME} characters: build fewer profiles into one engine")
+        return name
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Key:
+        """Of a manifest. Raises SourceError where a part is missing, too much, or of another type."""
+        types = {f.name: bool if f.name == "control" else list if f.name == "profiles" else str for f in fields(cls)}
+        wrong = sorted(data.keys() ^ types.keys()) or [n for n, kind in types.items() if not isinstance(data[n], kind)]
+        if wrong:
+            raise SourceError(f"the manifest's key is not one of this version: see {', '.join(wrong)}")
+        return cls(**{**data, "profiles": tuple(map(str, data["profiles"]))})
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of an entry."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A folder of the store. `problem` says what is wrong with it as far as its manifest shows; `verify` reads all."""
+
+    path: Path
+    key: Key | None = None
+    files: Mapping[str, File] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever the builder noted: profiles, times, error figures."""
+    created: str = ""
+    platform: str = ""
+    problem: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files, as the manifest states them."""
+        return sum(file.size for file in self.files.values())
+
+
+@dataclass
+class Building:
+    """An entry that is being made: files go into `folder`, and `details` into its manifest."""
+
+    folder: Path
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A folder that `Store.prune` removes, and why."""
+
+    path: Path
+    reason: str
+    size: int
+
+
+class Store:
+    """A folder of entries. It comes into being with its first entry."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def path(self, key: Key) -> Path:
+        """Where an entry is, or would be."""
+        return self.root / key.name
+
+    def find(self, key: Key) -> Entry | None:
+        """The entry of a key, whatever its state; None where there is none."""
+        path = self.path(key)
+        return read_entry(path) if path.is_dir() else None
+
+    def entries(self) -> list[Entry]:
+        """All, by name. Raises SourceError for a folder that cannot be read."""
+        if not self.root.exists():
+            return []
+        try:
+            folders = sorted(p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        except OSError as error:
+            raise SourceError(f"{self.root} cannot be read: {error.strerror or error}") from error
+        return [read_entry(folder) for folder in folders]
+
+    def match(self, wanted: Key) -> tuple[Entry | None, list[str]]:
+        """The newest entry that serves, and of the others of that component and backend the reasons why they do not."""
+        serving, reasons = [], []
+        for entry in self.entries():
+            reason = why_not(entry, wanted)
+            if reason is None:
+                serving.append(entry)
+            elif entry.key is None or (entry.key.component, entry.key.backend) == (wanted.component, wanted.backend):
+                reasons.append(f"{entry.path.name}: {reason}")
+        return max(serving, key=lambda entry: entry.created, default=None), reasons
+
+    @contextmanager
+    def building(self, key: Key, *, again: bool = False) -> Iterator[Building]:
+        """Make an entry: it appears, complete and with its manifest, when the block ends, and not at all if it raises.
+
+        again  in place of the one that is there, which stays until then
+
+        Raises UsageError where the entry exists or another process is making it, SourceError where the folder cannot
+        be written.
+        """
+        final = self.path(key)
+        partial, old = (self.root / f".{key.name}{suffix}" for suffix in (PARTIAL, OLD))
+        try:
+            with self._lock(key.name):
+                _clean(final, partial, old)  # after a process that was killed
+                if final.exists() and not again:
+                    raise UsageError(f"{final} is there already: ask for it to be built again, or remove it")
+                try:
+                    partial.mkdir()
+                    building = Building(partial)
+                    yield building
+                    _write_manifest(key, building)
+                    if final.exists():
+                        final.rename(old)
+                    partial.rename(final)
+                finally:
+                    _clean(final, partial, old)
+        except OSError as error:
+            raise SourceError(f"{final} cannot be written: {error.strerror or error}") from error
+
+    def prune(self, unwanted: Callable[[Entry], str | None] | None = None, *, dry_run: bool = False) -> list[Pruned]:
+        """Remove entries that are damaged, leftovers of killed builders, and what `unwanted` gives a reason against.
+
+        What another process is building is left alone. Returns what was removed, or with `dry_run` what would be.
+        """
+        found = []
+        for entry in self.entries():
+            if entry.path.name.count(SEPARATOR) != len(fields(Key)) - 1:
+                continue  # not an entry's name: somebody else's folder
+            reason = verify(entry, deep=False) or (unwanted(entry) if unwanted else None)
+            if reason is not None:
+                found.append((entry.path, entry.path.name, reason))
+        for suffix in (PARTIAL, OLD):
+            left = sorted(self.root.glob(f".*{suffix}"))
+            found += [(path, path.name[1:].removesuffix(suffix), "left behind by an unfinished build") for path in left]
+        removed = []
+        for path, name, reason in found:
+            try:
+                with self._lock(name):
+                    removed.append(Pruned(path, reason, _size(path)))
+                    if not dry_run:
+                        _remove(path)
+            except UsageError:
+                continue  # being built
+            except OSError as error:
+                raise SourceError(f"{path} cannot be removed: {error.strerror or error}") from error
+        return removed
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """One process at a time; the system releases the lock of a process that dies."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / f".{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(f"another process is building {self.root / name}: wait for it to finish") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def read_entry(path: Path) -> Entry:
+    """The entry in a folder, by its manifest."""
+    try:
+        data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if data["schema"] != MANIFEST_SCHEMA:
+            return Entry(path, problem=f"its manifest has schema {data['schema']}, and this version reads 1")
+        key = Key.from_json(data["key"])
+        files = {str(name): File(int(each["bytes"]), str(each["sha256"])) for name, each in data["files"].items()}
+        entry = Entry(path, key, files, dict(data["details"]), str(data["created"]), str(data["platform"]))
+        problem = "its name is not what its manifest says" if key.name != path.name else None
+    except FileNotFoundError:
+        return Entry(path, problem=f"it has no {MANIFEST}, so it is not known what it is")
+    except SourceError as error:
+        return Entry(path, problem=str(error))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Entry(path, problem=f"its {MANIFEST} cannot be read ({error!r})")
+    return replace(entry, problem=problem)
+
+
+def unfinished(key: Key, building: Building) -> Entry:
+    """What is being made, as the entry that it will be."""
+    files = {
+        path.relative_to(building.folder).as_posix(): File(path.stat().st_size, _sha256(path))
+        for path in sorted(building.folder.rglob("*"))
+        if path.is_file()
+    }
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return Entry(building.folder, key, files, building.details, created, this_platform())
+
+
+def verify(entry: Entry, *, deep: bool = True) -> str | None:
+    """What is wrong with an entry, in one clause; None where its files are those that were written.
+
+    deep  compare the files' sha256 too, not only their sizes
+    """
+    if entry.problem is not None:
+        return entry.problem
+    for name, file in entry.files.items():
+        path = entry.path / name
+        try:
+            size = path.stat().st_size
+            if size != file.size:
+                return f"{name} has {size} bytes and was written with {file.size}"
+            if deep and _sha256(path) != file.sha256:
+                return f"{name} is not the file that was written (its sha256 differs)"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
+    return None
+
+
+def why_not(entry: Entry, wanted: Key) -> str | None:
+    """Why an entry does not serve, in one clause; None where it does. Its files are looked at by `verify`.
+
+    It serves with more devices and more profiles than are wanted.
+    """
+    if entry.problem is not None or entry.key is None:
+        return entry.problem
+    if entry.key.backend != "onnx" and entry.platform != this_platform():
+        return f"it was built for {entry.platform}, and this is {this_platform()}"
+    if entry.key.control != wanted.control:
+        return f"it has {'' if entry.key.control else 'no '}control slots"
+    for name, words in _COMPARED.items():
+        has, wants = getattr(entry.key, name), getattr(wanted, name)
+        if has != wants:
+            return f"{words} {has}, not {wants}"
+    if not {*wanted.device.split("+")} <= {*entry.key.device.split("+")}:
+        return f"it was built for {entry.key.device}, not {wanted.device}"
+    missing = [name for name in wanted.profiles if name not in entry.key.profiles]
+    return f"it has no profile {', '.join(missing)}, only {', '.join(entry.key.profiles)}" if missing else None
+
+
+_COMPARED = {
+    "component": "its component is", "family": "its family is", "weights": "it was made of the weights",
+    "backend": "it is for", "version": "it was built by version", "precision": "its precision is",
+    "slots": "the digest of its inputs and outputs is",
+}  # fmt: skip
+
+
+def this_platform() -> str:
+    """The system and processor, such as "linux-x86_64": engines run where they were built."""
+    return f"{platform.system()}-{platform.machine()}".lower()
+
+
+def _text(value: object, part: str) -> str:
+    """A part of a key as it stands in a name."""
+    if part == "control":
+        return "control" if value else "plain"
+    return "+".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _write_manifest(key: Key, building: Building) -> None:
+    """Beside the files, which it lists."""
+    entry = unfinished(key, building)
+    if not entry.files:
+        raise SourceError(f"nothing was written for {key.name}")
+    files = {name: {"bytes": file.size, "sha256": file.sha256} for name, file in entry.files.items()}
+    manifest = {
+        "schema": MANIFEST_SCHEMA, "key": asdict(key), "files": files, "nativesd": __version__,
+        "created": entry.created, "platform": entry.platform, "details": building.details,
+    }  # fmt: skip
+    (building.folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _size(path: Path) -> int:
+    return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+
+
+def _remove(path: Path) -> None:
+    """A folder with all that is in it, where it is there."""
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def _clean(final: Path, partial: Path, old: Path) -> None:
+    """Remove what an unfinished build left, and put back the entry that it was about to replace."""
+    _remove(partial)
+    if old.exists() and not final.exists():
+        old.rename(final)
+    _remove(old)

@@ -1,0 +1,409 @@
+"""TensorRT engines from ONNX graphs, for the GPU that is here (TensorRT) or for any (TensorRT-RTX)."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from nativesd.errors import SourceError, UsageError
+from nativesd.export.slots import CHUNK, Component, Request, Schema, Slot
+
+Backend = Literal["tensorrt", "tensorrt-rtx"]
+PRODUCTS: Mapping[Backend, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+MODULES: Mapping[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+"""What TensorRT-RTX 1.7 builds for: its enumeration ComputeCapability, which is asked when it is installed."""
+DTYPES = {torch.float16: "HALF", torch.bfloat16: "BF16", torch.float32: "FLOAT", torch.int64: "INT64"}
+"""dtype -> its name in TensorRT's enumeration DataType."""
+ENGINE = "model.engine"  # the file in an entry of the store
+CHUNKS = 3  # of a prompt, that ready profiles allow
+_DRIVER = "checkMacros.cpp::catchCudaError"  # TensorRT-RTX looks for a GPU after every other error, and logs that too
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The requests that an engine serves: from `min` to `max`, fastest at `opt`."""
+
+    name: str
+    min: Request
+    opt: Request
+    max: Request
+
+    def shapes(self, slot: Slot) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The smallest, best and largest shape of a slot."""
+        return slot.shape(self.min), slot.shape(self.opt), slot.shape(self.max)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a build is: the phase with the phases around it, outermost first, and its steps."""
+
+    phases: tuple[str, ...]
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine that was built, for its manifest."""
+
+    path: Path
+    size: int
+    seconds: float
+    version: str
+    targets: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+
+    def details(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"build_seconds": round(self.seconds, 1), "profiles": [asdict(profile) for profile in self.profiles]}
+
+
+def load_backend(backend: Backend) -> Any:
+    """The module `tensorrt` or `tensorrt_rtx`. Raises UsageError where it, or what it consists of, is not installed."""
+    try:
+        return importlib.import_module(MODULES[backend])
+    except Exception as error:  # of whatever kind: the packages look for their libraries in several ways
+        missing = isinstance(error, ModuleNotFoundError) and error.name == MODULES[backend]
+        problem = "is not installed" if missing else f"cannot be imported ({reason([str(error)])})"
+        raise UsageError(f"{PRODUCTS[backend]} {problem}: pip install 'nativesd[{backend}]'") from error
+
+
+def backend_version(backend: Backend) -> str:
+    """The installed version, which an engine's has to equal. Raises UsageError where it is not installed."""
+    return str(load_backend(backend).__version__)
+
+
+def targets_of(backend: Backend) -> tuple[str, ...]:
+    """The compute capabilities that engines can be built for here: all that TensorRT-RTX knows, or the GPU's own."""
+    if backend == "tensorrt-rtx":
+        names = load_backend(backend).ComputeCapability.__members__
+        return tuple(sorted((name.lower() for name in names if name.startswith("SM")), key=lambda name: int(name[2:])))
+    return (device_target(torch.device("cuda")),) if torch.cuda.is_available() else ()
+
+
+def device_target(device: torch.device) -> str:
+    """A GPU's compute capability: "sm120"."""
+    return "sm{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def backend_for(target: str) -> Backend:
+    """The module for a GPU: TensorRT-RTX for the consumer cards that it knows, TensorRT for the others."""
+    return "tensorrt-rtx" if target in RTX_TARGETS else "tensorrt"
+
+
+def ready_profile(name: str, component: Component, *, native: int, factor: int = 8) -> Profile:
+    """A profile by a name that says everything: SIZE[-bIMAGES][-cCHUNKS], such as "512", "768x512-b2", "dynamic-c4".
+
+    SIZE     pixels: one size ("1024" is square, "768x512" width and height), any sides in a range ("512to1024"), or
+             "dynamic", which is half to one and a half times the native size
+    IMAGES   how many pictures at once, 1 by default; UNets and ControlNets take as many rows, or twice as many for
+             guidance
+    CHUNKS   of a prompt, 3 by default
+    native   the side in pixels that the model was trained on, for which ranges are fastest
+    factor   pixels per latent cell along one side
+
+    Raises UsageError for a name that says nothing, and sizes that have no whole number of cells.
+    """
+    found = re.fullmatch(r"(?:dynamic|(\d+)(?:(x|to)(\d+))?)(?:-b(\d+))?(?:-c(\d+))?", name)
+    if found is None:
+        raise UsageError(
+            f"{name!r} is not a profile: such as 512, 768x512, 512to1024 or dynamic, then -b2 for 2 pictures and "
+            "-c4 for 4 chunks of a prompt"
+        )
+    first, kind, second, images, chunks = found.groups()
+    least, most = (int(first or native // 2),) * 2, (int(second or first or native * 3 // 2),) * 2
+    best = (min(max(native, least[0]), most[0]),) * 2
+    if kind == "x":
+        least = best = most = (int(first), int(second))
+    if least[0] > most[0]:
+        raise UsageError(f"profile {name}: there is no side from {least[0]} to {most[0]} pixels")
+    for pixels in (*least, *best, *most):
+        if pixels < factor or pixels % factor:
+            raise UsageError(f"profile {name}: sides are multiples of {factor} pixels, and {pixels} is not")
+    count, longest = int(images or 1), int(chunks or CHUNKS)
+    if count < 1 or longest < 1:
+        raise UsageError(f"profile {name}: at least one picture and one chunk")
+    rows = {"unet": 2, "controlnet": 2, "text_encoder": 2 * longest}.get(component, 1)
+    tokens = CHUNK if component == "text_encoder" else longest * CHUNK
+
+    def request(batch: int, sides: tuple[int, int], length: int) -> Request:
+        return Request(batch, sides[1] // factor, sides[0] // factor, length)
+
+    return Profile(
+        name,
+        request(1, least, CHUNK),
+        request(min(2, rows * count), best, CHUNK),
+        request(rows * count, most, tokens),
+    )
+
+
+def build_engine(
+    onnx: Path,
+    destination: Path,
+    schema: Schema,
+    profiles: Sequence[Profile],
+    *,
+    backend: Backend,
+    dtype: torch.dtype,
+    targets: Sequence[str] = (),
+    weight_streaming: bool = False,
+    refit: bool = False,
+    timing_cache: Path | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Built:
+    """Build an engine of an ONNX file with `schema`'s inputs and outputs, one optimization profile for each of ours.
+
+    dtype             of the weights, and of the slots that have it
+    targets           compute capabilities, such as "sm120"; TensorRT-RTX takes several and needs no GPU, TensorRT
+                      builds for the one that is here, which is the default of both
+    weight_streaming  the weights may stay in the host's memory when it runs
+    refit             the weights can be exchanged later; TensorRT-RTX needs a GPU to build such an engine
+    timing_cache      a file that is read, where it is there, and written (TensorRT)
+    on_progress       called from the builder's threads; what it raises stops the build
+
+    The network's inputs, outputs and profiles are read back from the builder and have to be the schema's. Raises
+    UsageError for what cannot be built, SourceError for files that cannot be read or written.
+    """
+    trt = load_backend(backend)
+    product = PRODUCTS[backend]
+    targets = _checked_targets(backend, targets)
+    _check_profiles(schema, profiles)
+    if timing_cache is not None and backend == "tensorrt-rtx":
+        raise UsageError("TensorRT-RTX times nothing when it builds, so it has no timing cache: leave it out")
+    _check_space(onnx, destination)
+    began = time.monotonic()
+    log = make_log(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(onnx)):
+        raise SourceError(f"{onnx} cannot be parsed by {product} {trt.__version__}: {_parser_error(parser, log)}")
+    _check_network(trt, network, schema, dtype, profiles, onnx)
+    config = builder.create_builder_config()
+    if backend == "tensorrt-rtx":
+        config.num_compute_capabilities = len(targets)
+        for i, target in enumerate(targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), i)
+    for wanted, flag in ((weight_streaming, "WEIGHT_STREAMING"), (refit, "REFIT")):
+        if wanted:
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+    _add_profiles(builder, config, schema, profiles, log)
+    cache = None
+    if timing_cache is not None:
+        cache = config.create_timing_cache(_read(timing_cache) if timing_cache.exists() else b"")
+        config.set_timing_cache(cache, False)
+    monitor = _make_monitor(trt, on_progress)
+    config.progress_monitor = monitor
+    try:
+        plan = builder.build_serialized_network(network, config)
+    except MemoryError:
+        plan = None
+        log.errors.append("bad_alloc")
+    if monitor.raised is not None:
+        raise monitor.raised
+    if plan is None:
+        raise UsageError(f"{product} could not build {onnx.name} for {'+'.join(targets)}: {_build_error(log, refit)}")
+    with _writing(destination):
+        destination.write_bytes(plan)
+    if timing_cache is not None and cache is not None:
+        with _writing(timing_cache):
+            timing_cache.write_bytes(cache.serialize())
+    size, seconds = plan.nbytes, time.monotonic() - began
+    return Built(destination, size, seconds, str(trt.__version__), targets, tuple(profiles))
+
+
+def make_log(trt: Any) -> Any:
+    """A logger that keeps what went wrong in `errors`, and prints nothing."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # one of two modules', neither of which has types
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR and _DRIVER not in message:
+                self.errors.append(message)
+
+    return Log()
+
+
+def _make_monitor(trt: Any, on_progress: Callable[[Progress], None] | None) -> Any:
+    """Reports steps. What the callback raises is kept in `raised`: the builder would print it and go on."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.raised: BaseException | None = None
+            self._phases: dict[str, tuple[tuple[str, ...], int]] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            around = self._phases[parent][0] if parent in self._phases else ()
+            self._phases[name] = ((*around, name), steps)
+            self._report(name, 0)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            self._report(name, step + 1)
+            return self.raised is None
+
+        def phase_finish(self, name: str) -> None:
+            self._phases.pop(name, None)
+
+        def _report(self, name: str, step: int) -> None:
+            if on_progress is None or self.raised is not None or name not in self._phases:
+                return
+            try:
+                on_progress(Progress(self._phases[name][0], step, self._phases[name][1]))
+            except BaseException as error:
+                self.raised = error  # raised again when the builder has returned
+
+    return Monitor()
+
+
+def _checked_targets(backend: Backend, targets: Sequence[str]) -> tuple[str, ...]:
+    """What to build for. Raises UsageError for what this backend cannot build here."""
+    known = targets_of(backend)
+    if backend == "tensorrt" and not known:
+        raise UsageError(
+            "TensorRT builds engines on the GPU that they are for, and there is none here (TensorRT-RTX needs none: "
+            "--engine tensorrt-rtx)"
+        )
+    if not targets:
+        if not torch.cuda.is_available():
+            raise UsageError(f"there is no GPU here to build for: say for which, of {', '.join(known)}")
+        targets = (device_target(torch.device("cuda")),)
+    for target in targets:
+        if target not in known:
+            raise UsageError(f"{PRODUCTS[backend]} cannot build for {target} here, only for {', '.join(known)}")
+    return tuple(sorted(set(targets), key=lambda name: int(name[2:])))
+
+
+def _check_profiles(schema: Schema, profiles: Sequence[Profile]) -> None:
+    """Raises UsageError where there is none, two have one name, or one is not min <= opt <= max throughout."""
+    names = [profile.name for profile in profiles]
+    if not names or len({*names}) < len(names):
+        raise UsageError(f"an engine needs profiles with names of their own, not {', '.join(names) or 'none'}")
+    for profile in profiles:
+        for slot in schema.inputs:
+            for least, best, most in zip(*profile.shapes(slot), strict=True):
+                if not 0 < least <= best <= most:
+                    raise UsageError(
+                        f"profile {profile.name}: {slot.name} would be from {least} to {most} and best at {best}, "
+                        "which is not in order"
+                    )
+
+
+def _check_space(onnx: Path, destination: Path) -> None:
+    """Raises SourceError where there is not even room for the weights: a build takes minutes."""
+    data = onnx.with_name(f"{onnx.name}.data")
+    try:
+        weights = (data if data.exists() else onnx).stat().st_size
+        free = shutil.disk_usage(destination.parent).free
+    except OSError as error:
+        raise SourceError(f"{error.filename or onnx} cannot be read: {error.strerror or error}") from error
+    if free < weights:
+        raise SourceError(
+            f"{destination} cannot be written: {free / 1e9:.1f} GB are free there, and the weights alone have "
+            f"{weights / 1e9:.1f}"
+        )
+
+
+def _check_network(
+    trt: Any, network: Any, schema: Schema, dtype: torch.dtype, profiles: Sequence[Profile], onnx: Path
+) -> None:
+    """Raises SourceError where a parsed network's inputs and outputs are not those of the schema.
+
+    Axes that are the same for every request of the profiles may be fixed in the network, as those of a static export.
+    """
+    for what, slots, tensors in (
+        ("inputs", schema.inputs, [network.get_input(i) for i in range(network.num_inputs)]),
+        ("outputs", schema.outputs, [network.get_output(i) for i in range(network.num_outputs)]),
+    ):
+        names = [tensor.name for tensor in tensors]
+        wanted = [slot.name for slot in slots]
+        if names != wanted:
+            raise SourceError(f"{onnx} has the {what} {', '.join(names) or 'none'}, and not {', '.join(wanted)}")
+        for slot, tensor in zip(slots, tensors, strict=True):
+            found, expected = str(tensor.dtype).rpartition(".")[2], DTYPES[slot_dtype(slot, dtype)]
+            if found != expected:
+                raise SourceError(f"{onnx}: {slot.name} is {found}, and not {expected}")
+            _check_axes(slot, tuple(tensor.shape), profiles, onnx)
+
+
+def _check_axes(slot: Slot, shape: tuple[int, ...], profiles: Sequence[Profile], onnx: Path) -> None:
+    """Raises SourceError where a network's tensor is not of a slot's rank, or fixes what is dynamic."""
+    dynamic = tuple(axis if isinstance(axis, int) else -1 for axis in slot.axes)
+    fixed = {size for profile in profiles for size in profile.shapes(slot)}
+    if shape != dynamic and fixed != {shape}:
+        raise SourceError(f"{onnx}: {slot.name} is {list(shape)}, and not {list(dynamic)}")
+
+
+def slot_dtype(slot: Slot, weights: torch.dtype) -> torch.dtype:
+    """A slot's dtype where the weights have that one."""
+    return {"weights": weights, "float32": torch.float32, "int64": torch.int64}[slot.kind]
+
+
+def _add_profiles(builder: Any, config: Any, schema: Schema, profiles: Sequence[Profile], log: Any) -> None:
+    """Give the builder the profiles, and read them back. Raises UsageError where it does not take one as it is."""
+    for i, profile in enumerate(profiles):
+        theirs = builder.create_optimization_profile()
+        for slot in schema.inputs:
+            theirs.set_shape(slot.name, *profile.shapes(slot))
+        if config.add_optimization_profile(theirs) != i:
+            raise UsageError(f"profile {profile.name} was not accepted: {reason(log.errors)}")
+        for slot in schema.inputs:
+            found = tuple(tuple(shape) for shape in theirs.get_shape(slot.name))
+            if found != profile.shapes(slot):
+                raise UsageError(f"profile {profile.name}: {slot.name} became {found}, not {profile.shapes(slot)}")
+
+
+def _parser_error(parser: Any, log: Any) -> str:
+    """The first thing that a parser did not like, with the node's name where there is one."""
+    if not parser.num_errors:
+        return reason(log.errors)
+    error = parser.get_error(0)
+    where = f"node {error.node_name()} ({error.node_operator()}): " if error.node_name() else ""
+    return where + reason([error.desc().removeprefix(f"Invalid Node - {error.node_name()}")])
+
+
+def _build_error(log: Any, refit: bool) -> str:
+    """Why a build failed."""
+    if re.search("bad_alloc|out ?of ?memory", " ".join(log.errors), re.IGNORECASE):
+        return "it ran out of memory, so free some, or build fewer profiles"
+    if refit and not torch.cuda.is_available():
+        return f"engines to be refitted need a GPU where they are built ({reason(log.errors)})"
+    return reason(log.errors)
+
+
+def reason(errors: Sequence[str]) -> str:
+    """The first line of the first of a library's messages, without the source file that it ends with."""
+    lines = "\n".join(errors).strip().splitlines() or ["it gives no reason"]
+    return re.sub(r" In \w+ at /_src/\S+", "", lines[0]).rstrip(". ")[:300]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Nothing stays where a file could not be written as a whole."""
+    try:
+        yield
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise SourceError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise
