@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nativesd
+from conftest import Run
 from nativesd.errors import SourceError, UsageError
 from nativesd.loading import TINY
 from nativesd.weights.keymap import TableError
 from oracles import published_manifests, sparse
-from test_cli import Run, run  # noqa: F401 - the fixture
 
 MANIFESTS = published_manifests()
 KEY = "model.diffusion_model.input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight"
@@ -36,7 +36,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sparse(manifest, tmp_path_factory.mktemp("broken") / "broken.safetensors")
 
 
-def test_a_clean_file(run: Run, sdxl: Path) -> None:  # noqa: F811
+def test_a_clean_file(run: Run, sdxl: Path) -> None:
     done = run("audit", str(sdxl))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -53,7 +53,7 @@ def test_a_clean_file(run: Run, sdxl: Path) -> None:  # noqa: F811
     assert "\x1b" not in done.stdout
 
 
-def test_findings(run: Run, broken: Path) -> None:  # noqa: F811
+def test_findings(run: Run, broken: Path) -> None:
     done = run("audit", str(broken))
     assert done.returncode == 1
     assert "unet (SDXL, sgm): 1679 of 1680 mapped" in done.stdout
@@ -66,7 +66,7 @@ def test_findings(run: Run, broken: Path) -> None:  # noqa: F811
     assert sum("unexpected" in row for row in rows) == 1  # the misspelt one is told with the missing one
 
 
-def test_json(run: Run, broken: Path) -> None:  # noqa: F811
+def test_json(run: Run, broken: Path) -> None:
     done = run("audit", str(broken), "--json")
     assert done.returncode == 1
     data = json.loads(done.stdout)
@@ -90,25 +90,25 @@ def test_json(run: Run, broken: Path) -> None:  # noqa: F811
         ("conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_bias", "split 2 of 3"),
     ],
 )
-def test_trace(run: Run, sdxl: Path, name: str, words: str) -> None:  # noqa: F811
+def test_trace(run: Run, sdxl: Path, name: str, words: str) -> None:
     done = run("audit", str(sdxl), "--trace", name)
     assert done.returncode == 0
     assert words in done.stdout
 
 
-def test_trace_of_a_fault_and_of_nothing(run: Run, broken: Path) -> None:  # noqa: F811
+def test_trace_of_a_fault_and_of_nothing(run: Run, broken: Path) -> None:
     assert "missing down.1.attentions.0" in run("audit", str(broken), "--trace", KEY).stdout
     done = run("audit", str(broken), "--trace", "no.such.name")
     assert done.returncode == 2
     assert "no.such.name" in done.stderr
 
 
-def test_keys(run: Run, sdxl: Path) -> None:  # noqa: F811
+def test_keys(run: Run, sdxl: Path) -> None:
     done = run("audit", str(sdxl), "--keys")
     assert sum(line.split()[0] == "mapped" for line in done.stdout.splitlines()) == 1680 + 196 + 517 + 248
 
 
-def test_believed(run: Run, sdxl: Path) -> None:  # noqa: F811
+def test_believed(run: Run, sdxl: Path) -> None:
     assert run("audit", str(sdxl), "--as", "sdxl/sgm").returncode == 0
     done = run("audit", str(sdxl), "--as", "sd15/ldm")
     assert done.returncode == 1
@@ -117,7 +117,7 @@ def test_believed(run: Run, sdxl: Path) -> None:  # noqa: F811
         assert run("audit", str(sdxl), "--as", wrong).returncode == 2
 
 
-def test_diff(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_diff(run: Run, tmp_path: Path) -> None:
     same = run("audit", "tiny", "--diff", str(TINY), "--values")
     assert (same.returncode, same.stdout.split()[0]) == (0, "518")
     tensors = load_file(TINY / "vae" / "diffusion_pytorch_model.safetensors")
@@ -151,7 +151,7 @@ def test_own_tables(sdxl: Path, tmp_path: Path) -> None:
         nativesd.audit(sdxl, maps=tmp_path)
 
 
-def test_what_cannot_be_audited(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_what_cannot_be_audited(run: Run, tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"PK\x03\x04" + bytes(100))
     (tmp_path / "empty").mkdir()
     for source, code, words in (
@@ -184,7 +184,7 @@ def test_a_folder_of_one_component_and_of_shards(tmp_path: Path) -> None:
         assert (component.name, component.tensors) == ("unet", len(tensors))
 
 
-def test_convert(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_convert(run: Run, tmp_path: Path) -> None:
     done = run("convert", "tiny", "tiny.safetensors", "--layout", "ldm")
     assert (done.returncode, done.stdout) == (0, "tiny.safetensors\n")
     assert nativesd.diff("tiny", tmp_path / "tiny.safetensors").ok

@@ -19,6 +19,7 @@ from nativesd.export.slots import Request, Schema, Slot
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 """The dtypes that are run here, by what ONNX Runtime calls them."""
+_CLOSED = "this {} graph was closed: load it again"
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class OnnxRunner:
 
     def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Runner`."""
+        if self.session is None:
+            raise UsageError(_CLOSED.format(self.schema.component))
         request, inputs = self._inputs.complete(given)
         _require_fit(self, request)
         binding, place = self.session.io_binding(), (self.device.type, self.device.index or 0)
@@ -163,6 +166,8 @@ class OpenVinoRunner:
 
     def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Runner`."""
+        if self._request is None:
+            raise UsageError(_CLOSED.format(self.schema.component))
         request, inputs = self._inputs.complete(given)
         _require_fit(self, request)
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
