@@ -100,6 +100,8 @@ def _insert(model: ir.Model, node: ir.Node, transformer: Transformer, graph: ir.
     """A call of the transformer's function, `name`, in place of its operator."""
     state = transformer.module.state_dict()
     if (DOMAIN, name, "") not in model.functions:
+        for value in (value for inner in graph for value in inner.outputs):
+            value.shape = None  # in symbols of this trace, which mean something else in the whole
         graph.inputs.extend(graph.initializers.values())
         graph.initializers.clear()
         model.functions[DOMAIN, name, ""] = ir.Function(DOMAIN, name, graph=graph, attributes=())
