@@ -30,7 +30,7 @@ from nativesd.weights.source import open_source
 # the client's transport error, of whichever HTTP library it stands on
 TRANSPORT_ERROR: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
 
-CONFIGS = ["model_index.json", "scheduler/*.json", "tokenizer*/*", "*/config.json"]
+CONFIGS = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
 
 
 def fetch(repo_id: str, *, half: bool) -> Path:
@@ -55,6 +55,7 @@ def fetch(repo_id: str, *, half: bool) -> Path:
             files = weight_files(names, component, half=half)
             if files is None:
                 raise SourceError(f"{repo_id} has no safetensors weights in {component}/")
+            patterns.append(f"{component}/config.json")
             for file in files:
                 patterns.append(file)
                 if file.endswith(".json"):
