@@ -35,12 +35,10 @@ CONFIGS = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
 
 def fetch(repo_id: str, *, half: bool) -> Path:
     """The local folder of a hub model. Complete in the cache: no request is made. Raises NetworkError."""
-    try:
-        path = Path(snapshot_download(repo_id, local_files_only=True))
-        if _complete(path, half=half):
-            return path
-    except LocalEntryNotFoundError:
-        pass
+    # not snapshot_download(local_files_only=True), which wants every file of the repository
+    cached = try_to_load_from_cache(repo_id, "model_index.json")
+    if isinstance(cached, str) and _complete(Path(cached).parent, half=half):
+        return Path(cached).parent
     if constants.HF_HUB_OFFLINE:
         raise NetworkError(f"{repo_id} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it")
     with hub_errors(repo_id):
