@@ -153,10 +153,10 @@ PIXELS = {
 LARGE = {"1000x1016": Request(1, 127, 125)}
 """Minutes and gigabytes for forms with attention over every cell."""
 DEFAULT: list[tuple[str, torch.dtype, Convention, list[Request]]] = [
-    ("sd15", torch.float32, "nativesd", [*PIXELS.values()]),
-    ("sd21, two levels", HALF, "comfyui", [request for size, request in PIXELS.items() if size not in SLOW]),
+    ("sd15", HALF, "comfyui", [request for size, request in PIXELS.items() if size not in SLOW]),
     ("sdxl", torch.float32, "nativesd", [*PIXELS.values(), *LARGE.values()]),
 ]
+"""SD2.1's form, which the embedded model has, is exported and checked in test_acceleration.py."""
 
 
 def errors(file: Exported, requests: list[Request]) -> list[Comparison]:
@@ -181,22 +181,23 @@ def test_one_file_serves_every_request(
     assert worst.error <= TOLERANCES[dtype], worst
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_every_slot_reaches_its_place(name: str, exported: Export) -> None:
+# of the change; elsewhere, a residual would make quite another one
+@pytest.mark.parametrize(("form", "tolerance"), [(DEFAULT[0], 0.02), (DEFAULT[1], 1e-4)], ids=["sd15", "sdxl"])
+def test_every_slot_reaches_its_place(form: tuple[Any, ...], tolerance: float, exported: Export) -> None:
     """Each control slot alone changes the answer as it does in PyTorch."""
-    file = exported(name)
-    request = Request(2, 9, 11)
-    inputs = dict(zip(file.schema.inputs, file.graph.inputs(request, torch.Generator().manual_seed(1)), strict=True))
+    file = exported(*form[:3])
+    random = zip(file.schema.inputs, file.graph.inputs(Request(2, 9, 11)), strict=True)
+    inputs = {slot: 10 * tensor if slot.is_control else tensor for slot, tensor in random}  # of order one
     zeros = {slot: torch.zeros_like(tensor) for slot, tensor in inputs.items() if slot.is_control}
     plain = {slot.name: tensor for slot, tensor in inputs.items() if not slot.is_control}
-    runner = file.runner()
+    [output], runner = file.schema.outputs, file.runner()
     with torch.inference_mode():
         without = file.graph(*(inputs | zeros).values())[0]
         for slot in file.schema.control:
             expected = file.graph(*(inputs | zeros | {slot: inputs[slot]}).values())[0] - without
-            found = runner.run(plain | {slot.name: inputs[slot]})["out_sample"] - runner.run(plain)["out_sample"]
-            assert expected.abs().max() > 1e-3 * without.abs().max(), slot
-            assert difference(found, expected) <= 1e-3, slot  # of a change that is small beside the answer itself
+            found = runner.run(plain | {slot.name: inputs[slot]})[output.name] - runner.run(plain)[output.name]
+            assert expected.abs().max() > 0.05 * without.abs().max(), slot
+            assert difference(found, expected) <= tolerance, slot
 
 
 def test_control_comes_and_goes(exported: Export) -> None:
@@ -215,8 +216,12 @@ def test_control_comes_and_goes(exported: Export) -> None:
         assert torch.equal(run(request, control=False), before[request])
 
 
+@pytest.mark.full
 def test_controlnet_and_unet_in_a_row(exported: Export) -> None:
-    """What the ControlNet's graph gives is what the UNet's takes, scaled in between."""
+    """What the ControlNet's graph gives is what the UNet's takes, scaled in between.
+
+    The embedded model's are in every run of test_acceleration.py.
+    """
     control, main = exported("controlnet"), exported("sdxl")
     assert max(each.error for each in errors(control, [Request(2, 16, 24), Request(3, 9, 13, 2 * CHUNK)])) <= 1e-5
     request = Request(2, 17, 12)
@@ -269,14 +274,14 @@ def test_a_graph_of_one_size(tmp_path: Path) -> None:
 
 def test_bfloat16_is_checked_by_a_twin(tmp_path: Path) -> None:
     """ONNX Runtime's CPU provider does not compute in it."""
-    graph, path = module("vae_encoder", torch.bfloat16), tmp_path / "model.onnx"
+    graph, path = module("clip", torch.bfloat16), tmp_path / "model.onnx"
     details = write_onnx(graph, path)
     assert details["checked_in"] == "float32"
     assert details["error"] <= 1e-5
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     weights = onnx.load(path, load_external_data=False).graph.initializer
-    kinds = Counter(weight.data_type for weight in weights if len(weight.dims) == 4)
-    assert kinds.keys() == {onnx.TensorProto.BFLOAT16}
+    kinds = {weight.data_type for weight in weights if weight.name.endswith(("weight", "bias"))}
+    assert kinds == {onnx.TensorProto.BFLOAT16}
     with pytest.raises(UsageError, match=r"ONNX Runtime does not compute in .*bfloat16: load with dtype='float32'"):
         OnnxRunner(path, graph.schema, torch.bfloat16, CPU)
 
@@ -327,7 +332,7 @@ def test_group_norms_split_in_older_opsets(tmp_path: Path) -> None:
 
 # --- files
 
-CHECKED = ["sd15", "sdxl", "controlnet", "vae_decoder", "vae_encoder", "clip", "openclip"]
+CHECKED = ["sdxl", pytest.param("controlnet", marks=pytest.mark.full), "vae_decoder", "vae_encoder", "clip", "openclip"]
 
 
 def sizes(values: Any) -> list[list[int | str]]:
@@ -340,6 +345,13 @@ def test_the_checker_finds_nothing(name: str, exported: Export) -> None:
     onnx.checker.check_model(exported(name).path, full_check=True)
 
 
+def test_halves_of_halves(exported: Export) -> None:
+    """As the file states them, and as the checker infers them."""
+    file = exported(*DEFAULT[0][:3])
+    onnx.checker.check_model(file.path, full_check=True)
+    assert sizes(file.model().graph.input)[-1] == ["batch", 64, "ceil(h/4)", "ceil(w/4)"]
+
+
 @pytest.mark.parametrize("name", CHECKED)
 def test_inputs_and_outputs_are_the_schemas(name: str, exported: Export) -> None:
     file = exported(name)
@@ -347,12 +359,11 @@ def test_inputs_and_outputs_are_the_schemas(name: str, exported: Export) -> None
     for values, slots in ((graph.input, schema.inputs), (graph.output, schema.outputs)):
         assert [value.name for value in values] == [slot.name for slot in slots]
         assert sizes(values) == [[axis if isinstance(axis, int) else str(axis) for axis in slot.axes] for slot in slots]
-    assert sizes(exported("sd15").model().graph.input)[-1] == ["batch", 64, "ceil(h/4)", "ceil(w/4)"]
 
 
 def test_dtypes_are_the_weights(exported: Export) -> None:
     """Strongly typed: all weights of matrices are in the dtype asked for, and so are the inputs but for the times."""
-    file = exported(*DEFAULT[1][:3])
+    file = exported(*DEFAULT[0][:3])
     graph, kinds = file.model().graph, onnx.TensorProto
     weights = [weight for weight in graph.initializer if weight.name.endswith(("weight", "bias"))]
     assert len(weights) == len(file.graph.module.state_dict())
@@ -376,7 +387,7 @@ def test_nodes(name: str, exported: Export) -> None:
     within = parts if not half else [p for n, p in file.graph.module.named_modules() if n.startswith(half)]
     assert count["GroupNormalization"] == sum(isinstance(part, nn.GroupNorm) for part in within)
     assert count["InstanceNormalization"] == 0
-    if name in ("sd15", "sdxl", "controlnet"):
+    if name in ("sdxl", "controlnet"):
         assert count["Attention"] == sum(isinstance(part, Attention) for part in parts)
         assert count["Softmax"] == 0
     elif not is_vae:
@@ -502,15 +513,15 @@ def test_broken_files(backend: str, damage: str, exported: Export, tmp_path: Pat
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_graph_of_another_component(backend: str, exported: Export) -> None:
-    for name, other in (("clip", "openclip"), ("vae_decoder", "vae_encoder"), ("controlnet", "sdxl")):
+    for name, other in (("clip", "openclip"), ("vae_decoder", "vae_encoder"), ("sdxl", "controlnet")):
         with pytest.raises(SourceError, match=r"model.onnx is not a graph of this \w+: .*; export it again"):
-            BACKENDS[backend](exported(name).path, exported(other).schema)
+            BACKENDS[backend](exported(name).path, module(other).schema)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_graph_of_another_dtype(backend: str, exported: Export) -> None:
     """The schema is the same, so that the file's own types have to be looked at."""
-    file = exported(*DEFAULT[1][:3])
+    file = exported(*DEFAULT[0][:3])
     with pytest.raises(SourceError, match=r"model.onnx computes in float16, not in float32: export it again"):
         BACKENDS[backend](file.path, file.schema)
 

@@ -1,33 +1,49 @@
 """Compare our modules with diffusers and transformers at the published sizes: float32, CPU, every parameter random.
 
     python tools/parity.py [--only NAME]
+    python tools/parity.py --onnx [float32|float16] [--only NAME] [--no-run]
 
 Prints a markdown table and exits with 1 where max|difference| / max|reference| exceeds 1e-5. Needs up to 20 GB of
 memory for the SDXL and refiner UNets: the two implementations share their tensors, and one family is held at a time.
+
+With --onnx: every component is exported to a temporary folder, UNets with all control slots, and ONNX Runtime compared
+with PyTorch, in a process of its own. The table has the largest error (`nativesd.export.check`, whose tolerances decide
+about the exit code), and the export's seconds and the process's peak memory until then. The run needs as much again as
+the export, and more in float16; --no-run leaves it out.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
+from nativesd.build import build
 from nativesd.config import (
     CONTROLNETS,
     TEXT_ENCODERS,
     UNETS,
     VAES,
+    Config,
     ControlNetConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
 )
+from nativesd.export.check import SIZES, TOLERANCES, compare
+from nativesd.export.graphs import graph_of
+from nativesd.export.onnx import FILE, export_onnx
+from nativesd.export.sessions import OnnxRunner
+from nativesd.export.slots import Component, Request
 from nativesd.models.controlnet import ControlNet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -35,6 +51,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from oracles import (
     TOLERANCE,
     difference,
+    draw,
     lend,
     published_controlnet,
     random_residuals,
@@ -130,11 +147,75 @@ CHECKS: dict[str, Callable[[], Iterator[Row]]] = {
 }
 
 
+EXPORTS: dict[str, tuple[Component, Config]] = {
+    **{f"vae_decoder {name}": ("vae_decoder", config) for name, config in VAES.items() if name == "sd"},
+    **{f"vae_encoder {name}": ("vae_encoder", config) for name, config in VAES.items() if name == "sd"},
+    **{f"text encoder {name}": ("text_encoder", config) for name, config in TEXT_ENCODERS.items()},
+    **{f"unet {name}": ("unet", config) for name, config in UNETS.items()},
+    **{f"controlnet {name}": ("controlnet", config) for name, config in CONTROLNETS.items() if config.union is None},
+}
+"""SDXL's VAE has the form of SD's."""
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held in memory (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def check_export(name: str, dtype: torch.dtype, *, run: bool) -> bool:
+    """Export a component, compare it and print its row; whether it is within the tolerance."""
+    component, config = EXPORTS[name]
+    with torch.device("meta"):
+        module = build(config).to(dtype)
+    draw(module, 0)
+    weights = sum(parameter.nbytes for parameter in module.parameters())
+    graph = graph_of(module, component)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / FILE
+        start, cpu = time.monotonic(), time.process_time()
+        export_onnx(graph, file)
+        seconds = f"{time.monotonic() - start:.0f} s ({time.process_time() - cpu:.0f} s of CPU)"
+        peak = peak_memory()
+        size = sum(path.stat().st_size for path in Path(folder).iterdir())
+        error = None
+        if run:
+            runner = OnnxRunner(file, graph.schema, dtype, torch.device("cpu"))
+            requests = SIZES if dtype == torch.float16 else [*SIZES, Request(1, 64, 64)]  # which is slow on a CPU
+            error = max(each.error for each in compare(graph, runner, requests))
+    columns = [
+        name, str(dtype).removeprefix("torch."), f"{weights / 1e9:.2f} GB", seconds,
+        f"{peak / 1e9:.2f} GB, {peak / weights:.2f} x", f"{(peak - weights) / 1e9:.2f} GB", f"{size / 1e9:.2f} GB",
+        "not run" if error is None else f"{error:.1e}",
+    ]  # fmt: skip
+    print(f"| {' | '.join(columns)} |", flush=True)
+    return error is None or error <= TOLERANCES[dtype]
+
+
+def main_onnx(dtype: str, only: str | None, *, run: bool) -> int:
+    """All exports, each by a process of its own, or the one here."""
+    if only is not None:
+        return 0 if check_export(only, getattr(torch, dtype), run=run) else 1
+    print("| component | dtype | weights | export | peak memory | beyond the weights | files | error |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    command = [sys.executable, __file__, "--onnx", dtype, *([] if run else ["--no-run"])]
+    codes = [subprocess.run([*command, "--only", name], check=False).returncode for name in EXPORTS]
+    return 1 if any(codes) else 0
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Numerical parity with diffusers and transformers at published sizes.")
-    parser.add_argument("--only", metavar="NAME", choices=CHECKS, help=f"one of: {', '.join(CHECKS)}")
-    only = parser.parse_args().only
+    parser.add_argument("--only", metavar="NAME", choices={**CHECKS, **EXPORTS}, help="one component")
+    parser.add_argument("--onnx", nargs="?", const="float32", choices=["float32", "float16"], help="exported graphs")
+    parser.add_argument("--no-run", action="store_true", help="with --onnx: export only")
+    options = parser.parse_args()
+    only = options.only
+    names = CHECKS if options.onnx is None else EXPORTS
+    if only is not None and only not in names:
+        parser.error(f"--only is one of: {', '.join(names)}")
+    if options.onnx is not None:
+        return main_onnx(options.onnx, only, run=not options.no_run)
     largest = 0.0
     print("| component | case | tensors (ours filled / published) | max\\|diff\\| / max\\|ref\\| |")
     print("|---|---|---|---|", flush=True)
