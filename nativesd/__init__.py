@@ -66,6 +66,7 @@ LOAD_OPTIONS = (
     "maps",
     "backend",
     "engines",
+    "fast",
 )
 
 

@@ -27,6 +27,7 @@ from nativesd.errors import NativesdError, UsageError
 from nativesd.models.layers import ResnetBlock
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.vae import VAE, Stage
+from nativesd.tuning import untune
 
 TILE = 384
 """In pixels. With less, strips of the published VAE in float32 are below 32 MiB, and what glibc allocates below that it
@@ -124,6 +125,7 @@ def _finite(vae: VAE | TinyVAE, run: Callable[[torch.dtype], Tensor], what: str)
     out = run(dtype).float()
     if not out.isfinite().all() and dtype != torch.float32:
         warnings.warn("the VAE overflowed in half precision: it runs in float32 from now on", stacklevel=3)
+        untune(vae)  # what is fast in half precision is not all exact enough
         vae.float()
         out = run(torch.float32)
     if not out.isfinite().all():

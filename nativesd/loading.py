@@ -33,6 +33,7 @@ from nativesd.models.vae import VAE
 from nativesd.pipeline import Pipeline
 from nativesd.sampling.schedule import SchedulerConfig
 from nativesd.text.tokenizer import DEFAULT, ClipTokenizer, pad_id, pad_token
+from nativesd.tuning import tune
 from nativesd.weights.checkpoint import fill
 from nativesd.weights.describe import OWN_FORM, unet_family
 from nativesd.weights.describe import prediction as prediction_of
@@ -98,6 +99,7 @@ def load(
     maps: str | Path | None = None,
     backend: Literal["torch"] | BackendName = "torch",
     engines: str | Path | None = None,
+    fast: bool = True,
 ) -> Pipeline:
     """Load a model.
 
@@ -112,11 +114,12 @@ def load(
     offload        keep the modules in main memory, and each on the device only while it is used
     maps           a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
     backend        what runs the components: torch, or as in `Pipeline.accelerate`, which also says what engines is
+    fast           on a CPU, compute by the operators that a short probe finds faster here (`tuning.tune`)
 
     With all files local no request is made. Raises SourceError and WeightsError for what cannot be read or does not
     fit, NetworkError for the hub, UsageError for an argument that cannot be.
     """
-    place = _device(device)
+    place = find_device(device)
     kind = _dtype(dtype, place)
     if prediction is not None and prediction not in get_args(Prediction):
         raise UsageError(f"prediction must be one of {', '.join(get_args(Prediction))}, not {prediction!r}")
@@ -138,6 +141,10 @@ def load(
     upcast = isinstance(vae_config, VAEConfig) and vae_config.force_upcast and kind == torch.float16
     vae_module: VAE | TinyVAE = make(*model.parts["vae"], torch.float32 if upcast else kind)
     encoders: tuple[TextEncoder, ...] = tuple(make(*model.parts[name], kind) for name in model.text_encoders)
+    fast = fast and place.type == "cpu"
+    if fast:
+        tune(unet_module)
+        tune(vae_module)
     filled = {"unet": unet_module, **dict(zip(model.text_encoders, encoders, strict=True))}
     hosts = {name: host(module, *model.parts[name], tables) for name, module in filled.items()}
     previewer = None
@@ -178,7 +185,7 @@ def load(
         offload=offload,
         previewer=previewer,
         lora_state=Merged(hosts),
-        load_control=partial(load_control, device=home, dtype=kind, maps=maps, unet=unet_module),
+        load_control=partial(load_control, device=home, dtype=kind, maps=maps, unet=unet_module, fast=fast),
     )
     return pipeline if backend == "torch" else pipeline.accelerate(backend, engines=engines)
 
@@ -190,6 +197,7 @@ def load_control(
     dtype: str | torch.dtype | None = None,
     maps: str | Path | None = None,
     unet: UNet | None = None,
+    fast: bool = True,
 ) -> ControlModel:
     """Load a ControlNet (plain or union) or a T2I-Adapter: "tiny" (edges, for the embedded model), a folder, a file, or
     a hub id.
@@ -197,7 +205,7 @@ def load_control(
     The options are those of `load`. `unet` is the model's, to which a ControlNet that was saved as a difference is
     added. Raises SourceError for what cannot be read or is neither.
     """
-    place = _device(device)
+    place = find_device(device)
     kind = _dtype(dtype, place)
     path = TINY / "controlnet" if source == "tiny" else Path(source)
     if source != "tiny" and not path.exists() and isinstance(source, str) and HUB_ID.fullmatch(source):
@@ -212,6 +220,8 @@ def load_control(
                 fill(module, member, component, device=place, dtype=kind)
                 if "difference" in member.tensors:
                     _add(module, unet, path)
+                if fast:
+                    tune(module)
                 return ControlModel(str(source) if source == "tiny" else path.stem, module.eval())
     raise SourceError(f"{source} is neither a ControlNet nor a T2I-Adapter: see its audit")
 
@@ -425,7 +435,8 @@ def _tokenizer(path: Path, name: str, encoder: TextEncoderConfig) -> ClipTokeniz
     return ClipTokenizer(DEFAULT, pad=default, length=encoder.length)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device, or CUDA where there is one. Raises UsageError where it cannot be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

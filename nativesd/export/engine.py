@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from nativesd.cache import keep
 from nativesd.errors import SourceError, UsageError
 from nativesd.export.slots import Request, Schema, Slot
 from nativesd.export.store import RUNTIME_CACHE, Entry, verify, why_not
@@ -425,12 +425,7 @@ class RuntimeCache:
         data = bytes(self._cache.serialize() or b"")
         if len(data) in (0, self._size):
             return
-        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, self._path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+        keep(self._path, data)
         self._size = len(data)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from nativesd.cache import cache_folder
 from nativesd.errors import SourceError, UsageError
 from nativesd.export.check import SIZES, compare, require
 from nativesd.export.engine import Arena, CudaQueue, load_engine
@@ -34,14 +34,15 @@ from nativesd.export.tensorrt import (
     build_engine,
     device_target,
 )
+from nativesd.tuning import untuned
 
 BackendName = Literal["onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[BackendName, ...] = ("onnx", "openvino", "tensorrt", "tensorrt-rtx")
 
 
 def default_store() -> Path:
-    """Where graphs and engines are kept when no folder is named: nativesd/engines in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nativesd" / "engines"
+    """Where graphs and engines are kept when no folder is named."""
+    return cache_folder() / "engines"
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -83,6 +84,21 @@ def write_onnx(
     one static shape are checked at that. Raises NativesdError where the results differ, UsageError where ONNX Runtime
     is not installed.
     """
+    with untuned(graph.module):
+        return _write_onnx(graph, path, static, opset, names, metadata, check=check)
+
+
+def _write_onnx(
+    graph: Graph,
+    path: Path,
+    static: Request | None,
+    opset: int | None,
+    names: Convention,
+    metadata: Mapping[str, str] | None,
+    *,
+    check: bool,
+) -> dict[str, Any]:
+    """As `write_onnx`, of plain modules."""
     start = time.monotonic()
     export_onnx(graph, path, static=static, opset=opset, names=names, metadata=metadata)
     details: dict[str, Any] = {"export_seconds": round(time.monotonic() - start, 1), "opset": opset or _opset(graph)}

@@ -1,0 +1,135 @@
+"""The layers once more, as oneDNN's fused operators compute them on a CPU: float32 and bfloat16, without gradients.
+
+Every class here has the state and the results of the one it inherits from, and differs in `forward` only, so that a
+loaded module changes over and back by its `__class__` (`nativesd.tuning`). Nothing is packed or copied: the weights
+are read where they are, and may be written to at any time. Other dtypes, devices and gradients take the plain path.
+
+torch.ops.mkldnn is what torch.compile lowers linears and convolutions to (pytorch/pytorch,
+aten/src/ATen/native/mkldnn/Linear.cpp, `mkldnn_linear_pointwise` and `mkldnn_linear_pointwise_binary`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nativesd.models.layers import GEGLU, Attention, ResnetBlock, attention
+from nativesd.models.vae import PixelAttention
+
+DTYPES = (torch.bfloat16, torch.float32)
+BLOCK_BYTES = 2 << 20  # of a block of softmax weights: 256 queries of 4096 keys in bfloat16 stay in the caches
+FEWEST = 512  # queries and keys, below which the calls for every head cost more than they gain
+SAMPLE = 64  # keys, at least, and one of every 16, from which a query's largest logit is guessed
+# how far below zero logits are shifted: the largest may be 50 above its guess, and e^-17 of it is a normal number still
+SHIFT = 70.0
+# exp(x) is sigmoid(x) / (1 - sigmoid(x)): the most that a query's weights may add up to for these to be the same
+MOST = {torch.bfloat16: math.exp(-8), torch.float32: math.exp(-16)}
+
+
+def applies(x: Tensor) -> bool:
+    """Whether the operators here take `x`."""
+    return x.dtype in DTYPES and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """activation(x weight^T + bias), the activation ("none", "gelu", "sigmoid") in float32: (..., I) -> (..., O)."""
+    algorithm = "none" if activation == "gelu" else ""  # the exact gelu
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
+    return out
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """softmax(q k^T) v by blocks of queries, each with all keys: (B, T, C), (B, S, C), (B, S, C) -> (B, T, C).
+
+    The queries are scaled already. The exponentials are computed in the matrix product's own epilogue, on its float32
+    sums: as sigmoid(s - c) for logits s far below c, which is exp(s - c). Only differences count in a softmax, so any c
+    will do that is large enough and not much too large: a query's largest logit for some of the keys, and `SHIFT`. It
+    is one more component of the query. The few queries for which the guess was wrong are computed once more.
+    """
+    width = q.shape[2] // heads
+    block = max(BLOCK_BYTES // (k.shape[1] * k.element_size()), 1)
+    out = torch.empty_like(q)
+    for i in range(q.shape[0]):
+        for head in range(heads):
+            part = slice(head * width, (head + 1) * width)
+            _attend_head(q[i, :, part], k[i, :, part], v[i, :, part].contiguous(), out[i, :, part], block)
+    return out
+
+
+def _attend_head(q: Tensor, k: Tensor, v: Tensor, out: Tensor, block: int) -> None:
+    """One head of one picture: (T, D), (S, D), (S, D) into `out` (T, D)."""
+    sample = k[:: min(max(k.shape[0] // SAMPLE, 1), 16)]
+    shifts = (q @ sample.T).amax(dim=1, keepdim=True) + SHIFT
+    q = torch.cat([q, -shifts], dim=1)  # (T, D) -> (T, D + 1)
+    k = torch.cat([k, k.new_ones(k.shape[0], 1)], dim=1)
+    for queries, result in zip(torch.split(q, block), torch.split(out, block), strict=True):
+        weights = linear(queries, k, None, "sigmoid")  # (block, D + 1), (S, D + 1) -> (block, S)
+        total = weights.sum(dim=1, keepdim=True, dtype=torch.float32)
+        torch.div(weights @ v, total, out=result)
+        if not total.max().item() < MOST[q.dtype]:  # so it is where something is not finite
+            wrong = (~(total < MOST[q.dtype])).flatten().nonzero().flatten()
+            logits = queries[wrong].float() @ k.float().T
+            result[wrong] = (torch.softmax(logits, dim=1) @ v.float()).to(out.dtype)
+
+
+def attend(module: Attention, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`Attention.attend`, blockwise where that is faster."""
+    if not applies(x) or min(x.shape[1], k.shape[1]) < FEWEST:
+        return attention(module.to_q(x), k, v, module.heads)
+    width = x.shape[2] // module.heads
+    scale = x.new_tensor(width**-0.5).expand(x.shape)  # times the float32 sums: the product is rounded once
+    q = torch.ops.mkldnn._linear_pointwise.binary(x, scale, module.to_q.weight, module.to_q.bias, "mul")
+    return blockwise_attention(q, k, v, module.heads)
+
+
+class FastAttention(Attention):
+    """Attention with few reads and writes of its weights."""
+
+    attend = attend
+
+
+class FastPixelAttention(PixelAttention):
+    """The VAE's attention with few reads and writes of its weights."""
+
+    attend = attend
+
+
+class FastLinear(nn.Linear):
+    """A linear layer that leaves out torch's choice of a math library."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        return linear(input, self.weight, self.bias) if applies(input) else super().forward(input)
+
+
+class FastGEGLU(GEGLU):
+    """GEGLU whose gelu and product are computed as the matrix products are written."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        if not applies(x):
+            return super().forward(x)
+        (hidden, gate), (hidden_bias, gate_bias) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+        gated = torch.ops.mkldnn._linear_pointwise.binary(
+            x, linear(x, gate, gate_bias, "gelu"), hidden, hidden_bias, "mul"
+        )
+        out: Tensor = self.out(gated)
+        return out
+
+
+class FastResnetBlock(ResnetBlock):
+    """A residual block that reuses its own memory."""
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """(B, width_in, H, W)[, (B, time_width)] -> (B, width, H, W)."""
+        if not applies(x):
+            return super().forward(x, embedding)
+        h: Tensor = self.conv1(F.silu(self.norm1(x), inplace=True))
+        if self.time_emb_proj is not None and embedding is not None:
+            h += self.time_emb_proj(F.silu(embedding))[:, :, None, None]  # (B, C) -> (B, C, 1, 1)
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        h += x if self.shortcut is None else self.shortcut(x)
+        return h

@@ -1,0 +1,170 @@
+"""The fast path on a CPU: which of oneDNN's operators pay on this machine, by a measurement, and modules changed over.
+
+What a module computes and what its state is stay as they are, so that a tuned one can be loaded into, merged into and
+saved. Undo it (`untune`) before torch.export or torch.compile, which want the plain layers.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nativesd.cache import cache_folder, keep
+from nativesd.models import fast
+from nativesd.models.layers import GEGLU, Attention, ResnetBlock, attention
+from nativesd.models.vae import PixelAttention
+
+GAIN = 0.97  # of the plain path's time that the fast one may take at most
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Which fast layers a module is given. `Tuning()` is none: the plain path."""
+
+    linear: bool = False
+    attention: bool = False
+    channels_last: bool = False
+    """Convolutions' weights, hence all feature maps, with the channels as the innermost axis. Not for float32: there
+    torch's group norm takes the variance of such maps for the mean square less the squared mean, summed up one by one
+    (pytorch/pytorch, aten/src/ATen/native/cpu/group_norm_kernel.cpp), which loses 1e-4 where the mean is ten times the
+    deviation. In bfloat16 the rounding of the values is always more than that."""
+
+    def swaps(self) -> dict[type[nn.Module], type[nn.Module]]:
+        """Plain class -> fast class."""
+        swaps: dict[type[nn.Module], type[nn.Module]] = {}
+        if self.attention:
+            swaps |= {Attention: fast.FastAttention, PixelAttention: fast.FastPixelAttention}
+        if self.linear:
+            swaps |= {nn.Linear: fast.FastLinear, GEGLU: fast.FastGEGLU}
+        if self != Tuning():
+            swaps |= {ResnetBlock: fast.FastResnetBlock}
+        return swaps
+
+
+EVERYTHING = Tuning(linear=True, attention=True, channels_last=True)
+PLAIN = {quick: plain for plain, quick in EVERYTHING.swaps().items()}
+
+
+def tune(module: nn.Module, tuning: Tuning | None = None) -> Tuning:
+    """Change a loaded module to its fast layers, in place, by `tuning` or else by what pays here; returns which.
+
+    Nothing happens to modules that are not on a CPU, or in a dtype without a fast path. Weights keep their names and
+    values; those of convolutions get other strides.
+    """
+    untune(module)
+    first = next(module.parameters())
+    if tuning is None:
+        tuning = best_tuning(first.dtype, torch.get_num_threads()) if first.device.type == "cpu" else Tuning()
+    swaps = tuning.swaps()
+    for part in module.modules():
+        part.__class__ = swaps.get(type(part), type(part))
+    if tuning.channels_last:
+        for parameter in module.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return tuning
+
+
+def untune(module: nn.Module) -> None:
+    """Undo `tune`: the plain layers, all weights contiguous."""
+    for part in module.modules():
+        part.__class__ = PLAIN.get(type(part), type(part))
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()
+
+
+@contextmanager
+def untuned(module: nn.Module) -> Iterator[None]:
+    """Within, a tuned module computes by its plain layers; its weights stay as they lie."""
+    tuned = {part: type(part) for part in module.modules() if type(part) in PLAIN}
+    try:
+        for part, kind in tuned.items():
+            part.__class__ = PLAIN[kind]
+        yield
+    finally:
+        for part, kind in tuned.items():
+            part.__class__ = kind
+
+
+@cache
+def best_tuning(dtype: torch.dtype, threads: int) -> Tuning:
+    """What pays on this machine with as many `threads`, from a probe of a fraction of a second.
+
+    It is kept in the user's cache, since a choice that comes out even would otherwise change a picture's last bits
+    from one process to the next.
+    """
+    if not supported(dtype):
+        return Tuning()
+    path = cache_folder() / "tuning.json"
+    key = f"{processor()}, {threads} threads, torch {torch.__version__}, {dtype}"
+    known = _read(path)
+    try:
+        return Tuning(**known[key])
+    except (KeyError, TypeError):
+        found = _probe(dtype)
+        keep(path, json.dumps(known | {key: asdict(found)}, indent=1).encode())
+        return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _probe(dtype: torch.dtype) -> Tuning:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    q, k, v = (normal(1, 1024, 320) for _ in range(3))  # five heads of 64: SD2.1's, on 32x32 latents
+    x, weight, bias = normal(1, 2048, 640), normal(640, 640), normal(640)
+    with torch.inference_mode():
+        return Tuning(
+            linear=_pays(
+                lambda: torch.nn.functional.linear(x, weight, bias), lambda: fast.linear(x, weight, bias), most=1.0
+            ),
+            attention=_pays(lambda: attention(q, k, v, 5), lambda: fast.blockwise_attention(q / 8, k, v, 5), most=GAIN),
+            channels_last=dtype != torch.float32,
+        )
+
+
+def supported(dtype: torch.dtype) -> bool:
+    """Whether this torch and this processor have the fast operators for `dtype`."""
+    operators = torch.ops.mkldnn
+    if not hasattr(operators, "_linear_pointwise"):  # built without oneDNN
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(operators._is_mkldnn_bf16_supported()))
+
+
+def _pays(plain: Callable[[], object], quick: Callable[[], object], *, most: float) -> bool:
+    """Whether `quick` takes at most so much of the time of `plain`: the best of a few rounds, one after the other."""
+    best = [float("inf")] * 2
+    for _ in range(ROUNDS + 1):  # the first one is a warm-up that never wins
+        for i, run in enumerate((plain, quick)):
+            start = time.perf_counter()
+            run()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best[1] <= most * best[0]

@@ -1,0 +1,381 @@
+"""The fast path against the plain one, in every dtype, and its way in and out of a module."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nativesd
+from nativesd import tuning
+from nativesd.config import UNetConfig, VAEConfig
+from nativesd.denoiser import Conditioning, Guidance, make_denoiser
+from nativesd.models import fast
+from nativesd.models.layers import GEGLU, Attention, CachedContext, attention
+from nativesd.models.unet import UNet
+from nativesd.models.vae import VAE
+from nativesd.tuning import EVERYTHING, PLAIN, Tuning, _pays, best_tuning, supported, tune, untune
+from oracles import TOLERANCE, difference, draw
+from test_models import UNETS
+
+PRODUCTS = Tuning(linear=True, attention=True)  # all there is in float32
+WORSE = 1.2  # times the plain path's error that the fast one's may be in half precision
+SIZES = [(2, 16, 16), (1, 11, 13), (3, 8, 12)]
+bfloat16 = pytest.mark.skipif(not supported(torch.bfloat16), reason="this processor has no bfloat16")
+pytestmark = pytest.mark.skipif(not supported(torch.float32), reason="torch was built without oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every attention goes through several blocks, however small; one thread."""
+    monkeypatch.setattr(fast, "FEWEST", 1)
+    monkeypatch.setattr(fast, "BLOCK_BYTES", 32 << 10)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def normal(*shape: int, seed: int = 10) -> Tensor:
+    """Standard normal values, not those that weights are drawn from (seed 0)."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rms(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+def drawn(module: nn.Module) -> nn.Module:
+    draw(module, 0)
+    return module
+
+
+def unet(form: str) -> UNet:
+    with torch.device("meta"):
+        network = UNet(UNETS[form])
+    draw(network, 0)
+    return network
+
+
+def vae() -> VAE:
+    with torch.device("meta"):
+        network = VAE(VAEConfig(widths=(32, 64), layers=1, scaling=1.0))
+    draw(network, 0)
+    return network
+
+
+@torch.inference_mode()
+def predict(network: UNet, size: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    config: UNetConfig = network.config
+    batch, height, width = size
+    added = config.added
+    out: Tensor = network(
+        normal(batch, config.in_channels, height, width).to(dtype),
+        481.5,
+        normal(batch, 77, config.context, seed=1).to(dtype),
+        pooled=None if added is None else normal(batch, added.pooled, seed=2).to(dtype),
+        time_ids=None if added is None else torch.full((batch, added.ids), 512.0),
+    )
+    return out
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("form", ["sd15", "sd21", "sdxl"])
+def test_unet_in_float32(form: str, size: tuple[int, int, int]) -> None:
+    network = unet(form)
+    plain = predict(network, size, torch.float32)
+    tune(network, PRODUCTS)
+    assert difference(predict(network, size, torch.float32), plain) <= TOLERANCE
+
+
+@bfloat16
+@pytest.mark.parametrize("form", ["sd15", "sd21", "sdxl"])
+def test_unet_in_bfloat16(form: str) -> None:
+    network = unet(form)
+    network.bfloat16()
+    size = (2, 32, 32)
+    exact = predict(copy.deepcopy(network).double(), size, torch.float64)
+    plain = rms(predict(network, size, torch.bfloat16), exact)
+    tune(network, EVERYTHING)
+    quick = rms(predict(network, size, torch.bfloat16), exact)
+    assert 0 < quick <= WORSE * plain
+
+
+@torch.inference_mode()
+def test_vae_in_float32() -> None:
+    network, latents = vae(), normal(2, 4, 12, 20)
+    plain, (mean, _) = network.decode(latents), network.encode(normal(1, 3, 24, 40))
+    tune(network, PRODUCTS)
+    assert difference(network.decode(latents), plain) <= TOLERANCE
+    assert difference(network.encode(normal(1, 3, 24, 40))[0], mean) <= TOLERANCE
+
+
+@bfloat16
+@torch.inference_mode()
+def test_vae_in_bfloat16() -> None:
+    network, latents = vae().bfloat16(), normal(2, 4, 24, 24).bfloat16()
+    exact = copy.deepcopy(network).double().decode(latents.double())
+    plain = rms(network.decode(latents), exact)
+    tune(network, EVERYTHING)
+    assert 0 < rms(network.decode(latents), exact) <= WORSE * plain
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=bfloat16)])
+def test_a_trained_vae(dtype: torch.dtype) -> None:
+    """Feature maps of trained weights are far from zero, unlike those of random ones."""
+    network = nativesd.load(device="cpu", dtype=dtype).vae
+    untune(network)
+    latents = network.encode(normal(1, 3, 128, 192).clamp(-1, 1).to(dtype))[0]
+    exact = copy.deepcopy(network).double().decode(latents.double())
+    plain = rms(network.decode(latents), exact)
+    tune(network, PRODUCTS if dtype == torch.float32 else EVERYTHING)
+    assert rms(network.decode(latents), exact) <= (TOLERANCE if dtype == torch.float32 else WORSE * plain)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=bfloat16)])
+@pytest.mark.parametrize(("heads", "width"), [(5, 64), (8, 40), (4, 80), (1, 512)])
+@pytest.mark.parametrize("gain", [0.1, 1.0, 3.0])  # of the logits
+def test_attention(heads: int, width: int, gain: float, dtype: torch.dtype) -> None:
+    layer = drawn(Attention(heads * width, heads)).to(dtype)
+    layer.to_q.weight *= gain
+    x = normal(2, 300, heads * width).to(dtype)
+    exact = copy.deepcopy(layer).double()(x.double())
+    plain = rms(layer(x), exact)
+    tune(layer, Tuning(attention=True))
+    quick = rms(layer(x), exact)
+    assert quick <= (TOLERANCE if dtype == torch.float32 else WORSE * plain)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=bfloat16)])
+def test_attention_to_a_text(dtype: torch.dtype) -> None:
+    layer = drawn(Attention(64, 2, context=24)).to(dtype)
+    x, text = normal(3, 90, 64).to(dtype), normal(3, 77, 24).to(dtype)
+    exact = copy.deepcopy(layer).double()(x.double(), text.double())
+    plain = rms(layer(x, text), exact)
+    tune(layer, EVERYTHING)
+    assert rms(layer(x, text), exact) <= (TOLERANCE if dtype == torch.float32 else WORSE * plain)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The fast path, and what it should be."""
+    found = fast.blockwise_attention(q / 8, k, v, 1)
+    return found.double(), attention(q.double(), k.double(), v.double(), 1)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("keys", [2000, 77, 1])
+def test_attention_of_queries_far_shorter_than_the_longest(keys: int) -> None:
+    q, k, v = normal(1, 200, 64, seed=1), normal(1, keys, 64, seed=2), normal(1, keys, 64, seed=3)
+    q[:, ::2] *= 1e-3
+    k += 20 * normal(64, seed=4)  # a common part, which a softmax does not see
+    found, expected = attend(q, k, v)
+    for row in (0, 1):
+        assert difference(found[:, row::2], expected[:, row::2]) <= TOLERANCE
+
+
+@torch.inference_mode()
+def test_attention_to_a_key_whose_logit_was_not_guessed() -> None:
+    q, k, v = (normal(1, 2000, 64, seed=seed) for seed in (1, 2, 3))
+    q = 30 * torch.nn.functional.normalize(q, dim=-1)
+    k[:, 7] = q[:, 3]  # logits of 112 for query 3, where those of the others are below 20
+    k[:, 9] = q[:, 5] / 2.5  # and of 45 for query 5: within what a guess may be wrong by
+    found, expected = attend(q, k, v)
+    assert difference(found[:, 3], v[:, 7].double()) <= TOLERANCE
+    assert difference(found, expected) <= TOLERANCE
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_where_it_is(broken: float) -> None:
+    q, k, v = (normal(1, 300, 64, seed=seed) for seed in (1, 2, 3))
+    q[0, 7, 0] = broken
+    found, expected = attend(q, k, v)
+    assert found[0, 7].isnan().all()
+    others = torch.arange(300) != 7
+    assert difference(found[:, others], expected[:, others]) <= TOLERANCE
+
+
+@torch.inference_mode()
+@bfloat16
+def test_geglu_in_bfloat16() -> None:
+    layer = drawn(GEGLU(64)).bfloat16()
+    x = normal(2, 50, 64).bfloat16()
+    exact = copy.deepcopy(layer).double()(x.double())
+    plain = rms(layer(x), exact)
+    tune(layer, EVERYTHING)
+    assert 0 < rms(layer(x), exact) <= WORSE * plain
+
+
+def test_float16_takes_the_plain_path() -> None:
+    network = unet("sd21").half()
+    plain = predict(network, (1, 8, 8), torch.float16)
+    tune(network, Tuning(linear=True, attention=True))
+    assert torch.equal(predict(network, (1, 8, 8), torch.float16), plain)
+    assert tune(network) == Tuning()
+
+
+def test_gradients_take_the_plain_path() -> None:
+    layer, x = drawn(Attention(64, 2)), normal(1, 40, 64)
+    layer(x).sum().backward()
+    expected = layer.to_k.weight.grad
+    layer.zero_grad()
+    tune(layer, EVERYTHING)
+    layer(x).sum().backward()
+    assert layer.to_k.weight.grad is not None
+    torch.testing.assert_close(layer.to_k.weight.grad, expected)
+
+
+def test_in_and_out() -> None:
+    network = unet("sd21")
+    classes = [type(part) for part in network.modules()]
+    tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    parameters = dict(network.named_parameters())
+    tune(network, EVERYTHING)
+    assert [type(part) for part in network.modules()] != classes
+    assert list(network.state_dict()) == list(tensors)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in network.state_dict().items())
+    untune(network)
+    assert [type(part) for part in network.modules()] == classes
+    assert all(parameter is parameters[name] for name, parameter in network.named_parameters())
+    assert all(parameter.is_contiguous() for parameter in network.parameters())
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in network.state_dict().items())
+
+
+def test_weights_may_be_written_to() -> None:
+    network, other = unet("sd21"), unet("sd21")
+    tune(network, EVERYTHING)
+    predict(network, (1, 8, 8), torch.float32)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            parameter.mul_(1.01)
+            network.get_parameter(name).copy_(parameter)
+    assert difference(predict(network, (1, 8, 8), torch.float32), predict(other, (1, 8, 8), torch.float32)) <= TOLERANCE
+
+
+def test_nothing_is_chosen_for_what_has_no_fast_path() -> None:
+    assert tune(nn.Linear(2, 2, device="meta")) == Tuning()
+    assert tune(nn.Linear(2, 2).double()) == Tuning()
+
+
+@bfloat16
+def test_channels_come_last_in_bfloat16_only() -> None:
+    assert best_tuning(torch.bfloat16, 1).channels_last
+    assert not best_tuning(torch.float32, 1).channels_last
+
+
+@pytest.mark.parametrize("spoilt", [b"", b"[]", b'{"torn', b'{"%s": {"lineal": true}}'])
+def test_a_choice_is_kept_for_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: bytes) -> None:
+    probed: list[torch.dtype] = []
+
+    def probe(dtype: torch.dtype) -> Tuning:
+        probed.append(dtype)
+        return PRODUCTS
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "_probe", probe)
+    for _ in range(2):
+        assert best_tuning.__wrapped__(torch.float32, 1) == PRODUCTS
+    assert len(probed) == 1
+    assert best_tuning.__wrapped__(torch.float32, 2) == PRODUCTS
+    assert len(probed) == 2
+    (kept,) = (tmp_path / "nativesd").iterdir()
+    keys = list(json.loads(kept.read_text()))
+    assert len(keys) == 2
+    kept.write_bytes(spoilt.replace(b"%s", keys[0].encode()))
+    assert best_tuning.__wrapped__(torch.float32, 1) == PRODUCTS
+    assert len(probed) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nativesd").write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert best_tuning.__wrapped__(torch.float32, 1).attention in (True, False)
+
+
+@bfloat16
+def test_models_are_tuned_when_they_are_loaded() -> None:
+    def quick(**options: Any) -> set[str]:
+        pipeline = nativesd.load(device="cpu", dtype="bfloat16", **options)
+        control = nativesd.load_control(device="cpu", dtype="bfloat16", **options)
+        modules = (pipeline.unet, pipeline.vae, control.module)
+        return {type(part).__name__ for module in modules for part in module.modules() if type(part) in PLAIN}
+
+    assert "FastResnetBlock" in quick()
+    assert not quick(fast=False)
+
+
+def test_the_faster_one_is_chosen() -> None:
+    def slow() -> Tensor:
+        time.sleep(0.004)
+        return torch.zeros(())
+
+    def quick() -> Tensor:
+        time.sleep(0.001)
+        return torch.zeros(())
+
+    assert _pays(slow, quick, most=0.97)
+    assert not _pays(quick, slow, most=1.0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("form", ["sd15", "sd21", "sdxl"])
+def test_a_cached_context_changes_nothing_and_is_used_once(form: str) -> None:
+    network, calls = unet(form), []
+    for part in network.modules():
+        if isinstance(part, Attention):
+            part.to_k.register_forward_hook(lambda *_: calls.append(1))
+    config, latents, text = network.config, normal(2, 4, 8, 8), normal(2, 7, network.config.context)
+    added = config.added
+    more = {} if added is None else {"pooled": normal(2, added.pooled), "time_ids": torch.ones(2, added.ids)}
+    expected = network(latents, 3.0, text, **more)
+    every, context = len(calls), CachedContext(text)
+    for _ in range(2):
+        assert torch.equal(network(latents, 3.0, context, **more), expected)
+    assert len(calls) == every + every + every // 2  # half of the attentions are to the text
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("form", ["sd15", "sd21"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_latents_shared_by_several_texts(form: str, batch: int) -> None:
+    network = unet(form)
+    latents, texts = normal(batch, 4, 8, 12), normal(3 * batch, 7, network.config.context)
+    first: list[int] = []
+    network.conv_in.register_forward_hook(lambda _, inputs, __: first.append(inputs[0].shape[0]))
+    expected = network(torch.cat([latents] * 3), 3.0, texts)
+    assert difference(network(latents, 3.0, texts), expected) <= TOLERANCE
+    assert first == [3 * batch, batch]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("form", ["sd15", "sdxl"])
+def test_guidance_computes_both_sides_as_if_alone(form: str) -> None:
+    network = unet(form)
+    added = network.config.added
+    sides = [
+        Conditioning(
+            normal(2, 7, network.config.context, seed=seed),
+            torch.ones(2),
+            None if added is None else normal(2, added.pooled, seed=seed),
+            None if added is None else torch.ones(2, added.ids),
+        )
+        for seed in (1, 2)
+    ]
+    latents = normal(2, 4, 8, 8)
+    together, alone = (
+        make_denoiser(network, sides, replace(Guidance(7.0), sequential=sequential), float, "epsilon", torch.float32)
+        for sequential in (False, True)
+    )
+    for sigma in (3.0, 1.0):
+        assert difference(together(latents, sigma), alone(latents, sigma)) <= TOLERANCE
