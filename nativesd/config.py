@@ -173,6 +173,8 @@ class ControlNetConfig:
     """Widths of the hint's encoder, which halves the picture between them."""
     hint_channels: int = 3
     union: UnionConfig | None = None
+    pooled: bool = False
+    """Whether every residual is its mean over the picture ("shuffle", global_pool_conditions): what, but not where."""
 
     @property
     def dims(self) -> dict[str, int | tuple[int, ...]]:

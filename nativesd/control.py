@@ -165,15 +165,19 @@ class Steering:
     def residuals(self, latents: Tensor, time: float, sigma: float, side: Conditioning) -> list[Tensor] | None:
         """The sum of all ControlNets' residuals for latents (n * B, C, h, w), as the UNet takes them; None: none."""
         active = [hint for hint in self.networks if self.active(hint, sigma)]
+        asked = side.prompt.to(latents)[:, None, None, None]  # (n * B,) -> (n * B, 1, 1, 1)
         total: list[Tensor] | None = None
         for _, group in groupby(active, key=lambda hint: id(hint.model.module)):
-            for residuals in _run(list(group), latents, time, side, self.batch):
+            hints = list(group)
+            pooled = _is_pooled(hints[0])
+            for residuals in _run(hints, latents, time, side, self.batch):
+                if pooled:
+                    residuals = [residual * asked for residual in residuals]
+                elif self.guess:
+                    depths = torch.logspace(-1, 0, len(residuals)).tolist()  # as diffusers' ControlNetModel.forward
+                    residuals = [residual * (asked * depth) for residual, depth in zip(residuals, depths, strict=True)]
                 total = residuals if total is None else [a + b for a, b in zip(total, residuals, strict=True)]
-        if total is None or not self.guess:
-            return total
-        depths = torch.logspace(-1, 0, len(total))  # as diffusers' ControlNetModel.forward
-        asked = side.prompt.to(latents)[:, None, None, None]  # (n * B,) -> (n * B, 1, 1, 1)
-        return [residual * asked * float(weight) for residual, weight in zip(total, depths, strict=True)]
+        return total
 
     def adapter(self, sigma: float, copies: int) -> list[Tensor]:
         """The sum of all T2I-Adapters' features, `copies` rows of each."""
@@ -183,6 +187,12 @@ class Steering:
             if self.active(hint, sigma)
         ]
         return [torch.stack(parts).sum(0).expand(copies, -1, -1, -1) for parts in zip(*active, strict=True)]
+
+
+def _is_pooled(hint: Hint) -> bool:
+    """Whether its ControlNet was trained without guidance, so that it acts for the prompt only ("shuffle")."""
+    module = hint.model.module
+    return not isinstance(module, T2IAdapter) and module.control_config.pooled
 
 
 def _run(hints: list[Hint], latents: Tensor, time: float, side: Conditioning, batch: int) -> list[list[Tensor]]:

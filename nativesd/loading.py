@@ -202,7 +202,8 @@ def load_control(
     """Load a ControlNet (plain or union) or a T2I-Adapter: "tiny" (edges, for the embedded model), a folder, a file, or
     a hub id.
 
-    The options are those of `load`. `unet` is the model's, to which a ControlNet that was saved as a difference is
+    A single file does not say that it is a "shuffle" ControlNet, which is pooled: its name must. The options are those
+    of `load`. `unet` is the model's, to which a ControlNet that was saved as a difference is
     added. Raises SourceError for what cannot be read or is neither.
     """
     place = find_device(device)
@@ -214,8 +215,11 @@ def load_control(
         path = fetch_component(source)
     for member, identity in identify_all(open_source(path), load_tables(None if maps is None else Path(maps))):
         for component in identity.components:
-            if isinstance(component.config, ControlNetConfig | T2IAdapterConfig):
-                module = build(component.config)
+            config = component.config
+            if isinstance(config, ControlNetConfig | T2IAdapterConfig):
+                if isinstance(config, ControlNetConfig) and path.is_file() and "shuffle" in path.stem.lower():
+                    config = replace(config, pooled=True)  # as in A1111
+                module = build(config)
                 assert isinstance(module, ControlNet | ControlNetUnion | T2IAdapter)
                 fill(module, member, component, device=place, dtype=kind)
                 if "difference" in member.tensors:

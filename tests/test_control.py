@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import nativesd
 from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.loading import load_control
+from nativesd.models.controlnet import ControlNet
 from nativesd.pipeline import Control
 from nativesd.weights.checkpoint import unmap
 from nativesd.weights.keymap import load_table
@@ -129,6 +130,32 @@ def test_guess_mode(folders: dict[str, Path], form: str) -> None:
     ours = nativesd.load(folders[form], device="cpu")
     control = [Control(folders[f"{form}-control-1"], stripes())]
     compare(ours, ours("a red cat", control=control, guess_mode=True, seed=5, **OURS), expected)
+
+
+@pytest.mark.parametrize("guess", [False, True])
+def test_shuffle(folders: dict[str, Path], tmp_path: Path, guess: bool) -> None:
+    """A pooled ControlNet acts for the prompt only."""
+    pipe = oracle(folders, "sd15", PIPELINES["sd15"], 1)
+    pipe.controlnet.register_to_config(global_pool_conditions=True)
+    pipe.controlnet.save_pretrained(tmp_path / "pooled")
+    expected = pipe(
+        "a red cat", image=stripes(), guess_mode=guess, generator=torch.Generator().manual_seed(5), **OPTIONS
+    ).images
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    control = [Control(tmp_path / "pooled", stripes())]
+    compare(ours, ours("a red cat", control=control, guess_mode=guess, seed=5, **OURS), expected)
+
+
+def test_a_single_file_says_by_its_name_that_it_is_pooled(folders: dict[str, Path], tmp_path: Path) -> None:
+    weights = load_file(folders["sd15-control-1"] / "diffusion_pytorch_model.safetensors")
+    for name, pooled in (
+        ("control_sd15_Shuffle.safetensors", True),
+        ("control_sd15_canny.safetensors", False),
+    ):
+        save_file(weights, tmp_path / name)
+        module = load_control(tmp_path / name, device="cpu").module
+        assert isinstance(module, ControlNet)
+        assert module.control_config.pooled is pooled
 
 
 def test_controlnet_with_image_to_image(folders: dict[str, Path]) -> None:

@@ -64,7 +64,10 @@ class ControlEncoder(UNetEncoder):
         """conv_in's output with the hint added -> `scale` times the residuals, in `residual_shapes` order."""
         middle, skips = self.encode(x, embedding, context)
         down = [conv(skip) for conv, skip in zip(self.control_down, skips, strict=True)]
-        return [residual * scale for residual in (*down, self.control_mid(middle))]
+        residuals = [residual * scale for residual in (*down, self.control_mid(middle))]
+        if self.control_config.pooled:
+            residuals = [residual.mean((2, 3), keepdim=True).expand_as(residual) for residual in residuals]
+        return residuals
 
 
 class ControlNet(ControlEncoder):

@@ -171,7 +171,7 @@ def unet_config(data: Json, *, pooled: int | None) -> UNetConfig:
 
 def controlnet_config(data: Json) -> ControlNetConfig:
     """ControlNetModel's config.json, or ControlNetUnionModel's. Raises ValueError, KeyError."""
-    _require(data, global_pool_conditions=False, controlnet_conditioning_channel_order="rgb")
+    _require(data, controlnet_conditioning_channel_order="rgb")
     pooled = None
     if data.get("addition_embed_type") == "text_time":  # six time ids: there is no ControlNet for the refiner
         pooled = data["projection_class_embeddings_input_dim"] - 6 * data["addition_time_embed_dim"]
@@ -187,6 +187,7 @@ def controlnet_config(data: Json) -> ControlNetConfig:
         hint_widths=tuple(data.get("conditioning_embedding_out_channels", (16, 32, 96, 256))),
         hint_channels=data.get("conditioning_channels", 3),
         union=union,
+        pooled=bool(data.get("global_pool_conditions", False)),
     )
 
 
