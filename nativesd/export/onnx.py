@@ -17,8 +17,8 @@ from torch.export import Dim
 
 from nativesd.errors import UsageError
 from nativesd.export.graphs import Graph, typical
+from nativesd.export.repeated import as_operators, insert
 from nativesd.export.slots import Component, Convention, Request, Slot
-from nativesd.export.transformers import as_operators, insert
 from nativesd.version import __version__
 
 FILE = "model.onnx"
@@ -56,11 +56,11 @@ def export_onnx(
     graph.eval()
     convert = partial(_convert, opset=opset)
     with torch.no_grad(), _quiet(), _no_collection():
-        with as_operators(graph) as transformers:
+        with as_operators(graph, residual=opset >= 21) as blocks:
             program = torch.export.export(graph, tuple(inputs), dynamic_shapes=dynamic, strict=False)
         model = convert(program)
-        if transformers:
-            insert(model, transformers, convert, inputs[2])
+        if blocks:
+            insert(model, blocks, convert)
     for value, slot in zip([*model.graph.inputs, *model.graph.outputs], [*schema.inputs, *schema.outputs], strict=True):
         value.name = slot.name
         _state_axes(value, slot, static)
