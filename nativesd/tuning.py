@@ -48,7 +48,7 @@ class Tuning:
         if self.linear:
             swaps |= {nn.Linear: fast.FastLinear, GEGLU: fast.FastGEGLU}
         if self != Tuning():
-            swaps |= {ResnetBlock: fast.FastResnetBlock}
+            swaps |= {nn.Conv2d: fast.FastConv2d, ResnetBlock: fast.FastResnetBlock}
         return swaps
 
 

@@ -35,9 +35,11 @@ pytestmark = pytest.mark.skipif(not supported(torch.float32), reason="torch was 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every attention goes through several blocks, however small; one thread."""
+    """Everything goes through several blocks or parts, however small; one thread."""
     monkeypatch.setattr(fast, "FEWEST", 1)
     monkeypatch.setattr(fast, "BLOCK_BYTES", 32 << 10)
+    monkeypatch.setattr(fast, "LARGE", 32 << 10)
+    monkeypatch.setattr(fast, "GATED", 32 << 10)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -22,6 +22,9 @@ from nativesd.models.vae import PixelAttention
 DTYPES = (torch.bfloat16, torch.float32)
 BLOCK_BYTES = 2 << 20  # of a block of softmax weights: 256 queries of 4096 keys in bfloat16 stay in the caches
 FEWEST = 512  # queries and keys, below which the calls for every head cost more than they gain
+# above 32 MiB glibc maps memory anew every time (mallopt(3), M_MMAP_THRESHOLD), and the system clears its pages
+LARGE = 16 << 20  # bytes of a convolution's weights, which oneDNN reorders into memory of its own at every call
+GATED = 8 << 20  # bytes of GEGLU's hidden states
 SAMPLE = 64  # keys, at least, and one of every 16, from which a query's largest logit is guessed
 # how far below zero logits are shifted: the largest may be 50 above its guess, and e^-17 of it is a normal number still
 SHIFT = 70.0
@@ -105,18 +108,35 @@ class FastLinear(nn.Linear):
         return linear(input, self.weight, self.bias) if applies(input) else super().forward(input)
 
 
+class FastConv2d(nn.Conv2d):
+    """A convolution that takes large weights in parts."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, width_in, H, W) -> (B, width, H', W')."""
+        parts = math.ceil(self.weight.nbytes / LARGE)
+        if parts == 1 or self.bias is None or not applies(input):
+            return super().forward(input)
+        weights, biases = self.weight.chunk(parts), self.bias.chunk(parts)
+        return torch.cat([self._conv_forward(input, *part) for part in zip(weights, biases, strict=True)], dim=1)
+
+
 class FastGEGLU(GEGLU):
-    """GEGLU whose gelu and product are computed as the matrix products are written."""
+    """GEGLU whose gelu and product are computed as the matrix products are written, for some tokens at a time."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         if not applies(x):
             return super().forward(x)
         (hidden, gate), (hidden_bias, gate_bias) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
-        gated = torch.ops.mkldnn._linear_pointwise.binary(
-            x, linear(x, gate, gate_bias, "gelu"), hidden, hidden_bias, "mul"
-        )
-        out: Tensor = self.out(gated)
+        out = torch.empty_like(x)
+        rows = max(GATED // (len(hidden) * x.element_size()), 1)
+        for tokens, result in zip(
+            torch.split(x.flatten(0, -2), rows), torch.split(out.flatten(0, -2), rows), strict=True
+        ):
+            gated = torch.ops.mkldnn._linear_pointwise.binary(
+                tokens, linear(tokens, gate, gate_bias, "gelu"), hidden, hidden_bias, "mul"
+            )
+            result.copy_(self.out(gated))
         return out
 
 
