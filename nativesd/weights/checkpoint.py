@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from io import BufferedReader
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,9 +23,10 @@ from nativesd.weights.source import Member
 def fill(module: nn.Module, member: Member, component: Component, *, device: torch.device, dtype: torch.dtype) -> None:
     """Fill `module`, built on the meta device, with one component of a checkpoint.
 
-    Tensors whose dtype and device already fit are mapped from the file, not read; others are converted one by one, so
-    one copy of the weights is in memory at most. Raises SourceError for a file that cannot be read and WeightsError,
-    naming every tensor and the rule concerned, before anything is assigned.
+    Tensors whose dtype and device already fit are mapped from the file, not read; others are read one by one into the
+    same buffer, and converted from there, so that one copy of the weights is in memory at most. Raises SourceError for
+    a file that cannot be read and WeightsError, naming every tensor and the rule concerned, before anything is
+    assigned.
     """
     expected: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     table, tensors = component.table, {key: member.tensors[key] for key in component.found.keys}
@@ -36,9 +39,21 @@ def fill(module: nn.Module, member: Member, component: Component, *, device: tor
             + "\n  ".join(problems)
         )
     with ExitStack() as stack:
-        handles = {path: stack.enter_context(open_tensors(path)) for path in {member.files[key] for key in tensors}}
+        paths = {member.files[key] for key in tensors}
+        mapped = {path: stack.enter_context(open_tensors(path)) for path in paths}
+        files = {path: stack.enter_context(path.open("rb")) for path in paths}
+        largest = max((info.nbytes for info in tensors.values()), default=0)
+        buffer = torch.empty(largest, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+        def get(key: str, *, alone: bool) -> Tensor:
+            """A tensor, in the buffer only where it is `alone` and about to be copied."""
+            path = member.files[key]
+            if device.type == "cpu" and tensors[key].dtype == NAMES[dtype]:
+                return cast(Tensor, mapped[path].get_tensor(key))
+            return _read(member, key, files[path], buffer) if alone else read_tensor(member, key)
+
         filled = {
-            name: apply([handles[member.files[key]].get_tensor(key) for key in source.keys], source).to(
+            name: apply([get(key, alone=len(source.keys) == 1) for key in source.keys], source).to(
                 device=device, dtype=dtype
             )
             for name, source in plan.sources.items()
@@ -105,16 +120,20 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 def read_tensor(member: Member, key: str) -> Tensor:
     """One tensor of a checkpoint, read into memory of its own: nothing of the file stays mapped. Raises SourceError."""
+    with member.files[key].open("rb") as file:
+        return _read(member, key, file, torch.empty(member.tensors[key].nbytes, dtype=torch.uint8))
+
+
+def _read(member: Member, key: str, file: BufferedReader, memory: Tensor) -> Tensor:
+    """A tensor in the first bytes of `memory` (n,) uint8."""
     info, path = member.tensors[key], member.files[key]
     if info.dtype not in DTYPES:
         raise SourceError(f"{path}: {key} has the dtype {info.dtype}, which torch cannot hold")
-    raw = bytearray(info.nbytes)
-    with path.open("rb") as file:
-        file.seek(member.data_starts[path] + info.start)
-        if file.readinto(raw) != len(raw):
-            raise SourceError(f"{path} ends inside {key}: it changed while it was read")
-    empty = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-    return torch.frombuffer(raw, dtype=DTYPES[info.dtype]).reshape(info.shape) if raw else empty
+    raw = memory[: info.nbytes]
+    file.seek(member.data_starts[path] + info.start)
+    if file.readinto(raw.numpy().data) != info.nbytes:
+        raise SourceError(f"{path} ends inside {key}: it changed while it was read")
+    return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
 def open_tensors(path: Path) -> safe_open:
