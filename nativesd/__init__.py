@@ -67,6 +67,7 @@ LOAD_OPTIONS = (
     "backend",
     "engines",
     "fast",
+    "compile",
 )
 
 

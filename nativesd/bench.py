@@ -27,7 +27,7 @@ from nativesd.loading import find_device
 from nativesd.models.layers import CachedContext, Context
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
-from nativesd.tuning import processor, tune
+from nativesd.tuning import compile_blocks, processor, tune
 
 Clock = Literal["wall", "cpu"]
 CLOCKS: dict[Clock, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -236,14 +236,19 @@ def _case(name: str) -> Case:
     return CASES[name]
 
 
-def native_ways(plain: UNet | VAE, case: Case, inputs: Inputs) -> dict[str, Way]:
-    """Our plain module, and its fast twin where there is one."""
+def native_ways(plain: UNet | VAE, case: Case, inputs: Inputs, *, compiled: bool = False) -> dict[str, Way]:
+    """Our plain module, its fast twin where there is one, and its `compiled` twin where it is asked for."""
     ways: dict[str, Way] = {"nativesd plain": lambda: call(plain, inputs)}
     if inputs.latents.device.type == "cpu":
         quick = twin(plain, case)
         tune(quick)
         guided = as_guided(inputs)
         ways["nativesd"] = lambda: call(quick, guided)
+    if compiled:
+        blocks = twin(plain, case)
+        compile_blocks(blocks)
+        guided_blocks = as_guided(inputs)
+        ways["nativesd compile"] = lambda: call(blocks, guided_blocks)
     return ways
 
 
@@ -281,7 +286,7 @@ def measure(
     with torch.inference_mode():
         for name, way in ways.items():
             way()
-            with _peak(device) as peak:
+            with peak_memory(device) as peak:
                 way()
             peaks[name] = peak()
         for _ in range(rounds):
@@ -302,7 +307,7 @@ def _timed(run: Callable[[], object], device: torch.device, clock: Clock) -> flo
 
 
 @contextmanager
-def _peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
     """Yields a function that says, afterwards, by how many bytes the most memory was above what there was before."""
     found: list[int] = []
     if device.type == "cuda":

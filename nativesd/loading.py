@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -33,7 +34,7 @@ from nativesd.models.vae import VAE
 from nativesd.pipeline import Pipeline
 from nativesd.sampling.schedule import SchedulerConfig
 from nativesd.text.tokenizer import DEFAULT, ClipTokenizer, pad_id, pad_token
-from nativesd.tuning import tune
+from nativesd.tuning import compile_blocks, tune
 from nativesd.weights.checkpoint import fill
 from nativesd.weights.describe import OWN_FORM, unet_family
 from nativesd.weights.describe import prediction as prediction_of
@@ -100,6 +101,7 @@ def load(
     backend: Literal["torch"] | BackendName = "torch",
     engines: str | Path | None = None,
     fast: bool = True,
+    compile: bool | Literal["auto"] = False,
 ) -> Pipeline:
     """Load a model.
 
@@ -115,6 +117,9 @@ def load(
     maps           a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
     backend        what runs the components: torch, or as in `Pipeline.accelerate`, which also says what engines is
     fast           on a CPU, compute by the operators that a short probe finds faster here (`tuning.tune`)
+
+    compile        torch.compile the UNet's repeated block (`tuning.compile_blocks`), which the first picture waits for;
+                   "auto": on CUDA, where Triton is installed. On a CPU `fast` was faster wherever it was measured
 
     With all files local no request is made. Raises SourceError and WeightsError for what cannot be read or does not
     fit, NetworkError for the hub, UsageError for an argument that cannot be.
@@ -145,6 +150,8 @@ def load(
     if fast:
         tune(unet_module)
         tune(vae_module)
+    if _compiles(compile, place):
+        compile_blocks(unet_module)
     filled = {"unet": unet_module, **dict(zip(model.text_encoders, encoders, strict=True))}
     hosts = {name: host(module, *model.parts[name], tables) for name, module in filled.items()}
     previewer = None
@@ -450,6 +457,13 @@ def find_device(device: str | torch.device | None) -> torch.device:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UsageError(f"device {str(device)!r} cannot be used: {reason}") from error
     return place
+
+
+def _compiles(asked: bool | Literal["auto"], device: torch.device) -> bool:
+    triton = find_spec("triton") is not None
+    if asked is True and device.type == "cuda" and not triton:
+        raise UsageError("compile=True needs Triton on CUDA: pip install triton (on Windows triton-windows)")
+    return triton and device.type == "cuda" if asked == "auto" else asked
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -1,7 +1,7 @@
 """The fast path on a CPU: which of oneDNN's operators pay on this machine, by a measurement, and modules changed over.
 
 What a module computes and what its state is stay as they are, so that a tuned one can be loaded into, merged into and
-saved. Undo it (`untune`) before torch.export or torch.compile, which want the plain layers.
+saved. Undo it (`untune`, `untuned`) before torch.export or torch.compile, which want the plain layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nativesd.cache import cache_folder, keep
 from nativesd.models import fast
-from nativesd.models.layers import GEGLU, Attention, ResnetBlock, attention
+from nativesd.models.layers import GEGLU, Attention, ResnetBlock, TransformerBlock, attention
 from nativesd.models.vae import PixelAttention
 
 GAIN = 0.97  # of the plain path's time that the fast one may take at most
@@ -86,15 +86,32 @@ def untune(module: nn.Module) -> None:
 
 @contextmanager
 def untuned(module: nn.Module) -> Iterator[None]:
-    """Within, a tuned module computes by its plain layers; its weights stay as they lie."""
+    """Within, a tuned or compiled module computes by its plain layers; its weights stay as they lie."""
     tuned = {part: type(part) for part in module.modules() if type(part) in PLAIN}
+    compiled = {part: part._compiled_call_impl for part in module.modules()}
     try:
         for part, kind in tuned.items():
             part.__class__ = PLAIN[kind]
+        for part in compiled:
+            part._compiled_call_impl = None
         yield
     finally:
         for part, kind in tuned.items():
             part.__class__ = kind
+        for part, call in compiled.items():
+            part._compiled_call_impl = call
+
+
+def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
+    """Have torch.compile compile the block that a UNet repeats, once for every width, when it is first called.
+
+    Any size, number of tokens and batch above 1 uses what was compiled; a batch of 1 is compiled apart. Weights may be
+    written to. The blocks are untuned: compiled is what the plain layers say.
+    """
+    for part in module.modules():
+        if isinstance(part, TransformerBlock):
+            untune(part)
+            part.compile(dynamic=True, fullgraph=True, backend=backend)
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,30 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import nativesd
 from nativesd import tuning
 from nativesd.config import UNetConfig, VAEConfig
 from nativesd.denoiser import Conditioning, Guidance, make_denoiser
+from nativesd.errors import UsageError
+from nativesd.loading import _compiles
 from nativesd.models import fast
-from nativesd.models.layers import GEGLU, Attention, CachedContext, attention
+from nativesd.models.layers import GEGLU, Attention, CachedContext, TransformerBlock, attention
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
-from nativesd.tuning import EVERYTHING, PLAIN, Tuning, _pays, best_tuning, supported, tune, untune
+from nativesd.tuning import (
+    EVERYTHING,
+    PLAIN,
+    Tuning,
+    _pays,
+    best_tuning,
+    compile_blocks,
+    supported,
+    tune,
+    untune,
+    untuned,
+)
 from oracles import TOLERANCE, difference, draw
 from test_models import UNETS
 
@@ -263,6 +277,67 @@ def test_weights_may_be_written_to() -> None:
             parameter.mul_(1.01)
             network.get_parameter(name).copy_(parameter)
     assert difference(predict(network, (1, 8, 8), torch.float32), predict(other, (1, 8, 8), torch.float32)) <= TOLERANCE
+
+
+@pytest.fixture
+def graphs() -> Iterator[Callable[[], int]]:
+    """How many graphs torch.compile has made since."""
+    torch.compiler.reset()
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("form", ["sd15", "sdxl"])
+def test_blocks_are_compiled_once_for_every_width(form: str, graphs: Callable[[], int]) -> None:
+    network = unet(form)
+    config = network.config
+    sizes = [(2, 8, 12), (2, 17, 9), (3, 8, 8)]
+    expected = [predict(network, size, torch.float32) for size in sizes]
+    tune(network, PRODUCTS)
+    compile_blocks(network, backend="eager")
+    for size, plain in zip(sizes, expected, strict=True):
+        assert difference(predict(network, size, torch.float32), plain) <= TOLERANCE
+    blocks = [part for part in network.modules() if isinstance(part, TransformerBlock)]
+    kinds = {(block.norm1.normalized_shape, block.attn1.heads) for block in blocks}
+    assert len(blocks) > len(kinds) == graphs()
+    text = normal(2, 2 * 77, config.context)
+    more = {} if config.added is None else {"pooled": normal(2, config.added.pooled), "time_ids": torch.ones(2, 6)}
+    found = [network(normal(2, 4, 8, 8), 3.0, context, **more) for context in (text, CachedContext(text))]
+    assert torch.equal(*found)
+    assert graphs() == len(kinds)
+
+
+@torch.inference_mode()
+def test_compiled_blocks_are_left_out_of_what_is_untuned(graphs: Callable[[], int]) -> None:
+    network = unet("sd15")
+    compile_blocks(network, backend="eager")
+    with untuned(network):
+        predict(network, (2, 8, 8), torch.float32)
+    assert graphs() == 0
+    predict(network, (2, 8, 8), torch.float32)
+    assert graphs() > 0
+
+
+@pytest.mark.full
+@torch.inference_mode()
+def test_compiled_pictures(graphs: Callable[[], int]) -> None:
+    """By a real compiler, which takes a minute."""
+    plain, compiled = (nativesd.load(device="cpu", compile=compile, fast=False) for compile in (False, True))
+    first, second = (pipe("a red apple on a blue background", seed=3, steps=6) for pipe in (plain, compiled))
+    assert graphs() > 0
+    assert difference(second.latents, first.latents) <= 1e-4
+
+
+def test_compiling_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nativesd.loading.find_spec", lambda _: None)
+    for asked, device, does in ((True, "cpu", True), ("auto", "cpu", False), ("auto", "cuda", False)):
+        assert _compiles(asked, torch.device(device)) is does  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="compile=True needs Triton on CUDA: pip install triton"):
+        _compiles(True, torch.device("cuda"))
+    monkeypatch.setattr("nativesd.loading.find_spec", lambda _: True)
+    assert _compiles("auto", torch.device("cuda"))
 
 
 def test_nothing_is_chosen_for_what_has_no_fast_path() -> None:

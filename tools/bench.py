@@ -158,7 +158,9 @@ def all_ways(case: Case, device: torch.device, peers: list[str]) -> dict[str, Wa
     ours = empty_module(case)
     share(reference, ours, f"{case.part}.diffusers")
     inputs = make_inputs(case, device)
-    return peer_ways(Plain(reference, case), inputs, peers) | native_ways(ours, case, inputs)
+    return peer_ways(Plain(reference, case), inputs, peers) | native_ways(
+        ours, case, inputs, compiled="compile" in peers
+    )
 
 
 def plot(report: Report, path: Path) -> None:

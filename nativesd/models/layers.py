@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,7 @@ class CachedContext:
     def keys_values(self, layer: Attention) -> tuple[Tensor, Tensor]:
         """`layer`'s keys and values of the hidden states, each (B, S, C)."""
         if layer not in self.projected:
-            self.projected[layer] = layer.to_k(self.states), layer.to_v(self.states)
+            self.projected[layer] = layer.keys_values(self.states)
         return self.projected[layer]
 
 
@@ -127,11 +128,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """(B, T, C)[, (B, S, context width)] -> (B, T, C)."""
+        return self.over(x, *self.keys_values(x if context is None else context))
+
+    def keys_values(self, context: Context) -> tuple[Tensor, Tensor]:
+        """(B, S, context width) -> keys and values, each (B, S, C)."""
         if isinstance(context, CachedContext):
-            k, v = context.keys_values(self)
-        else:
-            source = x if context is None else context
-            k, v = self.to_k(source), self.to_v(source)
+            return context.keys_values(self)
+        return self.to_k(context), self.to_v(context)
+
+    def over(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, T, C) and keys and values (B, S, C) -> (B, T, C)."""
         out: Tensor = self.to_out(self.attend(x, k, v))
         return out
 
@@ -167,10 +173,13 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = GEGLU(width)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(B, T, C), (n * B, S, context width) -> (n * B, T, C): all n parts see the same `x` up to the context."""
-        x = repeat_to(x + self.attn1(self.norm1(x)), context.shape[0])
-        x = x + self.attn2(self.norm2(x), context)
+    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, T, C) -> (n * B, T, C), for `attn2`'s keys and values (n * B, S, C) of the context.
+
+        All n parts see the same `x` up to the attention to the context.
+        """
+        x = repeat_to(x + self.attn1(self.norm1(x)), k.shape[0])
+        x = x + self.attn2.over(self.norm2(x), k, v)
         out: Tensor = x + self.ff(self.norm3(x))
         return out
 
@@ -197,8 +206,8 @@ class SpatialTransformer(nn.Module):
         h = h.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, HW, C)
         if self.linear:
             h = self.proj_in(h)
-        for block in self.blocks:
-            h = block(h, context)
+        for block in cast("Iterable[TransformerBlock]", self.blocks):
+            h = block(h, *block.attn2.keys_values(context))
         if self.linear:
             h = self.proj_out(h)
         h = h.transpose(1, 2).reshape(-1, *x.shape[1:])  # (n * B, HW, C) -> (n * B, C, H, W)
