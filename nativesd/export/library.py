@@ -85,39 +85,28 @@ def write_onnx(
     is not installed.
     """
     with untuned(graph.module):
-        return _write_onnx(graph, path, static, opset, names, metadata, check=check)
-
-
-def _write_onnx(
-    graph: Graph,
-    path: Path,
-    static: Request | None,
-    opset: int | None,
-    names: Convention,
-    metadata: Mapping[str, str] | None,
-    *,
-    check: bool,
-) -> dict[str, Any]:
-    """As `write_onnx`, of plain modules."""
-    start = time.monotonic()
-    export_onnx(graph, path, static=static, opset=opset, names=names, metadata=metadata)
-    details: dict[str, Any] = {"export_seconds": round(time.monotonic() - start, 1), "opset": opset or _opset(graph)}
-    if check:
-        requests = [static] if static else SIZES
-        if graph.dtype == torch.bfloat16:
-            twin = Graph(copy.deepcopy(graph.module).float(), graph.schema)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".twin-") as folder:
-                file = Path(folder) / FILE
-                export_onnx(twin, file, static=static, opset=opset)
-                runner = OnnxRunner(file, twin.schema, torch.float32, torch.device("cpu"))
+        start = time.monotonic()
+        export_onnx(graph, path, static=static, opset=opset, names=names, metadata=metadata)
+        details: dict[str, Any] = {
+            "export_seconds": round(time.monotonic() - start, 1),
+            "opset": opset or _opset(graph),
+        }
+        if check:
+            requests = [static] if static else SIZES
+            if graph.dtype == torch.bfloat16:
+                twin = Graph(copy.deepcopy(graph.module).float(), graph.schema)
+                with tempfile.TemporaryDirectory(dir=path.parent, prefix=".twin-") as folder:
+                    file = Path(folder) / FILE
+                    export_onnx(twin, file, static=static, opset=opset)
+                    runner = OnnxRunner(file, twin.schema, torch.float32, torch.device("cpu"))
+                    comparisons = compare(twin, runner, requests)
+            else:
+                twin = graph
+                runner = OnnxRunner(path, graph.schema.renamed(names), graph.dtype, torch.device("cpu"))
                 comparisons = compare(twin, runner, requests)
-        else:
-            twin = graph
-            runner = OnnxRunner(path, graph.schema.renamed(names), graph.dtype, torch.device("cpu"))
-            comparisons = compare(twin, runner, requests)
-        details["error"] = require(comparisons, twin.dtype, f"the exported {graph.schema.component}")
-        details["checked_in"] = str(twin.dtype).removeprefix("torch.")
-    return details
+            details["error"] = require(comparisons, twin.dtype, f"the exported {graph.schema.component}")
+            details["checked_in"] = str(twin.dtype).removeprefix("torch.")
+        return details
 
 
 def onnx_entry(part: Part, store: Store) -> Entry:
