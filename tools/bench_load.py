@@ -47,14 +47,15 @@ from pathlib import Path
 import torch
 from nativesd.build import build
 from nativesd.weights.checkpoint import fill
-from nativesd.weights.identify import identify_known
+from nativesd.weights.identify import identify_all
 from nativesd.weights.keymap import load_tables
 from nativesd.weights.source import open_source
 before, start = status('VmRSS'), time.perf_counter()
-members = open_source(Path(sys.argv[1]))
-component = identify_known(Path(sys.argv[1]), members, load_tables())[0][1].components[0]
+members = open_source(Path(sys.argv[1]) / 'diffusion_pytorch_model.safetensors')
+[(member, identity)] = identify_all(members, load_tables())
+[component] = identity.components
 module = build(component.config)
-fill(module, members[0], component, device=torch.device('cpu'), dtype=torch.bfloat16)
+fill(module, member, component, device=torch.device('cpu'), dtype=torch.bfloat16)
 tensors = list(module.parameters())
 """,
     "diffusers": """
@@ -81,7 +82,7 @@ def in_turns(scripts: dict[str, str], rounds: int, *arguments: str) -> dict[str,
     for number in range(rounds + 1):
         for name, code in scripts.items():
             command = [sys.executable, "-c", START + code, *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             if number:
                 out[name].append([float(word) for word in done.stdout.split()[-2:]])
     return out
