@@ -131,7 +131,7 @@ def test_memory_of_strips() -> None:
     config = VAEConfig(widths=(32, 64, 64, 64), layers=1, groups=8)
     run = "decode(vae, torch.randn(1, 4, 64, 64), scaling=1, tile={})"
     plain = measured(config, run.format(None))[1]
-    strips = min(measured(config, run.format(64))[1] for _ in range(2))  # a system short of memory takes pages away
+    strips = measured(config, run.format(64))[1]
     estimate = decode_bytes(config, 512, 512, torch.float32)
     print(
         f"\n512x512, widths {config.widths}: plain {plain >> 20} MB, estimated {estimate >> 20}, strips {strips >> 20}"

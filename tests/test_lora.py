@@ -1081,7 +1081,7 @@ print(time.perf_counter() - start, (peak() - before) / weights, len(pipe.lora_st
 def test_cost_of_a_rank_64_lora_for_sdxl(weights: str, tmp_path: Path) -> None:
     """All projections of the UNet's transformers, merged into fp16 weights: 10 s, and 1.2 times the model's memory.
 
-    Weights that are mapped from the file take as long as the system takes to copy 5 GB of pages, which is not ours.
+    Weights that are mapped from the file are copied page by page at their first write, which may take longer.
     """
     model = sparse(published_manifests()["sdxl-base.checkpoint.sgm"], tmp_path / "sdxl.safetensors")
     table = load_table("unet.diffusers").bind({})
@@ -1100,5 +1100,5 @@ def test_cost_of_a_rank_64_lora_for_sdxl(weights: str, tmp_path: Path) -> None:
     seconds, added, touched = float(done[0]), float(done[1]), int(done[2])
     print(f"\n{touched} weights in {weights} merged in {seconds:.1f} s, {added:.2f} of the model's memory added")
     assert touched == len(tensors) // 2
-    assert weights == "file" or seconds <= 10
+    assert seconds <= 10
     assert added <= 1.2
