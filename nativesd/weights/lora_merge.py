@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nativesd.errors import SourceError, WeightsError
-from nativesd.weights.checkpoint import apply, read_tensor
+from nativesd.weights.checkpoint import NAMES, apply, read_tensor
 from nativesd.weights.identify import Component
 from nativesd.weights.keymap import KeyMap, Shape, Source, load_tables
 from nativesd.weights.lora import Change, Place, Resolution, Use, resolve
@@ -170,12 +170,20 @@ class Host:
     place: Place
     written: Mapping[Path, int]
     """When each file was last written, in nanoseconds"""
+    addresses: Mapping[str, int]
+    """Where every parameter was in memory when it had been filled"""
 
     @cached_property
     def sources(self) -> Mapping[str, Source]:
         """Where in the files every parameter is."""
         keys = {key: self.member.tensors[key].shape for key in self.component.found.keys}
         return make_plan(self.component.table, keys, self.place.shapes).sources
+
+    def mapped(self, parameter: str) -> bool:
+        """Whether a parameter is still in the pages of its file, where `fill` left it."""
+        tensor = self.module.get_parameter(parameter)
+        same = all(self.member.tensors[key].dtype == NAMES[tensor.dtype] for key in self.sources[parameter].keys)
+        return same and tensor.device.type == "cpu" and tensor.data_ptr() == self.addresses[parameter]
 
     def read(self, parameter: str) -> Tensor:
         """A parameter as the file has it. Raises SourceError where the file is no longer the one that was loaded."""
@@ -191,7 +199,8 @@ def host(module: nn.Module, member: Member, component: Component, tables: Mappin
     shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     assert component.config is not None  # there is a module
     written = {path: path.stat().st_mtime_ns for path in set(member.files.values())}
-    return Host(module, member, component, Place(component.config, shapes, tables or load_tables()), written)
+    addresses = {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
+    return Host(module, member, component, Place(component.config, shapes, tables or load_tables()), written, addresses)
 
 
 @dataclass
@@ -235,10 +244,14 @@ def _set_component(state: Merged, name: str, wanted: Mapping[str, Sequence[Appli
     host, touched = state.hosts[name], state.touched.setdefault(name, set())
     for parameter in [*wanted, *sorted(touched - wanted.keys())]:
         tensor = host.module.get_parameter(parameter)
-        own = host.read(parameter).to(tensor.device, tensor.dtype) if parameter in touched else tensor
+        mapped = host.mapped(parameter)
+        own = host.read(parameter).to(tensor.device, tensor.dtype) if mapped or parameter in touched else tensor
         if parameter in wanted:
+            # a write to a mapped weight would have the system copy each page of it, far slower than memory of its own
+            out = torch.empty_like(tensor) if mapped else tensor
             touched.add(parameter)
-            merge_into(tensor, own, wanted[parameter])
+            merge_into(out, own, wanted[parameter])
+            tensor.data = out
         else:
             tensor.copy_(own)
             touched.discard(parameter)
