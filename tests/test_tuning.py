@@ -161,10 +161,11 @@ def test_a_trained_vae(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=bfloat16)])
 @pytest.mark.parametrize(("heads", "width"), [(5, 64), (8, 40), (4, 80), (1, 512)])
 @pytest.mark.parametrize("gain", [0.1, 1.0, 3.0])  # of the logits
-def test_attention(heads: int, width: int, gain: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tokens", [300, 5 * fast.SUMS])
+def test_attention(heads: int, width: int, gain: float, tokens: int, dtype: torch.dtype) -> None:
     layer = drawn(Attention(heads * width, heads)).to(dtype)
     layer.to_q.weight *= gain
-    x = normal(2, 300, heads * width).to(dtype)
+    x = normal(2, tokens, heads * width).to(dtype)
     exact = copy.deepcopy(layer).double()(x.double())
     plain = rms(layer(x), exact)
     tune(layer, Tuning(attention=True))
@@ -349,6 +350,23 @@ def test_nothing_is_chosen_for_what_has_no_fast_path() -> None:
 def test_channels_come_last_in_bfloat16_only() -> None:
     assert best_tuning(torch.bfloat16, 1).channels_last
     assert not best_tuning(torch.float32, 1).channels_last
+
+
+@torch.inference_mode()
+@bfloat16
+@pytest.mark.parametrize("form", ["sd15", "sd21"])
+def test_channels_stay_last_where_texts_share_latents(form: str) -> None:
+    network = unet(form).bfloat16()
+    tune(network, EVERYTHING)
+    strides: list[bool] = []
+    for part in network.modules():
+        if isinstance(part, nn.Conv2d) and part is not network.conv_in:
+            part.register_forward_hook(
+                lambda _, inputs, __: strides.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    network(normal(1, 4, 8, 12).bfloat16(), 3.0, normal(2, 7, network.config.context).bfloat16())
+    assert strides
+    assert all(strides)
 
 
 @pytest.mark.parametrize("spoilt", [b"", b"[]", b'{"torn', b'{"%s": {"lineal": true}}'])

@@ -25,6 +25,7 @@ FEWEST = 512  # queries and keys, below which the calls for every head cost more
 # above 32 MiB glibc maps memory anew every time (mallopt(3), M_MMAP_THRESHOLD), and the system clears its pages
 LARGE = 16 << 20  # bytes of a convolution's weights, which oneDNN reorders into memory of its own at every call
 GATED = 8 << 20  # bytes of GEGLU's hidden states
+SUMS = 64  # parts of a sum over keys, each rounded once
 SAMPLE = 64  # keys, at least, and one of every 16, from which a query's largest logit is guessed
 # how far below zero logits are shifted: the largest may be 50 above its guess, and e^-17 of it is a normal number still
 SHIFT = 70.0
@@ -70,12 +71,23 @@ def _attend_head(q: Tensor, k: Tensor, v: Tensor, out: Tensor, block: int) -> No
     k = torch.cat([k, k.new_ones(k.shape[0], 1)], dim=1)
     for queries, result in zip(torch.split(q, block), torch.split(out, block), strict=True):
         weights = linear(queries, k, None, "sigmoid")  # (block, D + 1), (S, D + 1) -> (block, S)
-        total = weights.sum(dim=1, keepdim=True, dtype=torch.float32)
+        total = _sum_keys(weights)
         torch.div(weights @ v, total, out=result)
         if not total.max().item() < MOST[q.dtype]:  # so it is where something is not finite
             wrong = (~(total < MOST[q.dtype])).flatten().nonzero().flatten()
             logits = queries[wrong].float() @ k.float().T
             result[wrong] = (torch.softmax(logits, dim=1) @ v.float()).to(out.dtype)
+
+
+def _sum_keys(weights: Tensor) -> Tensor:
+    """The sum over all keys, (T, S) -> (T, 1) float32.
+
+    Summing bfloat16 to float32, torch converts the whole matrix first; summing it to bfloat16, it does not. So a row is
+    summed in parts, whose roundings average out.
+    """
+    tokens, keys = weights.shape
+    parts = weights.view(tokens, -1, SUMS).sum(dim=1) if keys % SUMS == 0 else weights
+    return parts.sum(dim=1, keepdim=True, dtype=torch.float32)
 
 
 def attend(module: Attention, x: Tensor, k: Tensor, v: Tensor) -> Tensor:

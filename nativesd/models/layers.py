@@ -83,8 +83,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, causal: bool = Fal
 
 
 def repeat_to(x: Tensor, batch: int) -> Tensor:
-    """`x` as often, one after the other along the first axis, as `batch` rows need; itself where it has as many."""
-    return x if x.shape[0] == batch else x.repeat(batch // x.shape[0], *[1] * (x.ndim - 1))
+    """`x` as often, one after the other along the first axis, as `batch` rows need; itself where it has as many.
+
+    Channels that are last stay so, which `Tensor.repeat` does not do.
+    """
+    return x if x.shape[0] == batch else torch.cat([x] * (batch // x.shape[0]))
 
 
 @dataclass(frozen=True, eq=False)
