@@ -325,6 +325,12 @@ def test_every_form(name: str, dtype: torch.dtype, exported: Export) -> None:
     assert worst.error <= TOLERANCES[dtype], worst
 
 
+def test_transformers_without_blocks(exported: Export) -> None:
+    file = exported("attention without blocks", torch.float32)
+    worst = max(errors(file, PIXELS.values()), key=lambda each: each.error)
+    assert worst.error <= TOLERANCES[torch.float32], worst
+
+
 @pytest.mark.full
 def test_group_norms_split_in_older_opsets(tmp_path: Path) -> None:
     """Opset 18 to 22 can be asked for, and compute the same."""

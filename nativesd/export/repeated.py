@@ -78,10 +78,14 @@ def _operator(*inputs: Tensor, index: int, width: int) -> Tensor:
 def as_operators(module: nn.Module, *, residual: bool) -> Iterator[list[Block]]:
     """Within, the transformers of `module` are operators, numbered as in the list; `residual` blocks too if so asked.
 
-    Those have to have group norms that are one node.
+    Those have to have group norms that are one node. Transformers without blocks, as small SDXL ControlNets have, are
+    left as they are.
     """
-    kinds = (SpatialTransformer, ResnetBlock) if residual else SpatialTransformer
-    found = [Block(name, part) for name, part in module.named_modules() if isinstance(part, kinds)]
+    found = [
+        Block(name, part)
+        for name, part in module.named_modules()
+        if (isinstance(part, SpatialTransformer) and len(part.blocks)) or (isinstance(part, ResnetBlock) and residual)
+    ]
     try:
         for index, block in enumerate(found):
             block.module.forward = partial(_operator, index=index, width=block.width)  # type: ignore[method-assign]
