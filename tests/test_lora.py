@@ -1081,7 +1081,7 @@ print(time.perf_counter() - start, (peak() - before) / weights, len(pipe.lora_st
 def test_cost_of_a_rank_64_lora_for_sdxl(weights: str, tmp_path: Path) -> None:
     """All projections of the UNet's transformers, merged into fp16 weights: 10 s, and 1.2 times the model's memory.
 
-    Weights that are mapped from the file are copied page by page at their first write, which may take longer.
+    Weights that are mapped from the file have to be read from it first, into memory of their own.
     """
     model = sparse(published_manifests()["sdxl-base.checkpoint.sgm"], tmp_path / "sdxl.safetensors")
     table = load_table("unet.diffusers").bind({})
