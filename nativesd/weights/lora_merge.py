@@ -183,7 +183,8 @@ class Host:
         """Whether a parameter is still in the pages of its file, where `fill` left it."""
         tensor = self.module.get_parameter(parameter)
         same = all(self.member.tensors[key].dtype == NAMES[tensor.dtype] for key in self.sources[parameter].keys)
-        return same and tensor.device.type == "cpu" and tensor.data_ptr() == self.addresses[parameter]
+        unmoved = tensor.data_ptr() == self.addresses[parameter]
+        return same and unmoved and tensor.device.type == "cpu" and tensor.is_contiguous()  # else tuning copied it
 
     def read(self, parameter: str) -> Tensor:
         """A parameter as the file has it. Raises SourceError where the file is no longer the one that was loaded."""
