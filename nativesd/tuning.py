@@ -34,11 +34,6 @@ class Tuning:
 
     linear: bool = False
     attention: bool = False
-    channels_last: bool = False
-    """Convolutions' weights, hence all feature maps, with the channels as the innermost axis. Not for float32: there
-    torch's group norm takes the variance of such maps for the mean square less the squared mean, summed up one by one
-    (pytorch/pytorch, aten/src/ATen/native/cpu/group_norm_kernel.cpp), which loses 1e-4 where the mean is ten times the
-    deviation. In bfloat16 the rounding of the values is always more than that."""
 
     def swaps(self) -> dict[type[nn.Module], type[nn.Module]]:
         """Plain class -> fast class."""
@@ -52,7 +47,7 @@ class Tuning:
         return swaps
 
 
-EVERYTHING = Tuning(linear=True, attention=True, channels_last=True)
+EVERYTHING = Tuning(linear=True, attention=True)
 PLAIN = {quick: plain for plain, quick in EVERYTHING.swaps().items()}
 
 
@@ -60,7 +55,7 @@ def tune(module: nn.Module, tuning: Tuning | None = None) -> Tuning:
     """Change a loaded module to its fast layers, in place, by `tuning` or else by what pays here; returns which.
 
     Nothing happens to modules that are not on a CPU, or in a dtype without a fast path. Weights keep their names and
-    values; those of convolutions get other strides.
+    values.
     """
     untune(module)
     first = next(module.parameters())
@@ -69,29 +64,29 @@ def tune(module: nn.Module, tuning: Tuning | None = None) -> Tuning:
     swaps = tuning.swaps()
     for part in module.modules():
         part.__class__ = swaps.get(type(part), type(part))
-    if tuning.channels_last:
-        for parameter in module.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return tuning
 
 
 def untune(module: nn.Module) -> None:
-    """Undo `tune`: the plain layers, all weights contiguous."""
+    """Undo `tune`: the plain layers."""
     for part in module.modules():
-        part.__class__ = PLAIN.get(type(part), type(part))
-    for parameter in module.parameters():
-        parameter.data = parameter.data.contiguous()
+        _make_plain(part)
+
+
+def _make_plain(part: nn.Module) -> None:
+    if isinstance(part, fast.FastConv2d):
+        part.unpack()
+    part.__class__ = PLAIN.get(type(part), type(part))
 
 
 @contextmanager
 def untuned(module: nn.Module) -> Iterator[None]:
-    """Within, a tuned or compiled module computes by its plain layers; its weights stay as they lie."""
+    """Within, a tuned or compiled module computes by its plain layers."""
     tuned = {part: type(part) for part in module.modules() if type(part) in PLAIN}
     compiled = {part: part._compiled_call_impl for part in module.modules()}
     try:
-        for part, kind in tuned.items():
-            part.__class__ = PLAIN[kind]
+        for part in tuned:
+            _make_plain(part)
         for part in compiled:
             part._compiled_call_impl = None
         yield
@@ -164,7 +159,6 @@ def _probe(dtype: torch.dtype) -> Tuning:
                 lambda: torch.nn.functional.linear(x, weight, bias), lambda: fast.linear(x, weight, bias), most=1.0
             ),
             attention=_pays(lambda: attention(q, k, v, 5), lambda: fast.blockwise_attention(q / 8, k, v, 5), most=GAIN),
-            channels_last=dtype != torch.float32,
         )
 
 

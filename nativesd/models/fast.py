@@ -1,8 +1,9 @@
 """The layers once more, as oneDNN's fused operators compute them on a CPU: float32 and bfloat16, without gradients.
 
-Every class here has the state and the results of the one it inherits from, and differs in `forward` only, so that a
-loaded module changes over and back by its `__class__` (`nativesd.tuning`). Nothing is packed or copied: the weights
-are read where they are, and may be written to at any time. Other dtypes, devices and gradients take the plain path.
+Every class here has the state and the results of the one it inherits from, so that a loaded module changes over and
+back by its `__class__` (`nativesd.tuning`). Nothing is there twice, and all weights may be read and written to at any
+time: they lie where they were, but those of convolutions in bfloat16. Other dtypes and devices take the plain path, and
+so do gradients.
 
 torch.ops.mkldnn is what torch.compile lowers linears and convolutions to (pytorch/pytorch,
 aten/src/ATen/native/mkldnn/Linear.cpp, `mkldnn_linear_pointwise` and `mkldnn_linear_pointwise_binary`).
@@ -11,6 +12,8 @@ aten/src/ATen/native/mkldnn/Linear.cpp, `mkldnn_linear_pointwise` and `mkldnn_li
 from __future__ import annotations
 
 import math
+from threading import Lock
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +34,8 @@ SAMPLE = 64  # keys, at least, and one of every 16, from which a query's largest
 SHIFT = 70.0
 # exp(x) is sigmoid(x) / (1 - sigmoid(x)): the most that a query's weights may add up to for these to be the same
 MOST = {torch.bfloat16: math.exp(-8), torch.float32: math.exp(-16)}
+
+PACKING = Lock()  # several threads may use one model
 
 
 def applies(x: Tensor) -> bool:
@@ -121,15 +126,71 @@ class FastLinear(nn.Linear):
 
 
 class FastConv2d(nn.Conv2d):
-    """A convolution that takes large weights in parts."""
+    """A convolution whose weights oneDNN need not reorder into new memory at every call.
+
+    In float32 large ones are taken in parts. In bfloat16 they are packed at the first call, and the channels of feature
+    maps come last. From then on the parameter is empty, until someone asks for it, by its name or through `parameters`
+    or `state_dict`: it is the same object then, with the same values, and packed again at the next call.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width, H', W')."""
+        if not applies(input):
+            return super().forward(input)
+        if input.dtype == torch.float32:
+            return self._in_parts(input)
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            input.contiguous(memory_format=torch.channels_last), self._pack(input), self.bias,
+            self.padding, self.stride, self.dilation, self.groups, "none", [], "",
+        )  # fmt: skip
+        return out
+
+    def _in_parts(self, input: Tensor) -> Tensor:
+        """With the channels where they are, which packed weights would put last.
+
+        Of such maps torch's group norm takes the variance in float32 for the mean square less the squared mean, summed
+        up one by one (pytorch/pytorch, aten/src/ATen/native/cpu/group_norm_kernel.cpp), which loses 1e-4 where the mean
+        is ten times the deviation. In bfloat16 the rounding of the values is always more than that.
+        """
         parts = math.ceil(self.weight.nbytes / LARGE)
-        if parts == 1 or self.bias is None or not applies(input):
+        if parts == 1 or self.bias is None:
             return super().forward(input)
         weights, biases = self.weight.chunk(parts), self.bias.chunk(parts)
         return torch.cat([self._conv_forward(input, *part) for part in zip(weights, biases, strict=True)], dim=1)
+
+    def _pack(self, input: Tensor) -> Tensor:
+        """The packed weights, made for inputs of this size; others are computed with them as well."""
+        with PACKING, torch.inference_mode(False):
+            packed: Tensor | None = self.__dict__.get("packed")
+            if packed is None:
+                weight = self.__dict__["_parameters"]["weight"]
+                packed = torch.ops.mkldnn._reorder_convolution_weight(
+                    weight, self.padding, self.stride, self.dilation, self.groups, input.shape
+                )
+                self.packed, weight.data = packed, weight.new_empty(0)
+        return packed
+
+    def unpack(self) -> None:
+        """Have the weights in their parameter."""
+        with PACKING, torch.inference_mode(False):
+            packed: Tensor | None = self.__dict__.pop("packed", None)
+            if packed is not None:
+                self.__dict__["_parameters"]["weight"].data = packed.to_dense()
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]  # what nn.Module looks at
+        self.unpack()
+        parameters: dict[str, nn.Parameter | None] = self.__dict__["_parameters"]
+        return parameters
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            self.unpack()
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unpack()
+        return self.__dict__
 
 
 class FastGEGLU(GEGLU):
