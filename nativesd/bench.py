@@ -237,7 +237,10 @@ def _case(name: str) -> Case:
 
 
 def native_ways(plain: UNet | VAE, case: Case, inputs: Inputs, *, compiled: bool = False) -> dict[str, Way]:
-    """Our plain module, its fast twin where there is one, and its `compiled` twin where it is asked for."""
+    """Our plain module, its fast twin where there is one, and its `compiled` twin where it is asked for.
+
+    They share their tensors, but those that the fast one packs (`models.fast`).
+    """
     ways: dict[str, Way] = {"nativesd plain": lambda: call(plain, inputs)}
     if inputs.latents.device.type == "cpu":
         quick = twin(plain, case)

@@ -28,6 +28,9 @@ FEWEST = 512  # queries and keys, below which the calls for every head cost more
 # above 32 MiB glibc maps memory anew every time (mallopt(3), M_MMAP_THRESHOLD), and the system clears its pages
 LARGE = 16 << 20  # bytes of a convolution's weights, which oneDNN reorders into memory of its own at every call
 GATED = 8 << 20  # bytes of GEGLU's hidden states
+# Height and width that weights are packed for. The order that oneDNN prefers for 1x1 convolutions of 4x4 cells takes 50
+# times as long at 8x8, while that for 64x64 is within a few percent of the best at 8x8 and 16x16 as well.
+TYPICAL = (64, 64)
 SUMS = 64  # parts of a sum over keys, each rounded once
 SAMPLE = 64  # keys, at least, and one of every 16, from which a query's largest logit is guessed
 # how far below zero logits are shifted: the largest may be 50 above its guess, and e^-17 of it is a normal number still
@@ -140,7 +143,7 @@ class FastConv2d(nn.Conv2d):
         if input.dtype == torch.float32:
             return self._in_parts(input)
         out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            input.contiguous(memory_format=torch.channels_last), self._pack(input), self.bias,
+            input.contiguous(memory_format=torch.channels_last), self._pack(), self.bias,
             self.padding, self.stride, self.dilation, self.groups, "none", [], "",
         )  # fmt: skip
         return out
@@ -158,14 +161,14 @@ class FastConv2d(nn.Conv2d):
         weights, biases = self.weight.chunk(parts), self.bias.chunk(parts)
         return torch.cat([self._conv_forward(input, *part) for part in zip(weights, biases, strict=True)], dim=1)
 
-    def _pack(self, input: Tensor) -> Tensor:
-        """The packed weights, made for inputs of this size; others are computed with them as well."""
+    def _pack(self) -> Tensor:
+        """The packed weights: one order for inputs of any size."""
         with PACKING, torch.inference_mode(False):
             packed: Tensor | None = self.__dict__.get("packed")
             if packed is None:
                 weight = self.__dict__["_parameters"]["weight"]
                 packed = torch.ops.mkldnn._reorder_convolution_weight(
-                    weight, self.padding, self.stride, self.dilation, self.groups, input.shape
+                    weight, self.padding, self.stride, self.dilation, self.groups, (2, self.in_channels, *TYPICAL)
                 )
                 self.packed, weight.data = packed, weight.new_empty(0)
         return packed
