@@ -34,6 +34,8 @@ class Tuning:
 
     linear: bool = False
     attention: bool = False
+    convolution: bool = False
+    """And the residual blocks around convolutions."""
 
     def swaps(self) -> dict[type[nn.Module], type[nn.Module]]:
         """Plain class -> fast class."""
@@ -42,12 +44,12 @@ class Tuning:
             swaps |= {Attention: fast.FastAttention, PixelAttention: fast.FastPixelAttention}
         if self.linear:
             swaps |= {nn.Linear: fast.FastLinear, GEGLU: fast.FastGEGLU}
-        if self != Tuning():
+        if self.convolution:
             swaps |= {nn.Conv2d: fast.FastConv2d, ResnetBlock: fast.FastResnetBlock}
         return swaps
 
 
-EVERYTHING = Tuning(linear=True, attention=True)
+EVERYTHING = Tuning(linear=True, attention=True, convolution=True)
 PLAIN = {quick: plain for plain, quick in EVERYTHING.swaps().items()}
 
 
@@ -159,6 +161,7 @@ def _probe(dtype: torch.dtype) -> Tuning:
                 lambda: torch.nn.functional.linear(x, weight, bias), lambda: fast.linear(x, weight, bias), most=1.0
             ),
             attention=_pays(lambda: attention(q, k, v, 5), lambda: fast.blockwise_attention(q / 8, k, v, 5), most=GAIN),
+            convolution=True,  # less work everywhere
         )
 
 

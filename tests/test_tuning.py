@@ -41,7 +41,6 @@ from nativesd.tuning import (
 from oracles import TOLERANCE, difference, draw
 from test_models import UNETS
 
-PRODUCTS = Tuning(linear=True, attention=True)  # all there is in float32
 WORSE = 1.2  # times the plain path's error that the fast one's may be in half precision
 SIZES = [(2, 16, 16), (1, 11, 13), (3, 8, 12)]
 bfloat16 = pytest.mark.skipif(not supported(torch.bfloat16), reason="this processor has no bfloat16")
@@ -109,7 +108,7 @@ def predict(network: UNet, size: tuple[int, int, int], dtype: torch.dtype) -> Te
 def test_unet_in_float32(form: str, size: tuple[int, int, int]) -> None:
     network = unet(form)
     plain = predict(network, size, torch.float32)
-    tune(network, PRODUCTS)
+    tune(network, EVERYTHING)
     assert difference(predict(network, size, torch.float32), plain) <= TOLERANCE
 
 
@@ -130,7 +129,7 @@ def test_unet_in_bfloat16(form: str) -> None:
 def test_vae_in_float32() -> None:
     network, latents = vae(), normal(2, 4, 12, 20)
     plain, (mean, _) = network.decode(latents), network.encode(normal(1, 3, 24, 40))
-    tune(network, PRODUCTS)
+    tune(network, EVERYTHING)
     assert difference(network.decode(latents), plain) <= TOLERANCE
     assert difference(network.encode(normal(1, 3, 24, 40))[0], mean) <= TOLERANCE
 
@@ -154,7 +153,7 @@ def test_a_trained_vae(dtype: torch.dtype) -> None:
     latents = network.encode(normal(1, 3, 128, 192).clamp(-1, 1).to(dtype))[0]
     exact = copy.deepcopy(network).double().decode(latents.double())
     plain = rms(network.decode(latents), exact)
-    tune(network, PRODUCTS if dtype == torch.float32 else EVERYTHING)
+    tune(network, EVERYTHING)
     assert rms(network.decode(latents), exact) <= (TOLERANCE if dtype == torch.float32 else WORSE * plain)
 
 
@@ -238,7 +237,7 @@ def test_geglu_in_bfloat16() -> None:
 def test_float16_takes_the_plain_path() -> None:
     network = unet("sd21").half()
     plain = predict(network, (1, 8, 8), torch.float16)
-    tune(network, Tuning(linear=True, attention=True))
+    tune(network, EVERYTHING)
     assert torch.equal(predict(network, (1, 8, 8), torch.float16), plain)
     assert tune(network) == Tuning()
 
@@ -404,7 +403,7 @@ def test_blocks_are_compiled_once_for_every_width(form: str, graphs: Callable[[]
     config = network.config
     sizes = [(2, 8, 12), (2, 17, 9), (3, 8, 8)]
     expected = [predict(network, size, torch.float32) for size in sizes]
-    tune(network, PRODUCTS)
+    tune(network, EVERYTHING)
     compile_blocks(network, backend="eager")
     for size, plain in zip(sizes, expected, strict=True):
         assert difference(predict(network, size, torch.float32), plain) <= TOLERANCE
@@ -478,20 +477,20 @@ def test_a_choice_is_kept_for_the_next_process(tmp_path: Path, monkeypatch: pyte
 
     def probe(dtype: torch.dtype) -> Tuning:
         probed.append(dtype)
-        return PRODUCTS
+        return EVERYTHING
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "_probe", probe)
     for _ in range(2):
-        assert best_tuning.__wrapped__(torch.float32, 1) == PRODUCTS
+        assert best_tuning.__wrapped__(torch.float32, 1) == EVERYTHING
     assert len(probed) == 1
-    assert best_tuning.__wrapped__(torch.float32, 2) == PRODUCTS
+    assert best_tuning.__wrapped__(torch.float32, 2) == EVERYTHING
     assert len(probed) == 2
     (kept,) = (tmp_path / "nativesd").iterdir()
     keys = list(json.loads(kept.read_text()))
     assert len(keys) == 2
     kept.write_bytes(spoilt.replace(b"%s", keys[0].encode()))
-    assert best_tuning.__wrapped__(torch.float32, 1) == PRODUCTS
+    assert best_tuning.__wrapped__(torch.float32, 1) == EVERYTHING
     assert len(probed) == 3
 
 
