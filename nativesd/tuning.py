@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def best_tuning(dtype: torch.dtype, threads: int) -> Tuning:
     key = f"{processor()}, {threads} threads, torch {torch.__version__}, {dtype}"
     known = _read(path)
     try:
-        return Tuning(**known[key])
+        return Tuning(**{each.name: known[key][each.name] for each in fields(Tuning)})
     except (KeyError, TypeError):
         found = _probe(dtype)
         keep(path, json.dumps(known | {key: asdict(found)}, indent=1).encode())

@@ -471,7 +471,7 @@ def test_channels_stay_last_in_bfloat16_only(form: str, dtype: torch.dtype) -> N
     assert set(strides) == {dtype == torch.bfloat16}
 
 
-@pytest.mark.parametrize("spoilt", [b"", b"[]", b'{"torn', b'{"%s": {"lineal": true}}'])
+@pytest.mark.parametrize("spoilt", [b"", b"[]", b'{"torn', b'{"%s": {"lineal": true}}', b'{"%s": {"linear": true}}'])
 def test_a_choice_is_kept_for_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: bytes) -> None:
     probed: list[torch.dtype] = []
 
