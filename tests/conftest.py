@@ -1,10 +1,12 @@
-"""What several files of tests share: the console script, and the markers.
+"""What several files of tests share: the console script, the markers, and the cores.
 
-Real sizes and GPU tests run when their marker is asked for (-m full, -m gpu), and say so otherwise.
+Real sizes and GPU tests run when their marker is asked for (-m full, -m gpu), and say so otherwise. Of several
+processes (-n) each computes with one thread.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from nativesd import cli
 
 REASONS = {"full": "real sizes: run with -m full", "gpu": "needs a CUDA device: run with -m gpu"}
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
