@@ -29,9 +29,9 @@ from nativesd.build import build
 from nativesd.config import Config, ControlNetConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from nativesd.control import Control
 from nativesd.diffusion import free_bytes
-from nativesd.doctor import FAMILIES, Family
 from nativesd.errors import NativesdError, UsageError
 from nativesd.loading import load
+from nativesd.machine import FAMILIES, Family, first_line, weight_bytes
 from nativesd.models.vae import VAE
 
 Size = Literal["small", "published"]
@@ -123,7 +123,7 @@ class SmokeReport:
         return not blocked and all(check.status != "failed" for check in self.checks)
 
     def to_json(self) -> str:
-        """`schema`, `ok` and the fields of the report, named as in `SmokeReport`, `Check` and `doctor.Found`."""
+        """`schema`, `ok` and the fields of the report, named as in `SmokeReport`, `Check` and `machine.Found`."""
         fields = {name: value for name, value in asdict(self).items() if name != "machine"}
         machine = {"found": asdict(self.machine.found), "findings": [asdict(f) for f in self.machine.findings]}
         return json.dumps({"schema": SCHEMA, "ok": self.ok, **fields, "machine": machine}, indent=2)
@@ -338,7 +338,7 @@ def precisions(device: torch.device) -> tuple[Precision, ...]:
 def run_subject(subject: Subject, device: torch.device) -> list[Check]:
     """All checks of a component: float32 on the CPU first, then every precision on the device."""
     todo, calls = precisions(device), list(cases(subject.config, subject.sizes))
-    weights = doctor.weight_bytes(subject.config, torch.float32)
+    weights = weight_bytes(subject.config, torch.float32)
     free = free_bytes(torch.device("cpu"))
     if free is not None and weights > free:
         note = f"its weights take {weights / 1e9:.1f} GB of main memory, and {free / 1e9:.1f} GB are free"
@@ -363,7 +363,7 @@ def _run_precision(
 ) -> Iterator[Check]:
     """The checks of a component in one precision: cases with what the reference makes of them."""
     shared = device.type == "cpu" and precision.dtype == torch.float32
-    weights = 0 if shared else doctor.weight_bytes(subject.config, precision.dtype)
+    weights = 0 if shared else weight_bytes(subject.config, precision.dtype)
     try:
         free = free_bytes(device)
         if free is not None and weights > free:
@@ -453,7 +453,7 @@ def _ended(subject: Subject, case: Case, precision: Precision, error: RuntimeErr
     """A check that the device could not finish: skipped where it ran out of memory, else failed."""
     status: Literal["failed", "skipped"] = "skipped" if isinstance(error, torch.OutOfMemoryError) else "failed"
     return Check(
-        subject.name, subject.families, case.name, precision.name, precision.limit, status, note=_first_line(error)
+        subject.name, subject.families, case.name, precision.name, precision.limit, status, note=first_line(error)
     )  # fmt: skip
 
 
@@ -474,7 +474,7 @@ def run_pictures(device: torch.device, *, steps: int = 20) -> list[Check]:
                     found, seconds, peak = measure(call, device)
                 strays = misplaced([pipeline.unet, pipeline.vae, *pipeline.text_encoders], [found.latents], device)
             except (RuntimeError, NativesdError) as error:
-                checks.append(replace(blank, note=_first_line(error)))
+                checks.append(replace(blank, note=first_line(error)))
                 continue
             moved = picture_difference(found.images[0], expected[name].images[0])
             checks.append(_judged(blank, moved, strays, seconds, peak, device))
@@ -492,10 +492,6 @@ def picture_difference(found: Image.Image, expected: Image.Image) -> float:
     """The mean difference of two pictures of one size over all pixels and channels, 1 being black against white."""
     means = ImageStat.Stat(ImageChops.difference(found, expected)).mean
     return sum(means) / len(means) / 255
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from nativesd import doctor
-from nativesd.doctor import Backend, Device, Fit, Found, Need, findings, install_torch, kernels
+from nativesd import doctor, machine
+from nativesd.doctor import Fit, findings, install_torch, kernels
+from nativesd.machine import Backend, Device, Found, Need
 
 GB = 10**9
 # torch.cuda.get_arch_list() of published builds
@@ -252,9 +253,9 @@ def test_memory_of_a_machine_without_a_card() -> None:
 def test_what_the_families_need() -> None:
     """The weights are those of the published files: UNet, VAE and text encoders, SDXL's VAE in float32."""
     unet, vae, clip_l, bigg = 2_567_463_684, 83_653_863, 123_060_480, 694_659_840
-    sdxl = doctor.estimate("sdxl", doctor.FAMILIES["sdxl"], "float16")
+    sdxl = machine.estimate("sdxl", machine.FAMILIES["sdxl"], "float16")
     assert sdxl.weights == 2 * (unet + clip_l + bigg) + 4 * vae
-    sd15 = doctor.estimate("sd15", doctor.FAMILIES["sd15"], "float32")
+    sd15 = machine.estimate("sd15", machine.FAMILIES["sd15"], "float32")
     assert sd15.weights == 4 * (859_520_964 + vae + clip_l)
     assert sdxl.visiting < sdxl.parts < sdxl.whole
     assert 2 * unet < sdxl.visiting < 2 * unet + GB
@@ -291,14 +292,14 @@ Some, card, [N/A], 100, 50, 580.95.05
 
 
 def test_parse_smi() -> None:
-    driver, devices = doctor.parse_smi(SMI)
+    driver, devices = machine.parse_smi(SMI)
     assert driver == "580.95.05"
     assert devices == (
         Device("NVIDIA GeForce RTX 5090", (12, 0), 32607 << 20, 31500 << 20),
         Device("NVIDIA GB10", (12, 1), None, None),
         Device("Some, card", None, 100 << 20, 50 << 20),
     )
-    assert doctor.parse_smi("No devices were found\n") == (None, ())
+    assert machine.parse_smi("No devices were found\n") == (None, ())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the stand-in for nvidia-smi is a shell script")
@@ -307,9 +308,9 @@ def test_nvidia_smi_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     smi.write_text(f"#!/bin/sh\ncat <<'END'\n{SMI}END\n")
     smi.chmod(smi.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(doctor, "OPTIONAL", {})
+    monkeypatch.setattr(machine, "OPTIONAL", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = doctor.probe()
+    found = machine.probe()
     assert found.driver == "580.95.05"
     assert [device.name for device in found.devices][:2] == ["NVIDIA GeForce RTX 5090", "NVIDIA GB10"]
 
@@ -324,19 +325,19 @@ def fake_cuda(**functions: Any) -> SimpleNamespace:
 
 
 def test_torch_devices() -> None:
-    assert doctor._torch_devices(fake_cuda()) == (True, (Device("NVIDIA H200", (9, 0), 5, 3),), ())
+    assert machine._torch_devices(fake_cuda()) == (True, (Device("NVIDIA H200", (9, 0), 5, 3),), ())
 
     def too_old() -> bool:
         warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old.\nMore", stacklevel=1)
         return False
 
     words = "CUDA initialization: The NVIDIA driver on your system is too old"
-    assert doctor._torch_devices(fake_cuda(is_available=too_old)) == (False, (), (words,))
+    assert machine._torch_devices(fake_cuda(is_available=too_old)) == (False, (), (words,))
 
     def busy(index: int) -> tuple[int, int]:
         raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nhint")
 
-    assert doctor._torch_devices(fake_cuda(mem_get_info=busy)) == (
+    assert machine._torch_devices(fake_cuda(mem_get_info=busy)) == (
         False, (), ("CUDA error: all CUDA-capable devices are busy or unavailable",)
     )  # fmt: skip
 
@@ -344,12 +345,12 @@ def test_torch_devices() -> None:
 def test_probe_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "broken_backend.py").write_text("raise OSError('libbroken.so.1: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(doctor, "OPTIONAL", {
+    monkeypatch.setattr(machine, "OPTIONAL", {
         "scipy": ("scipy", "scipy", "schedules"),
         "absent": ("absent_backend", "absent-backend", "nothing"),
         "broken": ("broken_backend", "broken-backend", "nothing"),
     })  # fmt: skip
-    found = doctor.probe()
+    found = machine.probe()
     assert found.python == tuple(sys.version_info[:3])
     assert found.torch == torch.__version__
     assert {need.family for need in found.needs} == {"sd15", "sd21", "sdxl"}
@@ -364,16 +365,16 @@ def test_probe_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_backends_are_installed_by_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     required = ["torch>=2.9", 'torchsde; extra == "samplers"', "tensorrt_rtx>=1.2; extra == 'engines'", 
                 'onnx; extra == "test"']  # fmt: skip
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: required)
-    assert doctor._install_line("torchsde") == 'pip install "nativesd[samplers]"'
-    assert doctor._install_line("tensorrt-rtx") == 'pip install "nativesd[engines]"'
-    assert doctor._install_line("onnx") == "pip install onnx"
+    monkeypatch.setattr(machine.importlib.metadata, "requires", lambda name: required)
+    assert machine._install_line("torchsde") == 'pip install "nativesd[samplers]"'
+    assert machine._install_line("tensorrt-rtx") == 'pip install "nativesd[engines]"'
+    assert machine._install_line("onnx") == "pip install onnx"
 
 
 def test_without_torch_the_doctor_still_speaks() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from nativesd import doctor; doctor.OPTIONAL = {}\n"
+        "from nativesd import doctor, machine; machine.OPTIONAL = {}\n"
         "report = doctor.examine(); print(report.findings[0].kind, '|', report.findings[0].message)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

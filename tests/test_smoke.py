@@ -25,8 +25,8 @@ from nativesd.config import (
     UNetConfig,
     VAEConfig,
 )
-from nativesd.doctor import FAMILIES, Family
 from nativesd.errors import UsageError
+from nativesd.machine import FAMILIES, Device, Family, Found
 from nativesd.smoke import BFLOAT16, FLOAT16, FLOAT32, TF32, Check, SmokeReport
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "OPTIONAL", {})
+    monkeypatch.setattr("nativesd.machine.OPTIONAL", {})
 
 
 def test_everything_passes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,14 +250,14 @@ def test_a_card_is_checked_in_every_precision() -> None:
     ("found", "ok", "reason"),
     [
         ({"devices": (), "bus": 0}, True, "there is no NVIDIA GPU"),
-        ({"devices": (doctor.Device("NVIDIA H200", (9, 0), 1, 1),)}, False, "torch cannot use the GPU"),
+        ({"devices": (Device("NVIDIA H200", (9, 0), 1, 1),)}, False, "torch cannot use the GPU"),
         ({"devices": (), "bus": 1}, False, "torch cannot use the GPU"),
     ],
 )
 def test_without_cuda_nothing_runs(
     monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], ok: bool, reason: str
 ) -> None:
-    machine = doctor.Found((3, 12, 0), "Linux", "2.11.0+cpu", **found)
+    machine = Found((3, 12, 0), "Linux", "2.11.0+cpu", **found)
     monkeypatch.setattr(doctor, "examine", lambda: doctor.Report(machine, ()))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     report = smoke.smoke("cuda", catalogue=SMALL)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nativesd
-from nativesd import doctor, smoke
+from nativesd import doctor, machine, smoke
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +28,7 @@ def test_doctor() -> None:
         assert 0 < (device.free or 0) <= (device.total or 0)
 
 
-@pytest.mark.parametrize("family", list(doctor.FAMILIES))
+@pytest.mark.parametrize("family", list(machine.FAMILIES))
 def test_smoke(family: str) -> None:
     report = smoke.smoke("cuda", families=[family])
     print(report.to_text())
