@@ -31,7 +31,7 @@ GATED = 8 << 20  # bytes of GEGLU's hidden states
 # Height and width that weights are packed for. The order that oneDNN prefers for 1x1 convolutions of 4x4 cells takes 50
 # times as long at 8x8, while that for 64x64 is within a few percent of the best at 8x8 and 16x16 as well.
 TYPICAL = (64, 64)
-SUMS = 64  # parts of a sum over keys, each rounded once
+SUMS = 32  # parts of a sum over keys, each rounded once
 SAMPLE = 64  # keys, at least, and one of every 16, from which a query's largest logit is guessed
 # how far below zero logits are shifted: the largest may be 50 above its guess, and e^-17 of it is a normal number still
 SHIFT = 70.0
