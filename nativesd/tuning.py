@@ -76,7 +76,7 @@ def untune(module: nn.Module) -> None:
 
 
 def _make_plain(part: nn.Module) -> None:
-    if isinstance(part, fast.FastConv2d):
+    if isinstance(part, fast.Packed):
         part.unpack()
     part.__class__ = PLAIN.get(type(part), type(part))
 

@@ -53,7 +53,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(fast, "FEWEST", 1)
     monkeypatch.setattr(fast, "BLOCK_BYTES", 32 << 10)
     monkeypatch.setattr(fast, "LARGE", 32 << 10)
-    monkeypatch.setattr(fast, "GATED", 32 << 10)
+    monkeypatch.setattr(fast, "TOKENS", 64)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -312,30 +312,73 @@ LOOKS: dict[str, Callable[[nn.Module], Tensor]] = {
 }
 
 
-def packed_convolution() -> tuple[nn.Conv2d, Tensor]:
-    """A tuned convolution that has been called, and its weights."""
-    layer = nn.Conv2d(24, 40, 3, padding=1).bfloat16()
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {  # and the shape of an input
+    "convolution": (lambda: nn.Conv2d(24, 40, 3, padding=1), (2, 24, 8, 8)),
+    "linear": (lambda: nn.Linear(24, 40), (2, 7, 24)),
+}
+KINDS = [
+    pytest.param(kind, dtype, id=f"{kind} {dtype}", marks=marks)
+    for kind in LAYERS
+    for dtype, marks in ((torch.float32, ()), (torch.bfloat16, bfloat16))
+]
+
+
+def held(layer: nn.Module) -> Tensor:
+    """The weight as someone has it who asked for it before."""
+    weight: Tensor = layer.__dict__["_parameters"]["weight"]
+    return weight
+
+
+def packed_layer(kind: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
+    """A tuned layer that has been called, its weights, and the input."""
+    make, shape = LAYERS[kind]
+    layer, x = make().to(dtype), normal(*shape).to(dtype)
     values = layer.weight.detach().clone()
     tune(layer, EVERYTHING)
     with torch.inference_mode():
-        layer(normal(2, 24, 8, 8).bfloat16())
-    assert layer.__dict__["_parameters"]["weight"].numel() == 0  # there are no two copies
-    return layer, values
+        layer(x)
+    assert held(layer).untyped_storage().nbytes() == dtype.itemsize  # there are no two copies
+    return layer, values, x
 
 
-@bfloat16
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
 @pytest.mark.parametrize("look", LOOKS)
-def test_who_looks_at_packed_weights_finds_them(look: str) -> None:
-    layer, values = packed_convolution()
+def test_who_looks_at_packed_weights_finds_them(look: str, kind: str, dtype: torch.dtype) -> None:
+    layer, values, _ = packed_layer(kind, dtype)
     assert torch.equal(LOOKS[look](layer), values)
 
 
-@bfloat16
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
+def test_a_packed_weight_held_from_before_is_not_mistaken_for_its_values(kind: str, dtype: torch.dtype) -> None:
+    layer, values, _ = packed_layer(kind, dtype)
+    weight = held(layer)
+    assert weight.shape == values.shape
+    assert weight.isnan().all()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="single memory location"):
+        weight.mul_(2)
+    assert layer.weight is weight
+    assert torch.equal(weight, values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=bfloat16)])
+def test_weights_packed_in_two_parts(dtype: torch.dtype) -> None:
+    """As GEGLU packs its first layer."""
+    gated, x = GEGLU(64).to(dtype), normal(2, 7, 64).to(dtype)
+    values = gated.proj.weight.detach().clone()
+    tune(gated, EVERYTHING)
+    with torch.inference_mode():
+        before, whole = gated(x), gated.proj(x)
+        assert torch.equal(gated(x), before)
+        assert held(gated.proj).isnan().all()
+        assert torch.equal(gated.proj.weight, values)
+        assert torch.equal(gated.proj(x), whole)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_state_is_loaded_where_weights_are_packed(assign: bool) -> None:
-    layer, values = packed_convolution()
-    assert layer.bias is not None
-    bias, x = layer.bias.detach().clone(), normal(2, 24, 8, 8).bfloat16()
+def test_a_state_is_loaded_where_weights_are_packed(assign: bool, kind: str, dtype: torch.dtype) -> None:
+    layer, values, x = packed_layer(kind, dtype)
+    bias = layer.bias.detach().clone()
     with torch.inference_mode():
         before = layer(x)
         layer.load_state_dict({"weight": 2 * values, "bias": 2 * bias}, assign=assign)
@@ -344,7 +387,7 @@ def test_a_state_is_loaded_where_weights_are_packed(assign: bool) -> None:
 
 @bfloat16
 def test_weights_are_packed_once_and_used_at_every_size() -> None:
-    layer, values = packed_convolution()
+    layer, values, _ = packed_layer("convolution", torch.bfloat16)
     packed = layer.packed
     plain = nn.Conv2d(24, 40, 3, padding=1).bfloat16()
     plain.load_state_dict({"weight": values, "bias": layer.bias})
@@ -365,15 +408,14 @@ def test_how_weights_are_packed_does_not_hang_on_the_first_input() -> None:
         tune(layer, EVERYTHING)
         with torch.inference_mode():
             layer(normal(1, 2560, side, side).bfloat16())
-        orders.append(torch.ops.mkldnn._get_mkldnn_serialized_md(layer.packed))
+        orders.append(torch.ops.mkldnn._get_mkldnn_serialized_md(layer.packed[0]))
     assert torch.equal(*orders)
 
 
-@bfloat16
-def test_threads_share_what_is_packed() -> None:
-    layer, _ = packed_convolution()
-    assert isinstance(layer, fast.FastConv2d)
-    x = normal(2, 24, 8, 8).bfloat16()
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
+def test_threads_share_what_is_packed(kind: str, dtype: torch.dtype) -> None:
+    layer, _, x = packed_layer(kind, dtype)
+    assert isinstance(layer, fast.Packed)
     with torch.inference_mode():
         expected = layer(x)
 

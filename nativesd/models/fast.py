@@ -2,8 +2,7 @@
 
 Every class here has the state and the results of the one it inherits from, so that a loaded module changes over and
 back by its `__class__` (`nativesd.tuning`). Nothing is there twice, and all weights may be read and written to at any
-time: they lie where they were, but those of convolutions in bfloat16. Other dtypes and devices take the plain path, and
-so do gradients.
+time, though they are packed while they are used. Other dtypes and devices take the plain path, and so do gradients.
 
 torch.ops.mkldnn is what torch.compile lowers linears and convolutions to (pytorch/pytorch,
 aten/src/ATen/native/mkldnn/Linear.cpp, `mkldnn_linear_pointwise` and `mkldnn_linear_pointwise_binary`).
@@ -12,7 +11,7 @@ aten/src/ATen/native/mkldnn/Linear.cpp, `mkldnn_linear_pointwise` and `mkldnn_li
 from __future__ import annotations
 
 import math
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -25,12 +24,13 @@ from nativesd.models.vae import PixelAttention
 DTYPES = (torch.bfloat16, torch.float32)
 BLOCK_BYTES = 2 << 20  # of a block of softmax weights: 256 queries of 4096 keys in bfloat16 stay in the caches
 FEWEST = 512  # queries and keys, below which the calls for every head cost more than they gain
-# above 32 MiB glibc maps memory anew every time (mallopt(3), M_MMAP_THRESHOLD), and the system clears its pages
-LARGE = 16 << 20  # bytes of a convolution's weights, which oneDNN reorders into memory of its own at every call
-GATED = 8 << 20  # bytes of GEGLU's hidden states
-# Height and width that weights are packed for. The order that oneDNN prefers for 1x1 convolutions of 4x4 cells takes 50
-# times as long at 8x8, while that for 64x64 is within a few percent of the best at 8x8 and 16x16 as well.
-TYPICAL = (64, 64)
+LARGE = 16 << 20  # bytes of a convolution's weights in float32, above which packing them pays
+TOKENS = 1024  # of which GEGLU keeps the hidden states: of 819, oneDNN's products take a tenth longer each
+# What weights are packed for: pictures, height and width, and tokens. The order that oneDNN prefers for 1x1
+# convolutions of 4x4 cells takes 50 times as long at 8x8, while that for 64x64 is within a few percent of the best at
+# 8x8 as well.
+PICTURES, HEIGHT, WIDTH = 2, 64, 64
+ROWS = 2048
 SUMS = 32  # parts of a sum over keys, each rounded once
 SAMPLE = 64  # keys, at least, and one of every 16, from which a query's largest logit is guessed
 # how far below zero logits are shifted: the largest may be 50 above its guess, and e^-17 of it is a normal number still
@@ -38,7 +38,7 @@ SHIFT = 70.0
 # exp(x) is sigmoid(x) / (1 - sigmoid(x)): the most that a query's weights may add up to for these to be the same
 MOST = {torch.bfloat16: math.exp(-8), torch.float32: math.exp(-16)}
 
-PACKING = Lock()  # several threads may use one model
+PACKING = RLock()  # several threads may use one model
 
 
 def applies(x: Tensor) -> bool:
@@ -104,7 +104,8 @@ def attend(module: Attention, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(module.to_q(x), k, v, module.heads)
     width = x.shape[2] // module.heads
     scale = x.new_tensor(width**-0.5).expand(x.shape)  # times the float32 sums: the product is rounded once
-    q = torch.ops.mkldnn._linear_pointwise.binary(x, scale, module.to_q.weight, module.to_q.bias, "mul")
+    weight = module.to_q.pack()[0] if isinstance(module.to_q, Packed) else module.to_q.weight
+    q = torch.ops.mkldnn._linear_pointwise.binary(x, scale, weight, module.to_q.bias, "mul")
     return blockwise_attention(q, k, v, module.heads)
 
 
@@ -120,65 +121,34 @@ class FastPixelAttention(PixelAttention):
     attend = attend
 
 
-class FastLinear(nn.Linear):
-    """A linear layer that leaves out torch's choice of a math library."""
+class Packed(nn.Module):
+    """A layer whose `weight` oneDNN need not reorder into new memory at every call.
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
-        return linear(input, self.weight, self.bias) if applies(input) else super().forward(input)
-
-
-class FastConv2d(nn.Conv2d):
-    """A convolution whose weights oneDNN need not reorder into new memory at every call.
-
-    In float32 large ones are taken in parts. In bfloat16 they are packed at the first call, and the channels of feature
-    maps come last. From then on the parameter is empty, until someone asks for it, by its name or through `parameters`
-    or `state_dict`: it is the same object then, with the same values, and packed again at the next call.
+    It is packed at the first call. From then on the parameter is a single NaN in its shape, which cannot be written to,
+    until someone asks for it, by its name or through `parameters` or `state_dict`: it is the same object then, with its
+    own values, and packed again at the next call, which another thread must not make meanwhile.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, width_in, H, W) -> (B, width, H', W')."""
-        if not applies(input):
-            return super().forward(input)
-        if input.dtype == torch.float32:
-            return self._in_parts(input)
-        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            input.contiguous(memory_format=torch.channels_last), self._pack(), self.bias,
-            self.padding, self.stride, self.dilation, self.groups, "none", [], "",
-        )  # fmt: skip
-        return out
+    def reorder(self, weight: Tensor) -> Tensor:
+        """`weight` in oneDNN's order: one for inputs of any size."""
+        raise NotImplementedError
 
-    def _in_parts(self, input: Tensor) -> Tensor:
-        """With the channels where they are, which packed weights would put last.
-
-        Of such maps torch's group norm takes the variance in float32 for the mean square less the squared mean, summed
-        up one by one (pytorch/pytorch, aten/src/ATen/native/cpu/group_norm_kernel.cpp), which loses 1e-4 where the mean
-        is ten times the deviation. In bfloat16 the rounding of the values is always more than that.
-        """
-        parts = math.ceil(self.weight.nbytes / LARGE)
-        if parts == 1 or self.bias is None:
-            return super().forward(input)
-        weights, biases = self.weight.chunk(parts), self.bias.chunk(parts)
-        return torch.cat([self._conv_forward(input, *part) for part in zip(weights, biases, strict=True)], dim=1)
-
-    def _pack(self) -> Tensor:
-        """The packed weights: one order for inputs of any size."""
+    def pack(self, parts: int = 1) -> tuple[Tensor, ...]:
+        """The packed weights, in so many `parts` along their first axis."""
         with PACKING, torch.inference_mode(False):
-            packed: Tensor | None = self.__dict__.get("packed")
-            if packed is None:
-                weight = self.__dict__["_parameters"]["weight"]
-                packed = torch.ops.mkldnn._reorder_convolution_weight(
-                    weight, self.padding, self.stride, self.dilation, self.groups, (2, self.in_channels, *TYPICAL)
-                )
-                self.packed, weight.data = packed, weight.new_empty(0)
+            packed: tuple[Tensor, ...] = self.__dict__.get("packed", ())
+            if len(packed) != parts:
+                weight = self.get_parameter("weight")
+                packed = tuple(self.reorder(part) for part in weight.detach().chunk(parts))
+                self.packed, weight.data = packed, weight.new_tensor(math.nan).expand(weight.shape)
         return packed
 
     def unpack(self) -> None:
         """Have the weights in their parameter."""
         with PACKING, torch.inference_mode(False):
-            packed: Tensor | None = self.__dict__.pop("packed", None)
-            if packed is not None:
-                self.__dict__["_parameters"]["weight"].data = packed.to_dense()
+            packed: tuple[Tensor, ...] = self.__dict__.pop("packed", ())
+            if packed:
+                self.__dict__["_parameters"]["weight"].data = torch.cat([part.to_dense() for part in packed])
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]  # what nn.Module looks at
@@ -196,18 +166,57 @@ class FastConv2d(nn.Conv2d):
         return self.__dict__
 
 
+class FastLinear(Packed, nn.Linear):
+    """A linear layer that leaves out torch's choice of a math library."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        return linear(input, self.pack()[0], self.bias) if applies(input) else super().forward(input)
+
+    def reorder(self, weight: Tensor) -> Tensor:
+        """`Packed.reorder`."""
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+        return packed
+
+
+class FastConv2d(Packed, nn.Conv2d):
+    """A convolution with the channels of feature maps last in bfloat16, and where they were in float32.
+
+    Of maps with channels last torch's group norm takes the variance in float32 for the mean square less the squared
+    mean, summed up one by one (pytorch/pytorch, aten/src/ATen/native/cpu/group_norm_kernel.cpp), which loses 1e-4 where
+    the mean is ten times the deviation. In bfloat16 the rounding of the values is always more than that.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, width_in, H, W) -> (B, width, H', W')."""
+        small = self.out_channels * self.in_channels // self.groups * math.prod(self.kernel_size) * 4 <= LARGE
+        if not applies(input) or (small and input.dtype == torch.float32):
+            return super().forward(input)
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            input.contiguous(memory_format=torch.channels_last), self.pack()[0], self.bias,
+            self.padding, self.stride, self.dilation, self.groups, "none", [], "",
+        )  # fmt: skip
+        return out.contiguous() if input.dtype == torch.float32 else out
+
+    def reorder(self, weight: Tensor) -> Tensor:
+        """`Packed.reorder`."""
+        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+            weight, self.padding, self.stride, self.dilation, self.groups, (PICTURES, self.in_channels, HEIGHT, WIDTH)
+        )
+        return packed
+
+
 class FastGEGLU(GEGLU):
     """GEGLU whose gelu and product are computed as the matrix products are written, for some tokens at a time."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        if not applies(x):
+        if not applies(x) or not isinstance(self.proj, FastLinear):
             return super().forward(x)
-        (hidden, gate), (hidden_bias, gate_bias) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+        (hidden, gate), (hidden_bias, gate_bias) = self.proj.pack(2), self.proj.bias.chunk(2)
         out = torch.empty_like(x)
-        rows = max(GATED // (len(hidden) * x.element_size()), 1)
         for tokens, result in zip(
-            torch.split(x.flatten(0, -2), rows), torch.split(out.flatten(0, -2), rows), strict=True
+            torch.split(x.flatten(0, -2), TOKENS), torch.split(out.flatten(0, -2), TOKENS), strict=True
         ):
             gated = torch.ops.mkldnn._linear_pointwise.binary(
                 tokens, linear(tokens, gate, gate_bias, "gelu"), hidden, hidden_bias, "mul"
