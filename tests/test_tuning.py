@@ -375,6 +375,20 @@ def test_weights_packed_in_two_parts(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
+def test_packed_weights_that_were_made_in_inference_mode(kind: str, dtype: torch.dtype) -> None:
+    with torch.inference_mode():
+        layer, values, x = packed_layer(kind, dtype)
+    with torch.no_grad():
+        before = layer(x)
+        assert torch.equal(layer.weight, values)
+        assert torch.equal(layer.weight[3:].sum(dim=0), values[3:].sum(dim=0))
+        assert torch.equal(layer(x), before)
+    with torch.inference_mode():
+        untune(layer)
+        assert (layer(x) - before).abs().max() <= 0.02 * before.abs().max()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_state_is_loaded_where_weights_are_packed(assign: bool, kind: str, dtype: torch.dtype) -> None:
     layer, values, x = packed_layer(kind, dtype)

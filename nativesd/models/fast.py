@@ -135,20 +135,22 @@ class Packed(nn.Module):
 
     def pack(self, parts: int = 1) -> tuple[Tensor, ...]:
         """The packed weights, in so many `parts` along their first axis."""
-        with PACKING, torch.inference_mode(False):
+        weight = self.__dict__["_parameters"]["weight"]
+        with PACKING, torch.inference_mode(weight.is_inference()):  # the mode that it was made in
             packed: tuple[Tensor, ...] = self.__dict__.get("packed", ())
             if len(packed) != parts:
-                weight = self.get_parameter("weight")
+                self.unpack()
                 packed = tuple(self.reorder(part) for part in weight.detach().chunk(parts))
                 self.packed, weight.data = packed, weight.new_tensor(math.nan).expand(weight.shape)
         return packed
 
     def unpack(self) -> None:
         """Have the weights in their parameter."""
-        with PACKING, torch.inference_mode(False):
+        weight = self.__dict__["_parameters"]["weight"]
+        with PACKING, torch.inference_mode(weight.is_inference()):
             packed: tuple[Tensor, ...] = self.__dict__.pop("packed", ())
             if packed:
-                self.__dict__["_parameters"]["weight"].data = torch.cat([part.to_dense() for part in packed])
+                weight.data = torch.cat([part.to_dense() for part in packed])
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]  # what nn.Module looks at
