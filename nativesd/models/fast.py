@@ -22,7 +22,7 @@ from nativesd.models.layers import GEGLU, Attention, ResnetBlock, attention
 from nativesd.models.vae import PixelAttention
 
 DTYPES = (torch.bfloat16, torch.float32)
-BLOCK_BYTES = 2 << 20  # of a block of softmax weights: 256 queries of 4096 keys in bfloat16 stay in the caches
+BLOCK_BYTES = {torch.bfloat16: 2 << 20, torch.float32: 4 << 20}  # of softmax weights: 256 queries of 4096 keys
 FEWEST = 512  # queries and keys, below which the calls for every head cost more than they gain
 LARGE = 16 << 20  # bytes of a convolution's weights in float32, above which packing them pays
 TOKENS = 1024  # of which GEGLU keeps the hidden states: of 819, oneDNN's products take a tenth longer each
@@ -31,7 +31,6 @@ TOKENS = 1024  # of which GEGLU keeps the hidden states: of 819, oneDNN's produc
 # 8x8 as well.
 PICTURES, HEIGHT, WIDTH = 2, 64, 64
 ROWS = 2048
-SUMS = 32  # parts of a sum over keys, each rounded once
 SAMPLE = 64  # keys, at least, and one of every 16, from which a query's largest logit is guessed
 # how far below zero logits are shifted: the largest may be 50 above its guess, and e^-17 of it is a normal number still
 SHIFT = 70.0
@@ -46,7 +45,7 @@ def applies(x: Tensor) -> bool:
     return x.dtype in DTYPES and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     """activation(x weight^T + bias), the activation ("none", "gelu", "sigmoid") in float32: (..., I) -> (..., O)."""
     algorithm = "none" if activation == "gelu" else ""  # the exact gelu
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
@@ -62,12 +61,12 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     is one more component of the query. The few queries for which the guess was wrong are computed once more.
     """
     width = q.shape[2] // heads
-    block = max(BLOCK_BYTES // (k.shape[1] * k.element_size()), 1)
+    block = max(BLOCK_BYTES[k.dtype] // (k.shape[1] * k.element_size()), 1)
     out = torch.empty_like(q)
     for i in range(q.shape[0]):
         for head in range(heads):
             part = slice(head * width, (head + 1) * width)
-            _attend_head(q[i, :, part], k[i, :, part], v[i, :, part].contiguous(), out[i, :, part], block)
+            _attend_head(q[i, :, part], k[i, :, part], v[i, :, part], out[i, :, part], block)
     return out
 
 
@@ -77,25 +76,28 @@ def _attend_head(q: Tensor, k: Tensor, v: Tensor, out: Tensor, block: int) -> No
     shifts = (q @ sample.T).amax(dim=1, keepdim=True) + SHIFT
     q = torch.cat([q, -shifts], dim=1)  # (T, D) -> (T, D + 1)
     k = torch.cat([k, k.new_ones(k.shape[0], 1)], dim=1)
+    v = v.T.contiguous()  # (S, D) -> (D, S)
     for queries, result in zip(torch.split(q, block), torch.split(out, block), strict=True):
-        weights = linear(queries, k, None, "sigmoid")  # (block, D + 1), (S, D + 1) -> (block, S)
-        total = _sum_keys(weights)
-        torch.div(weights @ v, total, out=result)
+        weights = linear(queries, k, activation="sigmoid")  # (block, D + 1), (S, D + 1) -> (block, S)
+        total = weights.sum(dim=1, keepdim=True, dtype=torch.float32)
+        torch.div(_weighted(weights, v), total, out=result)
         if not total.max().item() < MOST[q.dtype]:  # so it is where something is not finite
             wrong = (~(total < MOST[q.dtype])).flatten().nonzero().flatten()
             logits = queries[wrong].float() @ k.float().T
-            result[wrong] = (torch.softmax(logits, dim=1) @ v.float()).to(out.dtype)
+            result[wrong] = (torch.softmax(logits, dim=1) @ v.float().T).to(out.dtype)
 
 
-def _sum_keys(weights: Tensor) -> Tensor:
-    """The sum over all keys, (T, S) -> (T, 1) float32.
+def _weighted(weights: Tensor, v: Tensor) -> Tensor:
+    """weights v^T, (T, S), (D, S) -> (T, D) float32.
 
-    Summing bfloat16 to float32, torch converts the whole matrix first; summing it to bfloat16, it does not. So a row is
-    summed in parts, whose roundings average out.
+    In bfloat16 the product is rounded, and so is its quotient by the weights' sum, where torch's attention rounds once.
+    So what the rounding took away is computed as well, by the same product.
     """
-    tokens, keys = weights.shape
-    parts = weights.view(tokens, -1, SUMS).sum(dim=1) if keys % SUMS == 0 else weights
-    return parts.sum(dim=1, keepdim=True, dtype=torch.float32)
+    rounded = linear(weights, v)
+    if rounded.dtype == torch.float32:
+        return rounded
+    rest = torch.ops.mkldnn._linear_pointwise.binary(weights, rounded.neg(), v, None, "add")
+    return rounded.float().add_(rest)
 
 
 def attend(module: Attention, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
