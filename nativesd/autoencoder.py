@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nativesd.config import SD_VAE, SDXL_VAE, TinyVAEConfig, VAEConfig
 from nativesd.errors import NativesdError, UsageError
-from nativesd.models.layers import ResnetBlock
+from nativesd.models.layers import ResnetBlock, Upsample
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.vae import VAE, Stage
 from nativesd.tuning import untune
@@ -208,7 +208,7 @@ class Upsampled:
     """A feature map of twice the size, computed whenever it is read: nearest neighbours, then a 3x3 convolution."""
 
     source: Source
-    conv: nn.Conv2d
+    upsample: Upsample
 
     def __len__(self) -> int:
         return len(self.source)
@@ -217,7 +217,7 @@ class Upsampled:
         """See `Source`."""
         small = self.source.window(index, halo // 2 + 1)  # a row more than `halo`, as the convolution spoils the last
         above, below = (min(rows, halo) for rows in (2 * small.above, 2 * small.below))
-        rows = self.conv(F.interpolate(small.rows, scale_factor=2.0, mode="nearest"))
+        rows = self.upsample(small.rows)
         rows = rows[:, :, 2 * small.above - above : rows.shape[2] - 2 * small.below + below]
         return Window(rows, above, below)
 

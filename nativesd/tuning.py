@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nativesd.cache import cache_folder, keep
 from nativesd.models import fast
-from nativesd.models.layers import GEGLU, Attention, ResnetBlock, TransformerBlock, attention
+from nativesd.models.layers import GEGLU, Attention, ResnetBlock, TransformerBlock, Upsample, attention
 from nativesd.models.vae import PixelAttention
 
 GAIN = 0.97  # of the plain path's time that the fast one may take at most
@@ -45,7 +45,11 @@ class Tuning:
         if self.linear:
             swaps |= {nn.Linear: fast.FastLinear, GEGLU: fast.FastGEGLU}
         if self.convolution:
-            swaps |= {nn.Conv2d: fast.FastConv2d, ResnetBlock: fast.FastResnetBlock}
+            swaps |= {
+                nn.Conv2d: fast.FastConv2d,
+                Upsample: fast.FastUpsample,
+                ResnetBlock: fast.FastResnetBlock,
+            }
         return swaps
 
 

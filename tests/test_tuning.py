@@ -23,7 +23,7 @@ from nativesd.denoiser import Conditioning, Guidance, make_denoiser
 from nativesd.errors import UsageError
 from nativesd.loading import _compiles
 from nativesd.models import fast
-from nativesd.models.layers import GEGLU, Attention, CachedContext, TransformerBlock, attention
+from nativesd.models.layers import GEGLU, Attention, CachedContext, TransformerBlock, Upsample, attention
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
 from nativesd.tuning import (
@@ -54,6 +54,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(fast, "BLOCK_BYTES", dict.fromkeys(fast.DTYPES, 32 << 10))
     monkeypatch.setattr(fast, "LARGE", 32 << 10)
     monkeypatch.setattr(fast, "TOKENS", 64)
+    monkeypatch.setattr(fast, "CELLS", 64)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -246,6 +247,22 @@ def test_geglu_in_bfloat16() -> None:
     assert 0 < rms(layer(x), exact) <= WORSE * plain
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=bfloat16)])
+@pytest.mark.parametrize("size", [(2, 8, 8), (1, 13, 5), (3, 1, 1), (1, 2, 90)])
+def test_upsampling(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Twice the size, or a row or column less; all rows at once and some at a time."""
+    batch, height, width = size
+    layer, x = drawn(Upsample(48)).to(dtype), normal(batch, 48, height, width).to(dtype) + 1
+    for target in (None, (2 * height, 2 * width), (2 * height - 1, 2 * width), (2 * height, 2 * width - 1)):
+        exact = copy.deepcopy(layer).double()(x.double(), target)
+        plain = rms(layer(x, target), exact)
+        tune(layer, EVERYTHING)
+        found = layer(x, target)
+        assert rms(found, exact) <= (TOLERANCE if dtype == torch.float32 else WORSE * plain)
+        untune(layer)
+
+
 def test_float16_takes_the_plain_path() -> None:
     network = unet("sd21").half()
     plain = predict(network, (1, 8, 8), torch.float16)
@@ -327,6 +344,7 @@ LOOKS: dict[str, Callable[[nn.Module], Tensor]] = {
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {  # and the shape of an input
     "convolution": (lambda: nn.Conv2d(24, 40, 3, padding=1), (2, 24, 8, 8)),
     "linear": (lambda: nn.Linear(24, 40), (2, 7, 24)),
+    "upsampling": (lambda: Upsample(24), (2, 24, 8, 8)),
 }
 KINDS = [
     pytest.param(kind, dtype, id=f"{kind} {dtype}", marks=marks)

@@ -1,8 +1,9 @@
 """The layers once more, as oneDNN's fused operators compute them on a CPU: float32 and bfloat16, without gradients.
 
 Every class here has the state and the results of the one it inherits from, so that a loaded module changes over and
-back by its `__class__` (`nativesd.tuning`). Nothing is there twice, and all weights may be read and written to at any
-time, though they are packed while they are used. Other dtypes and devices take the plain path, and so do gradients.
+back by its `__class__` (`nativesd.tuning`). All weights may be read and written to at any time, though they are packed
+while they are used; only those of upsampling convolutions in float32 are there twice then. Other dtypes and devices
+take the plain path, and so do gradients.
 
 torch.ops.mkldnn is what torch.compile lowers linears and convolutions to (pytorch/pytorch,
 aten/src/ATen/native/mkldnn/Linear.cpp, `mkldnn_linear_pointwise` and `mkldnn_linear_pointwise_binary`).
@@ -11,6 +12,7 @@ aten/src/ATen/native/mkldnn/Linear.cpp, `mkldnn_linear_pointwise` and `mkldnn_li
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from threading import RLock
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nativesd.models.layers import GEGLU, Attention, ResnetBlock, attention
+from nativesd.models.layers import GEGLU, Attention, ResnetBlock, Upsample, attention
 from nativesd.models.vae import PixelAttention
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -31,6 +33,8 @@ TOKENS = 1024  # of which GEGLU keeps the hidden states: of 819, oneDNN's produc
 # 8x8 as well.
 PICTURES, HEIGHT, WIDTH = 2, 64, 64
 ROWS = 2048
+CELLS = 4096  # that are upsampled at a time: the products for so many stay in the caches
+KERNEL = 9  # products of an upsampling convolution
 SAMPLE = 64  # keys, at least, and one of every 16, from which a query's largest logit is guessed
 # how far below zero logits are shifted: the largest may be 50 above its guess, and e^-17 of it is a normal number still
 SHIFT = 70.0
@@ -131,18 +135,22 @@ class Packed(nn.Module):
     own values, and packed again at the next call, which another thread must not make meanwhile.
     """
 
-    def reorder(self, weight: Tensor) -> Tensor:
+    def reorder(self, weight: Tensor, parts: int) -> tuple[Tensor, ...]:
         """`weight` in oneDNN's order: one for inputs of any size."""
         raise NotImplementedError
 
+    def restore(self, packed: tuple[Tensor, ...]) -> Tensor:
+        """The weight that `reorder` was given."""
+        return torch.cat([part.to_dense() for part in packed])
+
     def pack(self, parts: int = 1) -> tuple[Tensor, ...]:
-        """The packed weights, in so many `parts` along their first axis."""
+        """The packed weights, in so many `parts`."""
         weight = self.__dict__["_parameters"]["weight"]
         with PACKING, torch.inference_mode(weight.is_inference()):  # the mode that it was made in
             packed: tuple[Tensor, ...] = self.__dict__.get("packed", ())
             if len(packed) != parts:
                 self.unpack()
-                packed = tuple(self.reorder(part) for part in weight.detach().chunk(parts))
+                packed = self.reorder(weight.detach(), parts)
                 self.packed, weight.data = packed, weight.new_tensor(math.nan).expand(weight.shape)
         return packed
 
@@ -152,7 +160,7 @@ class Packed(nn.Module):
         with PACKING, torch.inference_mode(weight.is_inference()):
             packed: tuple[Tensor, ...] = self.__dict__.pop("packed", ())
             if packed:
-                weight.data = torch.cat([part.to_dense() for part in packed])
+                weight.data = self.restore(packed)
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]  # what nn.Module looks at
@@ -177,10 +185,9 @@ class FastLinear(Packed, nn.Linear):
         """(..., I) -> (..., O)."""
         return linear(input, self.pack()[0], self.bias) if applies(input) else super().forward(input)
 
-    def reorder(self, weight: Tensor) -> Tensor:
-        """`Packed.reorder`."""
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-        return packed
+    def reorder(self, weight: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """`Packed.reorder`, in parts along the first axis."""
+        return tuple(torch.ops.mkldnn._reorder_linear_weight(part, ROWS) for part in weight.chunk(parts))
 
 
 class FastConv2d(Packed, nn.Conv2d):
@@ -202,12 +209,67 @@ class FastConv2d(Packed, nn.Conv2d):
         )  # fmt: skip
         return out.contiguous() if input.dtype == torch.float32 else out
 
-    def reorder(self, weight: Tensor) -> Tensor:
-        """`Packed.reorder`."""
+    def reorder(self, weight: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """`Packed.reorder`, in one part."""
+        size = (PICTURES, self.in_channels, HEIGHT, WIDTH)
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
-            weight, self.padding, self.stride, self.dilation, self.groups, (PICTURES, self.in_channels, HEIGHT, WIDTH)
+            weight, self.padding, self.stride, self.dilation, self.groups, size
         )
-        return packed
+        return (packed,)
+
+
+class FastUpsample(Upsample, FastConv2d):
+    """An upsampling convolution that, in float32, multiplies for every cell nine times in place of 36.
+
+    Upsampled, neighbours are equal. Along one axis, a kernel (a, b, c) makes of the cells x two pixels each,
+
+        a x[i-1] + (b + c) x[i] = (a + b + c) x[i] + a (x[i-1] - x[i]),
+        (a + b) x[i] + c x[i+1] = (a + b + c) x[i] - c (x[i] - x[i+1]),
+
+    so that three products do for two pixels, with the kernel (a, a + b + c, -c) and differences of cells. Along both,
+    nine do for four. In bfloat16 the differences and sums would have to be rounded, and the error would be thrice as
+    large.
+    """
+
+    def forward(self, input: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W), or of `size`."""
+        pictures, _, height, width = input.shape
+        doubled = (2 * height, 2 * width)
+        if not applies(input) or input.dtype != torch.float32 or tuple(size or doubled) != doubled:
+            return super().forward(input, size)
+        # (B, C, H, W) -> (H + 2, B, W + 2, C): some rows of all pictures lie in one piece
+        cells = F.pad(input, (1, 1, 1, 1)).permute(2, 0, 3, 1).contiguous()
+        out = input.new_empty(2 * height, pictures, 2 * width, self.out_channels)
+        rows = max(CELLS // (pictures * width), 1)
+        for start in range(0, height, rows):
+            self._double(cells[start : start + rows + 2], out[2 * start : 2 * (start + rows)])
+        return out.permute(1, 3, 0, 2).contiguous()  # (2H, B, 2W, C) -> (B, C, 2H, 2W)
+
+    def _double(self, cells: Tensor, out: Tensor) -> None:
+        """Some rows of cells, with one more on every side (H + 2, B, W + 2, C), into pixels `out` (2H, B, 2W, C)."""
+        _, *kernel = self.pack(1 + KERNEL)
+        down = cells[:-1] - cells[1:]  # (H + 1, B, W + 2, C)
+        right, across = (x[:, :, :-1] - x[:, :, 1:] for x in (cells[1:-1], down))  # (H or H + 1, B, W + 1, C)
+        cells, down = cells[1:-1, :, 1:-1].contiguous(), down[:, :, 1:-1].contiguous()
+        middle = linear(cells, kernel[4], self.bias)
+        left, right = linear(right, kernel[3])[:, :, :-1], linear(right, kernel[5])[:, :, 1:]
+        for odd, part in enumerate((slice(None, -1), slice(1, None))):
+            row = kernel[6:] if odd else kernel[:3]
+            own = middle + linear(down[part], row[1])
+            torch.add(own + left, linear(across[part], row[0])[:, :, :-1], out=out[odd::2, :, ::2])
+            torch.add(own + right, linear(across[part], row[2])[:, :, 1:], out=out[odd::2, :, 1::2])
+
+    def reorder(self, weight: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """`Packed.reorder`: in one part, or the weight itself and the kernel of products."""
+        if parts == 1:
+            return super().reorder(weight, parts)
+        columns = torch.stack([weight[:, :, 0], weight.sum(dim=2), -weight[:, :, 2]])  # (3, O, I, 3)
+        kernel = torch.stack([columns[..., 0], columns.sum(dim=3), -columns[..., 2]], dim=1)  # (3, 3, O, I)
+        return weight, *(torch.ops.mkldnn._reorder_linear_weight(part, CELLS) for part in kernel.flatten(0, 1))
+
+    def restore(self, packed: tuple[Tensor, ...]) -> Tensor:
+        """`Packed.restore`."""
+        return super().restore(packed) if len(packed) == 1 else packed[0]
 
 
 class FastGEGLU(GEGLU):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, cast
 
@@ -72,6 +72,18 @@ class ResnetBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         out: Tensor = (x if self.shortcut is None else self.shortcut(x)) + h
         return out
+
+
+class Upsample(nn.Conv2d):
+    """Twice the height and width: nearest neighbours, then a 3x3 convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, 3, padding=1)
+
+    def forward(self, input: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W), or of `size`: 2H - 1 or 2W - 1 where a downsampling had rounded up."""
+        scale = 2.0 if size is None else None
+        return super().forward(F.interpolate(input, size, scale, mode="nearest"))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, causal: bool = False) -> Tensor:

@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nativesd.config import Depth, UNetConfig
-from nativesd.models.layers import Context, EmbeddingMLP, ResnetBlock, SpatialTransformer, repeat_to, sinusoidal
+from nativesd.models.layers import (
+    Context,
+    EmbeddingMLP,
+    ResnetBlock,
+    SpatialTransformer,
+    Upsample,
+    repeat_to,
+    sinusoidal,
+)
 
 EPS = 1e-5  # of the GroupNorms in residual blocks and before conv_out (`normalization` in the source above)
 
@@ -48,7 +56,7 @@ class Stage(nn.Module):
             }
         )
         self.downsample = nn.Conv2d(width, width, 3, stride=2, padding=1) if resample == "down" else None
-        self.upsample = nn.Conv2d(width, width, 3, padding=1) if resample == "up" else None
+        self.upsample = Upsample(width) if resample == "up" else None
 
     def __len__(self) -> int:
         return len(self.resnets)
@@ -188,6 +196,6 @@ class UNet(UNetEncoder):
             for j in range(len(stage)):
                 x = stage.layer(j, torch.cat([x, repeat_to(skips.pop(), x.shape[0])], dim=1), embedding, context)
             if stage.upsample is not None:
-                x = stage.upsample(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
+                x = stage.upsample(x, skips[-1].shape[-2:])
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
         return out

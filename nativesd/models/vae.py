@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nativesd.config import VAEConfig
-from nativesd.models.layers import Attention, Context, ResnetBlock
+from nativesd.models.layers import Attention, Context, ResnetBlock, Upsample
 
 EPS = 1e-6  # of every GroupNorm in the VAE (`Normalize` in the source above)
 
@@ -52,7 +52,7 @@ class Stage(nn.Module):
             ResnetBlock(width if j else width_in, width, time_width=None, groups=groups, eps=EPS) for j in range(layers)
         )
         self.downsample = nn.Conv2d(width, width, 3, stride=2) if resample == "down" else None
-        self.upsample = nn.Conv2d(width, width, 3, padding=1) if resample == "up" else None
+        self.upsample = Upsample(width) if resample == "up" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C, H, W), halved or doubled."""
@@ -61,7 +61,7 @@ class Stage(nn.Module):
         if self.downsample is not None:
             x = self.downsample(F.pad(x, (0, 1, 0, 1)))  # asymmetric: right and bottom only
         if self.upsample is not None:
-            x = self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = self.upsample(x)
         return x
 
 
