@@ -26,6 +26,7 @@ from nativesd.models.vae import PixelAttention
 
 GAIN = 0.97  # of the plain path's time that the fast one may take at most
 ROUNDS = 3
+PROBE = 2  # to be raised whenever the fast operators change: a kept choice was made between others then
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def best_tuning(dtype: torch.dtype, threads: int) -> Tuning:
     if not supported(dtype):
         return Tuning()
     path = cache_folder() / "tuning.json"
-    key = f"{processor()}, {threads} threads, torch {torch.__version__}, {dtype}"
+    key = f"{processor()}, {threads} threads, torch {torch.__version__}, {dtype}, probe {PROBE}"
     known = _read(path)
     try:
         return Tuning(**{each.name: known[key][each.name] for each in fields(Tuning)})
@@ -144,11 +145,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name where the system tells it, and on x86 its family and model, which a name may not tell."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    first = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in first:
+        return platform.processor() or platform.machine()
+    known = [first["model name"], *(f"{name} {first[name]}" for name in ("cpu family", "model") if name in first)]
+    return ", ".join(known)
 
 
 def _probe(dtype: torch.dtype) -> Tuning:

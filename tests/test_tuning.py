@@ -578,6 +578,9 @@ def test_a_choice_is_kept_for_the_next_process(tmp_path: Path, monkeypatch: pyte
     kept.write_bytes(spoilt.replace(b"%s", keys[0].encode()))
     assert best_tuning.__wrapped__(torch.float32, 1) == EVERYTHING
     assert len(probed) == 3
+    monkeypatch.setattr(tuning, "PROBE", tuning.PROBE + 1)
+    assert best_tuning.__wrapped__(torch.float32, 1) == EVERYTHING
+    assert len(probed) == 4
 
 
 def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
