@@ -92,6 +92,8 @@ class Timing:
 
     case: str
     way: str
+    first: float
+    """Seconds of the first call, in which torch.compile compiles."""
     seconds: tuple[float, ...]
     peak: int | None
     flops: float
@@ -276,7 +278,7 @@ def count_flops(case: Case) -> float:
 def ceiling(dtype: torch.dtype, device: torch.device, clock: Clock, rounds: int = 7) -> float:
     """FLOP/s of the product of two square matrices: the best of several."""
     a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE, device=device).to(dtype) for _ in range(2))
-    best = min(_timed(lambda: a @ b, device, clock) for _ in range(rounds))
+    best = min(_timed(lambda: a @ b, device, CLOCKS[clock]) for _ in range(rounds))
     return 2 * PEAK_SIZE**3 / best
 
 
@@ -286,22 +288,22 @@ def measure(
     """`rounds` times, every way is called `repeat` times in a row; one call of each comes before and does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, int | None] = {}
+    first: dict[str, float] = {}
     with torch.inference_mode():
         for name, way in ways.items():
-            way()
+            first[name] = _timed(way, device, CLOCKS["wall"])
             with peak_memory(device) as peak:
                 way()
             peaks[name] = peak()
         for _ in range(rounds):
             for name, way in ways.items():
-                seconds[name] += [_timed(way, device, clock) for _ in range(repeat)]
+                seconds[name] += [_timed(way, device, CLOCKS[clock]) for _ in range(repeat)]
         most = ceiling(case.dtype, device, clock)
     for name in ways:
-        yield Timing(case.name, name, tuple(seconds[name]), peaks[name], count_flops(case), most)
+        yield Timing(case.name, name, first[name], tuple(seconds[name]), peaks[name], count_flops(case), most)
 
 
-def _timed(run: Callable[[], object], device: torch.device, clock: Clock) -> float:
-    now = CLOCKS[clock]
+def _timed(run: Callable[[], object], device: torch.device, now: Callable[[], float]) -> float:
     start = now()
     run()
     if device.type == "cuda":

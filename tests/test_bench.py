@@ -40,6 +40,7 @@ def test_every_way_runs_on_the_same_tensors(small: bench.Case) -> None:
     assert [timing.way for timing in timings] == ["nativesd plain", "nativesd"]
     report = bench.Report(bench.machine(CPU, "cpu"), timings)
     for timing in timings:
+        assert timing.first > 0
         assert len(timing.seconds) == 6
         assert min(timing.seconds) <= timing.median <= max(timing.seconds)
         assert timing.flops > 1e6

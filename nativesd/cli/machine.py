@@ -81,13 +81,14 @@ def timing_table(report: Report, base: str) -> Table:
     out = Table(title=" · ".join(f"{value}" for value in report.machine.values()))
     out.add_column("case")
     out.add_column("way")
-    for name in ("median s", "± %", "it/s", f"x {base}", "peak MB", "GFLOP", "% of peak"):
+    for name in ("first s", "median s", "± %", "it/s", f"x {base}", "peak MB", "GFLOP", "% of peak"):
         out.add_column(name, justify="right")
     for timing in report.timings:
         ratio = report.ratio(timing, base)
         out.add_row(
             timing.case,
             timing.way,
+            f"{timing.first:.1f}",
             f"{timing.median:.3f}",
             f"{100 * timing.spread:.0f}",
             f"{1 / timing.median:.2f}",
