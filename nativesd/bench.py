@@ -251,6 +251,7 @@ def native_ways(plain: UNet | VAE, case: Case, inputs: Inputs, *, compiled: bool
         ways["nativesd"] = lambda: call(quick, guided)
     if compiled:
         blocks = twin(plain, case)
+        tune(blocks)
         compile_blocks(blocks)
         guided_blocks = as_guided(inputs)
         ways["nativesd compile"] = lambda: call(blocks, guided_blocks)

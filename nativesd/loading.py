@@ -119,7 +119,7 @@ def load(
     fast           on a CPU, compute by the operators that a short probe finds faster here (`tuning.tune`)
 
     compile        torch.compile the UNet's repeated block (`tuning.compile_blocks`), which the first picture waits for;
-                   "auto": on CUDA, where Triton is installed. On a CPU `fast` was faster wherever it was measured
+                   "auto": on CUDA, where Triton is installed. On a CPU `fast` alone is as fast
 
     With all files local no request is made. Raises SourceError and WeightsError for what cannot be read or does not
     fit, NetworkError for the hub, UsageError for an argument that cannot be.

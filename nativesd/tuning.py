@@ -105,15 +105,43 @@ def untuned(module: nn.Module) -> Iterator[None]:
 
 
 def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
-    """Have torch.compile compile the block that a UNet repeats, once for every width, when it is first called.
+    """Have torch.compile compile the block that a UNet repeats, when it is first called.
 
-    Any size, number of tokens and batch above 1 uses what was compiled; a batch of 1 is compiled apart. Weights may be
-    written to. The blocks are untuned: compiled is what the plain layers say.
+    Any size, number of tokens and batch above 1 uses what was compiled; a batch of 1 is compiled apart. On CUDA every
+    width has its own graph; on a CPU, where compiling takes longer than it saves, one serves all. Weights may be
+    written to. Of the fast layers in a block its attention stays, where it was chosen.
     """
-    for part in module.modules():
-        if isinstance(part, TransformerBlock):
-            untune(part)
-            part.compile(dynamic=True, fullgraph=True, backend=backend)
+    import torch._inductor.compile_fx  # noqa: F401  # 2 s, which the first picture need not wait for
+
+    for block in module.modules():
+        if isinstance(block, TransformerBlock):
+            tune(block, Tuning(attention=isinstance(block.attn1, fast.FastAttention)))
+            if next(block.parameters()).device.type == "cpu":
+                _compile_for_every_width(block, backend)
+            else:
+                block.compile(dynamic=True, fullgraph=True, backend=backend)
+
+
+def _compile_for_every_width(block: TransformerBlock, backend: str) -> None:
+    """The block that sees the latents once for several texts stays as it is: it would need a graph of its own."""
+    from torch._dynamo import config
+
+    # else inductor compiles all of torch's vector headers only to see whether that works
+    options = {"cpp.vec_isa_ok": True} if backend == "inductor" else None
+    block.compile(dynamic=True, fullgraph=True, backend=backend, options=options)
+    any_width = config.patch(
+        force_parameter_static_shapes=False,
+        force_nn_module_property_static_shapes=False,
+        allow_unspec_int_on_nn_module=True,
+        specialize_float=True,  # the norms' eps
+    )
+    compiled, plain = any_width(block._compiled_call_impl), block._call_impl
+
+    def call(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = (compiled if len(x) == len(k) else plain)(x, k, v)
+        return out
+
+    block._compiled_call_impl = call
 
 
 @cache

@@ -106,13 +106,32 @@ def _weighted(weights: Tensor, v: Tensor) -> Tensor:
 
 def attend(module: Attention, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`Attention.attend`, blockwise where that is faster."""
-    if not applies(x) or min(x.shape[1], k.shape[1]) < FEWEST:
+    if not applies(x):
         return attention(module.to_q(x), k, v, module.heads)
-    width = x.shape[2] // module.heads
-    scale = x.new_tensor(width**-0.5).expand(x.shape)  # times the float32 sums: the product is rounded once
     weight = module.to_q.pack()[0] if isinstance(module.to_q, Packed) else module.to_q.weight
-    q = torch.ops.mkldnn._linear_pointwise.binary(x, scale, weight, module.to_q.bias, "mul")
-    return blockwise_attention(q, k, v, module.heads)
+    run = torch.ops.nativesd.attend if torch.compiler.is_compiling() else _attend
+    out: Tensor = run(x, k, v, weight, module.to_q.bias, module.heads)
+    return out
+
+
+def _attend(x: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """(B, T, C), (B, S, C), (B, S, C) -> (B, T, C), with the projection to queries, `weight` (C, C) and `bias` (C,)."""
+    if min(x.shape[1], k.shape[1]) < FEWEST:
+        return attention(linear(x, weight, bias), k, v, heads)
+    scale = x.new_tensor((x.shape[2] // heads) ** -0.5).expand(x.shape)  # times float32 sums: they are rounded once
+    q = torch.ops.mkldnn._linear_pointwise.binary(x, scale, weight, bias, "mul")
+    return blockwise_attention(q, k, v, heads)
+
+
+@torch.library.custom_op("nativesd::attend", mutates_args=())
+def _opaque(x: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """`_attend` for torch.compile, which need not know what is in it."""
+    return _attend(x, k, v, weight, bias, heads).contiguous()
+
+
+@_opaque.register_fake
+def _(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class FastAttention(Attention):

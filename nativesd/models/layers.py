@@ -176,16 +176,24 @@ class GEGLU(nn.Module):
         return out
 
 
+class LayerNorm(nn.LayerNorm):
+    """Over the last axis. The width is that of the input, so that what is compiled for one width does for others."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return F.layer_norm(input, input.shape[-1:], self.weight, self.bias, self.eps)
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward; each behind a layer norm and added to its input."""
 
     def __init__(self, width: int, heads: int, context: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.attn1 = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.attn2 = Attention(width, heads, context)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm3 = LayerNorm(width)
         self.ff = GEGLU(width)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
