@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -140,7 +140,11 @@ def steer(
     """The hints made ready for a pass over `sigmas` (but the last) on `batch` latents of `cells`, height and width."""
     adapters = [hint for hint in hints if isinstance(hint.model.module, T2IAdapter)]
     features = [(hint, _features(hint, unet, *cells, device)) for hint in adapters]
-    networks = [hint for hint in hints if hint not in adapters]
+    networks = [
+        replace(hint, pixels=hint.pixels.to(device, next(hint.model.module.parameters()).dtype))
+        for hint in hints
+        if hint not in adapters
+    ]
     return Steering(networks, sigmas, batch, guess, features)
 
 
@@ -206,7 +210,7 @@ def _run(hints: list[Hint], latents: Tensor, time: float, side: Conditioning, ba
             parts.append(
                 module(
                     latents[rows], time, side.context[rows],
-                    [hint.pixels.to(latents).expand(len(latents[rows]), -1, -1, -1) for hint in hints],
+                    [hint.pixels.expand(len(latents[rows]), -1, -1, -1) for hint in hints],
                     [hint.kind or 0 for hint in hints],
                     pooled=None if side.pooled is None else side.pooled[rows],
                     time_ids=None if side.time_ids is None else side.time_ids[rows],
@@ -217,7 +221,7 @@ def _run(hints: list[Hint], latents: Tensor, time: float, side: Conditioning, ba
         return [[torch.stack(residuals, dim=1).flatten(0, 1) for residuals in zip(*parts, strict=True)]]
     return [
         module(
-            latents, time, side.context, hint.pixels.to(latents).expand(len(latents), -1, -1, -1), pooled=side.pooled,
+            latents, time, side.context, hint.pixels.expand(len(latents), -1, -1, -1), pooled=side.pooled,
             time_ids=side.time_ids, scale=hint.scale,
         )
         for hint in hints

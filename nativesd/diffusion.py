@@ -25,7 +25,7 @@ from nativesd.models.clip import TextEncoder
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
-from nativesd.sampling.noise import BrownianNoise, NoiseKind, NoiseSource, noise_source
+from nativesd.sampling.noise import BrownianNoise, NoiseKind, NoiseSource, move_noise, noise_source
 from nativesd.sampling.samplers import Noise
 from nativesd.sampling.schedule import Kind, Schedule, SchedulerConfig, make_schedule
 from nativesd.sampling.table import Call, Choice
@@ -284,7 +284,7 @@ class Diffusion:
         channels  further inputs of the UNet; keep  what `keep_known` takes beside the denoiser
         """
         total = len(plan.timesteps)
-        noise: Noise = lambda sigma, sigma_next: source.draw(x.shape[1:]).to(self.device)  # noqa: E731
+        noise: Noise = lambda sigma, sigma_next: move_noise(source.draw(x.shape[1:]), self.device)  # noqa: E731
         if job.choice.brownian:
             above_zero = plan.sigmas[plan.sigmas > 0]
             noise = BrownianNoise(x, float(above_zero[-1]), float(plan.sigmas[0]), job.seeds, job.noise)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import nativesd
 from nativesd.diffusion import Step
+from nativesd.sampling import noise
+from nativesd.sampling.table import SAMPLERS, Choice, find_sampler
 from nativesd.text.tokenizer import DEFAULT
 
 TOLERANCE = 2e-3  # of full scale, before rounding to bytes
@@ -200,3 +208,57 @@ def test_on_step(pipelines: tuple[str, nativesd.Pipeline, diffusers.DiffusionPip
         assert [(step.index, step.total) for step in steps] == [(i, 5) for i in range(5)]
         assert all(a.sigma > b.sigma for a, b in pairwise(steps))
         assert steps[0].latents.shape == steps[0].denoised.shape == (1, 4, 8, 8)
+
+
+class AllStepsTakenError(Exception):
+    """What comes after the steps needs no watching."""
+
+
+class Crossings(TorchFunctionMode):
+    """What makes CUDA's queue wait for the host, or the host for it, where "meta" stands for the device.
+
+    Values that are asked for raise by themselves there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        made = func in (torch.tensor, torch.as_tensor)
+        copied = any(tensor.device.type == "cpu" and tensor.ndim > 0 for tensor in given)
+        if isinstance(out, torch.Tensor) and out.device.type == "meta" and (made or copied):
+            self.calls.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"control": True}, {"control": True, "guess_mode": True}, {"guidance_scale": 1.0}], ids=str
+)
+@pytest.mark.parametrize("name", [sampler.name for sampler in SAMPLERS])
+def test_no_step_waits_for_the_device(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = nativesd.load("tiny", device="meta")
+    crossings = Crossings()
+
+    def find(*given: Any) -> Choice:
+        choice = find_sampler(*given)
+
+        def run(*given: Any) -> torch.Tensor:
+            with crossings:
+                choice.sampler.run(*given)
+            raise AllStepsTakenError
+
+        return replace(choice, sampler=replace(choice.sampler, run=run))
+
+    monkeypatch.setattr(nativesd.pipeline, "find_sampler", find)
+    for module in (nativesd.diffusion, noise):
+        monkeypatch.setattr(module, "move_noise", lambda noise, device: torch.empty(noise.shape, device=device))
+    if options.get("control"):
+        options = options | {"control": [nativesd.Control("tiny", Image.new("RGB", (64, 64)))]}
+    with pytest.raises(AllStepsTakenError):
+        pipe("a red apple", sampler=name, steps=5, **options)
+    assert crossings.calls == []

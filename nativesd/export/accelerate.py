@@ -180,4 +180,6 @@ def accelerate_module(module: Module, delegates: Mapping[str, Delegate]) -> Modu
 
 
 def _rows(timestep: Tensor | float, latents: Tensor) -> Tensor:
-    return torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).expand(len(latents))
+    if isinstance(timestep, Tensor):
+        return timestep.to(latents.device, torch.float32).expand(len(latents))
+    return torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device)

@@ -149,7 +149,9 @@ class ControlNetUnion(ControlEncoder):
 
     def embed_kinds(self, kinds: Sequence[int], like: Tensor) -> Tensor:
         """The embedding (1, time width) of which kinds are used."""
-        used = torch.tensor([float(kind in kinds) for kind in range(self.union.kinds)], device=like.device)
+        used = torch.zeros(self.union.kinds, device=like.device)
+        for kind in kinds:
+            used[kind].fill_(1.0)  # on the device; an assignment would copy
         ids = sinusoidal(used, self.union.id_width).reshape(1, -1)  # (kinds, w) -> (1, kinds * w)
         out: Tensor = self.kinds_embedding(ids.to(like.dtype))
         return out

@@ -98,7 +98,9 @@ class UNetEncoder(nn.Module):
     ) -> Tensor:
         """The embedding (B, time width) of the timestep and of everything else that is one vector per picture."""
         batch, dtype, config = latents.shape[0], latents.dtype, self.config
-        times = torch.as_tensor(timestep, device=latents.device).expand(batch)  # () or (B,) -> (B,)
+        # a number is filled in on the device, which need not be waited for; () or (B,) -> (B,)
+        times = timestep if isinstance(timestep, Tensor) else torch.full((), timestep, device=latents.device)
+        times = times.to(latents.device).expand(batch)
         embedding: Tensor = self.time_embedding(
             sinusoidal(times, config.levels[0].width).to(dtype), None if guidance is None else guidance.to(dtype)
         )

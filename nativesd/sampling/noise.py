@@ -33,6 +33,13 @@ def noise_source(kind: NoiseKind, seeds: Sequence[int]) -> NoiseSource:
     return CpuNoise(seeds) if kind == "cpu" else CudaNoise(seeds)
 
 
+def move_noise(noise: Tensor, device: torch.device) -> Tensor:
+    """Noise onto a device: CUDA fetches it from pinned memory by itself, and nobody waits."""
+    if device.type == "cuda":
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise.to(device)
+
+
 class CpuNoise:
     """`torch.randn` on the CPU with a generator for each seed."""
 
@@ -152,7 +159,7 @@ class BrownianNoise:
             increment = torch.stack([tree(*ends) for tree in self._trees])
         if (sigma < sigma_next) != self._ascending:
             increment = -increment
-        return (increment / (high - low).sqrt()).to(self._device)
+        return move_noise(increment / (high - low).sqrt(), self._device)
 
 
 def _single(sigma: float) -> Tensor:
