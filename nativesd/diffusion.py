@@ -413,9 +413,15 @@ def unet_bytes(config: UNetConfig, batch: int, height: int, width: int, dtype: t
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device, where that can be known."""
+    """Memory that is free on a device, where that can be known; what torch holds there for the next tensors is."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        index = torch.cuda.current_device() if device.index is None else device.index
+        held: Iterator[int] = (
+            segment["total_size"] - segment["active_size"]
+            for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+            if segment["device"] == index and tuple(segment["segment_pool_id"]) == (0, 0)  # the others are of graphs
+        )
+        return torch.cuda.mem_get_info(device)[0] + sum(held)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

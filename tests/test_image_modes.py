@@ -301,6 +301,21 @@ def test_offloaded_modules_visit_the_device(folders: dict[str, Path], monkeypatc
     assert moved == visits
 
 
+def test_memory_that_torch_holds_for_the_next_tensors_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But what it holds for graphs, and what tensors have."""
+    segments = [
+        {"device": 0, "total_size": 1000, "active_size": 100, "segment_pool_id": (0, 0)},
+        {"device": 0, "total_size": 20, "active_size": 20, "segment_pool_id": (0, 0)},
+        {"device": 0, "total_size": 3000, "active_size": 0, "segment_pool_id": (0, 1)},
+        {"device": 1, "total_size": 5000, "active_size": 0, "segment_pool_id": (0, 0)},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 100000))
+    found = [diffusion.free_bytes(torch.device(name)) for name in ("cuda:0", "cuda:1", "cuda")]
+    assert found == [907, 5007, 5007]
+
+
 def test_what_does_not_fit_is_said_before_the_first_step(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
