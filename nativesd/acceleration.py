@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,16 +17,17 @@ from nativesd.diffusion import Diffusion
 from nativesd.errors import UsageError
 from nativesd.export import library
 from nativesd.export.accelerate import Delegate, accelerate_module
-from nativesd.export.engine import Arena, CudaQueue
+from nativesd.export.capture import CapturedRunner, CudaQueue
+from nativesd.export.engine import Arena
 from nativesd.export.library import BACKENDS, BackendName, Part, default_store
 from nativesd.export.runner import Runner
 from nativesd.export.slots import Component
 from nativesd.export.store import Store
-from nativesd.export.tensorrt import Backend
 from nativesd.models.controlnet import ControlNet
 from nativesd.models.vae import VAE
 
 ACCELERATED = ("text_encoder", "unet", "controlnet", "vae")
+STEP = ("unet", "controlnet")  # what runs once a step: CUDA graphs gain nothing on the rest, and hold on to its memory
 Model = TypeVar("Model", bound=Diffusion)
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -40,7 +41,16 @@ class Acceleration:
     device: torch.device
     family: str
     runners: list[Runner] = field(default_factory=list)
-    arena: Arena | None = None
+
+    @cached_property
+    def queue(self) -> CudaQueue:
+        """Where TensorRT's engines and CUDA graphs run."""
+        return CudaQueue(self.device)
+
+    @cached_property
+    def arena(self) -> Arena:
+        """The engines' memory."""
+        return Arena(self.queue)
 
     def runner(self, part: Part) -> Runner:
         """What runs a part. Raises NativesdError where there is nothing that can."""
@@ -48,11 +58,10 @@ class Acceleration:
             runner = library.onnx_runner(part, self.store, self.device)
         elif self.backend == "openvino":
             runner = library.openvino_runner(part, self.store)
+        elif self.backend == "cudagraphs":
+            runner = CapturedRunner(part.graph(), self.queue)
         else:
-            kind: Backend = self.backend
-            if self.arena is None:
-                self.arena = Arena(CudaQueue(self.device))
-            runner = library.engine_runner(part, self.store, self.device, self.arena, kind)
+            runner = library.engine_runner(part, self.store, self.device, self.arena, self.backend)
         self.runners.append(runner)
         return runner
 
@@ -72,7 +81,7 @@ class Acceleration:
             try:
                 runner = self.runner(Part(label, component, module, self.family))
             except UsageError as error:
-                if self.backend in ("onnx", "openvino"):
+                if not self.backend.startswith("tensorrt"):
                     raise
                 warnings.warn(f"{error}: PyTorch runs it; `nativesd export tensorrt` builds one", stacklevel=4)
                 continue
@@ -87,22 +96,24 @@ class Acceleration:
 
 
 def accelerate(
-    model: Model, backend: BackendName, *, engines: str | Path | None = None, components: Sequence[str] = ACCELERATED
+    model: Model, backend: BackendName, *, engines: str | Path | None = None, components: Sequence[str] | None = None
 ) -> Model:
     """`model` with the components named run by `backend`; the given one stays as it is and shares the weights.
 
-    Raises UsageError for a backend or component that there is not, and what its graphs' making raises.
+    Without names, all that the backend is of use to. Raises UsageError for a backend or component that there is not,
+    and what its graphs' making raises.
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if components is None:
+        components = STEP if backend == "cudagraphs" else ACCELERATED
     if unknown := set(components) - set(ACCELERATED):
         raise UsageError(f"there is no component {', '.join(sorted(unknown))}: there are {', '.join(ACCELERATED)}")
     if model.offload:
         raise UsageError("offload moves modules between devices, which graphs cannot follow: load without offload=True")
-    if backend.startswith("tensorrt") and model.device.type != "cuda":
-        raise UsageError(
-            f"TensorRT engines run on a GPU, and the model is on {model.device}: load it with device='cuda'"
-        )
+    if backend not in ("onnx", "openvino") and model.device.type != "cuda":
+        what = "CUDA graphs" if backend == "cudagraphs" else "TensorRT engines"
+        raise UsageError(f"{what} run on a GPU, and the model is on {model.device}: load it with device='cuda'")
     if backend == "openvino" and model.device.type != "cpu":
         raise UsageError(
             f"OpenVINO runs on the CPU here, and the model is on {model.device}: load it with device='cpu'"
@@ -114,7 +125,7 @@ def accelerate(
     uses = () if merged is None else merged.uses
 
     def other_loras() -> str | None:
-        same = merged is None or merged.uses == uses
+        same = merged is None or merged.uses == uses or backend == "cudagraphs"  # which has the model's own weights
         return None if same else "other LoRAs are in the weights now than when its graph was made"
 
     encoders, unet, vae, load = model.text_encoders, model.unet, model.vae, model.load_control

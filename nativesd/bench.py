@@ -23,6 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nativesd.config import UNETS, VAES, UNetConfig, VAEConfig
 from nativesd.errors import UsageError
+from nativesd.export.accelerate import Delegate, accelerate_module
+from nativesd.export.capture import CapturedRunner, CudaQueue, Queue
+from nativesd.export.graphs import graph_of
+from nativesd.export.slots import Component
 from nativesd.loading import find_device
 from nativesd.models.layers import CachedContext, Context
 from nativesd.models.unet import UNet
@@ -239,12 +243,16 @@ def _case(name: str) -> Case:
 
 
 def native_ways(plain: UNet | VAE, case: Case, inputs: Inputs, *, compiled: bool = False) -> dict[str, Way]:
-    """Our plain module, its fast twin where there is one, and its `compiled` twin where it is asked for.
+    """Our plain module, its fast twin or on CUDA its graph, and its `compiled` twin where it is asked for.
 
     They share their tensors, but those that the fast one packs (`models.fast`).
     """
     ways: dict[str, Way] = {"nativesd plain": lambda: call(plain, inputs)}
-    if inputs.latents.device.type == "cpu":
+    device = inputs.latents.device
+    if device.type == "cuda":
+        captured = capture_module(plain, CudaQueue(device))
+        ways["nativesd cudagraphs"] = lambda: call(captured, inputs)
+    if device.type == "cpu":
         quick = twin(plain, case)
         tune(quick)
         guided = as_guided(inputs)
@@ -256,6 +264,13 @@ def native_ways(plain: UNet | VAE, case: Case, inputs: Inputs, *, compiled: bool
         guided_blocks = as_guided(inputs)
         ways["nativesd compile"] = lambda: call(blocks, guided_blocks)
     return ways
+
+
+def capture_module(module: UNet | VAE, queue: Queue) -> UNet | VAE:
+    """The module, run by CUDA graphs; it shares its tensors."""
+    component: Component = "unet" if isinstance(module, UNet) else "vae_decoder"
+    runner = CapturedRunner(graph_of(module, component), queue)
+    return accelerate_module(module, {component: Delegate(component, runner, lambda: None)})
 
 
 def as_guided(inputs: Inputs) -> Inputs:

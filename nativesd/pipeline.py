@@ -267,15 +267,17 @@ class Pipeline(Diffusion):
         backend: BackendName = "onnx",
         *,
         engines: str | Path | None = None,
-        components: Sequence[str] = ("text_encoder", "unet", "controlnet", "vae"),
+        components: Sequence[str] | None = None,
     ) -> Pipeline:
         """This pipeline with its components run by another backend; it shares the weights of this one, which stays.
 
         backend     onnx (ONNX Runtime; CPU, or CUDA with onnxruntime-gpu), openvino (CPU), tensorrt or tensorrt-rtx
+                    (CUDA); cudagraphs (CUDA): PyTorch itself, a step's thousands of launches recorded as one
         engines     the folder of graphs and engines; default: nativesd/engines in the user's cache. ONNX graphs that
                     are not in it are exported to it and checked, which takes time once; TensorRT engines are built
                     with `nativesd export tensorrt`
-        components  what is accelerated, of text_encoder, unet, controlnet (those that controls name), and vae
+        components  what is accelerated, of text_encoder, unet, controlnet (those that controls name), and vae;
+                    default: all, and with cudagraphs unet and controlnet
 
         LoRAs that are merged now are in the graphs. What a graph has no input for (T2I-Adapters, textual inversions,
         other LoRAs, sizes outside an engine's profiles) is run by PyTorch, with a warning that says why. Raises

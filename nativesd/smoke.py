@@ -461,14 +461,20 @@ def _ended(subject: Subject, case: Case, precision: Precision, error: RuntimeErr
 def run_pictures(device: torch.device, *, steps: int = 20) -> list[Check]:
     """Whole pictures by the embedded model, from noise that is the same everywhere, without and with its ControlNet."""
     checks = []
-    ways: Mapping[str, Sequence[Control]] = {"from a prompt": (), "with a ControlNet": (Control("tiny", _outline()),)}
+    outline = [Control("tiny", _outline())]
+    ways: dict[str, tuple[Sequence[Control], Literal["torch", "cudagraphs"]]] = {
+        "from a prompt": ([], "torch"),
+        "with a ControlNet": (outline, "torch"),
+    }
+    if device.type == "cuda":
+        ways["with a ControlNet, CUDA graphs"] = (outline, "cudagraphs")
     reference = load("tiny", device="cpu", dtype="float32")
-    expected = {name: reference(PROMPT, steps=steps, seed=0, control=control) for name, control in ways.items()}
+    expected = {name: reference(PROMPT, steps=steps, seed=0, control=control) for name, (control, _) in ways.items()}
     for precision in precisions(device):
-        for name, control in ways.items():
+        for name, (control, backend) in ways.items():
             blank = Check("picture", ("tiny",), name, precision.name, PICTURE_LIMITS[precision], "failed")
             try:
-                pipeline = load("tiny", device=device, dtype=precision.dtype)
+                pipeline = load("tiny", device=device, dtype=precision.dtype, backend=backend)
                 call = partial(pipeline, PROMPT, steps=steps, seed=0, control=control)
                 with _tf32(precision.tf32):
                     found, seconds, peak = measure(call, device)

@@ -431,7 +431,7 @@ def test_graphs_without_slots_take_no_control() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"backend": "onyx"}, "backend must be one of onnx, openvino, tensorrt, tensorrt-rtx, not 'onyx'"),
+        ({"backend": "onyx"}, "backend must be one of cudagraphs, onnx, openvino, tensorrt, tensorrt-rtx, not 'onyx'"),
         ({"backend": "onnx", "offload": True}, "offload moves modules between devices"),
         ({"backend": "onnx", "dtype": "bfloat16"}, r"does not compute in bfloat16 on a CPU: load with dtype='float32'"),
         ({"backend": "tensorrt"}, "TensorRT engines run on a GPU, and the model is on cpu: load it with device='cuda'"),

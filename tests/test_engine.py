@@ -21,7 +21,8 @@ from torch import Tensor
 from nativesd.config import Level, UNetConfig
 from nativesd.errors import SourceError, UsageError
 from nativesd.export import engine as module
-from nativesd.export.engine import Arena, CudaQueue, EngineRunner, RuntimeCache, load_engine
+from nativesd.export.capture import CudaQueue
+from nativesd.export.engine import Arena, EngineRunner, RuntimeCache, load_engine
 from nativesd.export.slots import Request, Schema, unet_schema
 from nativesd.export.store import RUNTIME_CACHE, Entry, Key, Store
 from nativesd.export.tensorrt import DTYPES, ENGINE, Profile, slot_dtype

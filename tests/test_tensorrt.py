@@ -28,7 +28,8 @@ from nativesd.config import (
 from nativesd.errors import SourceError, UsageError
 from nativesd.export import engine
 from nativesd.export import tensorrt as module
-from nativesd.export.engine import Arena, CudaQueue, load_engine
+from nativesd.export.capture import CudaQueue
+from nativesd.export.engine import Arena, load_engine
 from nativesd.export.graphs import graph_of
 from nativesd.export.onnx import export_onnx
 from nativesd.export.slots import Component, Request, Schema, unet_schema

@@ -15,7 +15,7 @@ from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Border, Size, lora_use
 if TYPE_CHECKING:
     from nativesd.control import Control
 
-BACKENDS = ["torch", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
+BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 
 
 @main.command()

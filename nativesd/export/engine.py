@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from nativesd.cache import keep
 from nativesd.errors import SourceError, UsageError
+from nativesd.export.capture import GRAPHS, Capture, Captures, Queue
 from nativesd.export.slots import Request, Schema, Slot
 from nativesd.export.store import RUNTIME_CACHE, Entry, verify, why_not
 from nativesd.export.tensorrt import (
@@ -34,7 +33,6 @@ from nativesd.export.tensorrt import (
 )
 
 ALIGNMENT = 256  # bytes, of every address that is bound: NvInferRuntime.h, IExecutionContext::setInputTensorAddress
-GRAPHS = 8  # CUDA graphs that a runner keeps at most, one for each shape
 
 
 class Engine(Protocol):
@@ -60,60 +58,6 @@ class Context(Protocol):
     def update_device_memory_size_for_shapes(self) -> int: ...
     def set_device_memory(self, address: int, size: int, /) -> None: ...
     def execute_async_v3(self, stream: int, /) -> bool: ...
-
-
-class Queue(Protocol):
-    """Where engines run, one after another: a CUDA stream."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where tensors have to be."""
-
-    @property
-    def handle(self) -> int:
-        """What TensorRT calls it."""
-
-    def use(self) -> AbstractContextManager[None]:
-        """Work that is queued in the block runs after what the caller has queued so far, and before what follows."""
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """The work as one launch, which the result makes."""
-
-    def wait(self) -> None:
-        """Until all work is done."""
-
-
-class CudaQueue:
-    """A stream of its own: on the default one, TensorRT synchronizes the device. Raises UsageError without a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        if not torch.cuda.is_available():
-            raise UsageError("TensorRT engines run on an NVIDIA GPU, and PyTorch finds none here")
-        self.device = torch.empty(0, device=device).device  # with its index, as tensors have it
-        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self.handle = int(self._stream.cuda_stream)
-
-    @contextmanager
-    def use(self) -> Iterator[None]:
-        """See `Queue`. Tensors of either stream outlive the other's work, as each waits for the other."""
-        outside = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(outside)
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            outside.wait_stream(self._stream)
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """See `Queue`."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
-
-    def wait(self) -> None:
-        """See `Queue`."""
-        self._stream.synchronize()
 
 
 class Arena:
@@ -169,21 +113,6 @@ class Cache(Protocol):
         """Write it, if there is anything new."""
 
 
-@dataclass
-class Captured:
-    """One launch for one shape: its context and the tensors that it is bound to."""
-
-    context: Context
-    inputs: Mapping[str, Tensor]
-    outputs: Mapping[str, Tensor]
-    replay: Callable[[], None]
-
-    @property
-    def size(self) -> int:
-        """Bytes of its tensors."""
-        return sum(tensor.nbytes for tensor in (*self.inputs.values(), *self.outputs.values()))
-
-
 class EngineRunner:
     """An engine behind `Runner`'s call, for one thread. Tensors are bound where they are, every binding at every call.
 
@@ -217,14 +146,12 @@ class EngineRunner:
         self._dtype = dtype
         self._arena = arena
         self._queue = arena.queue
-        self._limit = graphs
         self._weights = weights
         self._cache = cache
         self._errors = errors
         self._contexts: dict[int, Context] = {}
         self._zeros: Tensor | None = None
-        self._seen: set[tuple[Request, frozenset[str]]] = set()
-        self._graphs: OrderedDict[tuple[Request, frozenset[str]], Captured] = OrderedDict()
+        self._captures = Captures(arena.queue, graphs)
         self._generation = arena.generation
         arena.attach()
 
@@ -248,32 +175,27 @@ class EngineRunner:
         profile = min(fitting, key=lambda index: _distance(self.schema, request, self.profiles[index]))
         self._follow_arena()
         key = (request, frozenset(inputs))
-        if key in self._graphs:
-            return self._replay(key, inputs)
-        if key in self._seen and self._limit:
-            self._graphs[key] = self._capture(request, profile, inputs)
-            while len(self._graphs) > self._limit:
-                self._graphs.popitem(last=False)
-            return self._replay(key, inputs)
-        outputs = self._outputs(request)
-        if profile not in self._contexts:
-            self._contexts[profile] = self._context(profile)
-        context = self._contexts[profile]
-        self._bind(context, request, profile, inputs, outputs)
-        with self._queue.use():
-            self._execute(context)
-        if key not in self._seen:
-            self._seen.add(key)
-            if self._cache is not None:
+
+        def call() -> dict[str, Tensor]:
+            outputs = self._outputs(request)
+            if profile not in self._contexts:
+                self._contexts[profile] = self._context(profile)
+            context = self._contexts[profile]
+            self._bind(context, request, profile, inputs, outputs)
+            with self._queue.use():
+                self._execute(context)
+            if key not in self._captures.seen and self._cache is not None:
                 self._cache.save()
-        return outputs
+            return outputs
+
+        return self._captures.run(key, inputs, call, lambda: self._capture(request, profile, inputs))
 
     def close(self) -> int:
         """See `Runner`. The arena's memory goes with the last of its engines."""
         if self._engine is None:
             return 0
         self._queue.wait()
-        freed = self._weights + self._forget_graphs() + (0 if self._zeros is None else self._zeros.nbytes)
+        freed = self._weights + self._captures.forget() + (0 if self._zeros is None else self._zeros.nbytes)
         if self._cache is not None:
             self._cache.save()
         self._contexts.clear()
@@ -340,14 +262,14 @@ class EngineRunner:
     def _follow_arena(self) -> None:
         """Forget graphs that hold the address of memory that was too small for another call, or another engine."""
         if self._arena.generation != self._generation:
-            self._forget_graphs()
+            self._captures.forget()
             self._generation = self._arena.generation
 
     def _zeros_for(self, request: Request, slots: Iterable[Slot]) -> int:
         """The address of as many zeros as the largest of these slots needs: inputs are only read, so all share it."""
         size = max((math.prod(slot.shape(request)) for slot in slots), default=0) * self._dtype.itemsize
         if self._zeros is None or self._zeros.nbytes < size:
-            self._forget_graphs()  # which hold the address of the smaller ones
+            self._captures.forget()  # which hold the address of the smaller ones
             self._zeros = torch.zeros(size, dtype=torch.uint8, device=self._queue.device)
         return self._zeros.data_ptr()
 
@@ -362,7 +284,7 @@ class EngineRunner:
     def _execute(self, context: Context) -> None:
         self._must(context.execute_async_v3(self._queue.handle), "the call")
 
-    def _capture(self, request: Request, profile: int, inputs: Mapping[str, Tensor]) -> Captured:
+    def _capture(self, request: Request, profile: int, inputs: Mapping[str, Tensor]) -> Capture:
         """A graph with tensors of its own, for requests of this shape with these inputs."""
         mine = {name: torch.empty_like(tensor) for name, tensor in inputs.items()}
         outputs = self._outputs(request)
@@ -378,32 +300,12 @@ class EngineRunner:
             raise UsageError(
                 f"the {self.schema.component} engine makes no CUDA graph ({error}): load it with graphs=0"
             ) from error
-        return Captured(context, mine, outputs, replay)
-
-    def _replay(self, key: tuple[Request, frozenset[str]], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self._graphs.move_to_end(key)
-        graph = self._graphs[key]
-        out = {name: torch.empty_like(tensor) for name, tensor in graph.outputs.items()}
-        with self._queue.use():
-            for name, tensor in inputs.items():
-                graph.inputs[name].copy_(tensor)
-            graph.replay()
-            for name, tensor in graph.outputs.items():
-                out[name].copy_(tensor)
-        return out
+        return Capture(mine, outputs, replay, needs=context)
 
     def _must(self, done: bool, what: str) -> None:
         """TensorRT answers False, and says why in its log."""
         if not done:
             raise SourceError(f"TensorRT did not take {what}: {reason(self._errors[-1:])}")
-
-    def _forget_graphs(self) -> int:
-        """Returns the bytes that they held."""
-        if self._graphs:
-            self._queue.wait()
-        freed = sum(graph.size for graph in self._graphs.values())
-        self._graphs.clear()
-        return freed
 
 
 class RuntimeCache:

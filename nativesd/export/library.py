@@ -9,15 +9,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from nativesd.cache import cache_folder
 from nativesd.errors import SourceError, UsageError
+from nativesd.export.capture import CudaQueue
 from nativesd.export.check import SIZES, compare, require
-from nativesd.export.engine import Arena, CudaQueue, load_engine
+from nativesd.export.engine import Arena, load_engine
 from nativesd.export.graphs import Graph, graph_of
 from nativesd.export.onnx import FILE, OPSETS, export_onnx
 from nativesd.export.runner import Runner
@@ -36,8 +37,8 @@ from nativesd.export.tensorrt import (
 )
 from nativesd.tuning import untuned
 
-BackendName = Literal["onnx", "openvino", "tensorrt", "tensorrt-rtx"]
-BACKENDS: tuple[BackendName, ...] = ("onnx", "openvino", "tensorrt", "tensorrt-rtx")
+BackendName = Literal["cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 
 def default_store() -> Path:

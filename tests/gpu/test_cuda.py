@@ -5,8 +5,11 @@ python -m pytest gpu -m gpu
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from PIL import Image
 
 import nativesd
 from nativesd import doctor, machine, smoke
@@ -49,3 +52,15 @@ def test_a_second_run_gives_the_same_picture() -> None:
     pipeline = nativesd.load("tiny", device="cuda")
     first, second = (pipeline(smoke.PROMPT, seed=0).images[0] for _ in range(2))
     assert smoke.picture_difference(first, second) <= smoke.PICTURE_LIMITS[smoke.FLOAT32]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_cuda_graphs_give_the_same_picture(dtype: str) -> None:
+    """From the second step on; the second call has nothing but launches."""
+    plain = nativesd.load("tiny", device="cuda", dtype=dtype)
+    captured = plain.accelerate("cudagraphs")
+    options: dict[str, Any] = {"seed": 0, "steps": 8, "control": [nativesd.Control("tiny", Image.new("RGB", (64, 64)))]}
+    expected = plain(smoke.PROMPT, **options).latents
+    for _ in range(2):
+        assert (captured(smoke.PROMPT, **options).latents - expected).abs().max() <= 1e-2 * expected.abs().max()
+    assert captured.close() > 0
