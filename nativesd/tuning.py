@@ -26,6 +26,7 @@ from nativesd.models.vae import PixelAttention
 
 GAIN = 0.97  # of the plain path's time that the fast one may take at most
 ROUNDS = 3
+GRAPHS = 64  # of all blocks of a process, for widths, dtypes and batches of 1; torch gives up after 8
 PROBE = 2  # to be raised whenever the fast operators change: a kept choice was made between others then
 
 
@@ -112,6 +113,7 @@ def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
     written to. Of the fast layers in a block its attention stays, where it was chosen.
     """
     import torch._inductor.compile_fx  # noqa: F401  # 2 s, which the first picture need not wait for
+    from torch._dynamo import config
 
     for block in module.modules():
         if isinstance(block, TransformerBlock):
@@ -120,6 +122,7 @@ def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
                 _compile_for_every_width(block, backend)
             else:
                 block.compile(dynamic=True, fullgraph=True, backend=backend)
+                block._compiled_call_impl = config.patch(recompile_limit=GRAPHS)(block._compiled_call_impl)
 
 
 def _compile_for_every_width(block: TransformerBlock, backend: str) -> None:
@@ -130,6 +133,7 @@ def _compile_for_every_width(block: TransformerBlock, backend: str) -> None:
     options = {"cpp.vec_isa_ok": True} if backend == "inductor" else None
     block.compile(dynamic=True, fullgraph=True, backend=backend, options=options)
     any_width = config.patch(
+        recompile_limit=GRAPHS,
         force_parameter_static_shapes=False,
         force_nn_module_property_static_shapes=False,
         allow_unspec_int_on_nn_module=True,
