@@ -116,8 +116,8 @@ def load(
     offload        keep the modules in main memory, and each on the device only while it is used
     maps           a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
     backend        what runs the components: torch, or as in `Pipeline.accelerate`, which also says what engines is
-    fast           on a CPU, compute by the operators that a short probe finds faster here (`tuning.tune`)
-
+    fast           compute by what a short probe finds faster here (`tuning.tune`): on a CPU other operators, on CUDA
+                   maybe another layout of the weights
     compile        torch.compile the UNet's repeated block (`tuning.compile_blocks`), which the first picture waits for;
                    "auto": on CUDA, where Triton is installed. On a CPU `fast` alone is as fast
 
@@ -146,7 +146,7 @@ def load(
     upcast = isinstance(vae_config, VAEConfig) and vae_config.force_upcast and kind == torch.float16
     vae_module: VAE | TinyVAE = make(*model.parts["vae"], torch.float32 if upcast else kind)
     encoders: tuple[TextEncoder, ...] = tuple(make(*model.parts[name], kind) for name in model.text_encoders)
-    fast = fast and place.type == "cpu"
+    fast = fast and home == place
     if fast:
         tune(unet_module)
         tune(vae_module)

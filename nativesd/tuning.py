@@ -1,4 +1,4 @@
-"""The fast path on a CPU: which of oneDNN's operators pay on this machine, by a measurement, and modules changed over.
+"""What is fast here, by a measurement: oneDNN's operators on a CPU, the layout of weights on CUDA. Modules change over.
 
 What a module computes and what its state is stay as they are, so that a tuned one can be loaded into, merged into and
 saved. Undo it (`untune`, `untuned`) before torch.export or torch.compile, which want the plain layers.
@@ -6,13 +6,14 @@ saved. Undo it (`untune`, `untuned`) before torch.export or torch.compile, which
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from nativesd.models.vae import PixelAttention
 GAIN = 0.97  # of the plain path's time that the fast one may take at most
 ROUNDS = 3
 GRAPHS = 64  # of all blocks of a process, for widths, dtypes and batches of 1; torch gives up after 8
+CALLS = 10  # of a block on CUDA, whose launches take as long as it does
 PROBE = 2  # to be raised whenever the fast operators change: a kept choice was made between others then
 
 
@@ -38,6 +40,8 @@ class Tuning:
     attention: bool = False
     convolution: bool = False
     """And the residual blocks around convolutions."""
+    channels_last: bool = False
+    """On CUDA: convolutions' weights with their channels innermost, which has feature maps follow."""
 
     def swaps(self) -> dict[type[nn.Module], type[nn.Module]]:
         """Plain class -> fast class."""
@@ -62,17 +66,22 @@ PLAIN = {quick: plain for plain, quick in EVERYTHING.swaps().items()}
 def tune(module: nn.Module, tuning: Tuning | None = None) -> Tuning:
     """Change a loaded module to its fast layers, in place, by `tuning` or else by what pays here; returns which.
 
-    Nothing happens to modules that are not on a CPU, or in a dtype without a fast path. Weights keep their names and
-    values.
+    Nothing happens to modules on other devices, or in a dtype without a fast path. Weights keep their names and values.
     """
     untune(module)
     first = next(module.parameters())
     if tuning is None:
-        tuning = best_tuning(first.dtype, torch.get_num_threads()) if first.device.type == "cpu" else Tuning()
+        tuning = best_tuning(first.dtype, first.device, torch.get_num_threads())
     swaps = tuning.swaps()
+    if tuning.channels_last:
+        _put_channels_last(module)
     for part in module.modules():
         part.__class__ = swaps.get(type(part), type(part))
     return tuning
+
+
+def _put_channels_last(module: nn.Module) -> nn.Module:
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def untune(module: nn.Module) -> None:
@@ -149,21 +158,25 @@ def _compile_for_every_width(block: TransformerBlock, backend: str) -> None:
 
 
 @cache
-def best_tuning(dtype: torch.dtype, threads: int) -> Tuning:
-    """What pays on this machine with as many `threads`, from a probe of a fraction of a second.
+def best_tuning(dtype: torch.dtype, device: torch.device, threads: int) -> Tuning:
+    """What pays on this machine, on a CPU with as many `threads`, from a probe of a fraction of a second.
 
     It is kept in the user's cache, since a choice that comes out even would otherwise change a picture's last bits
     from one process to the next.
     """
-    if not supported(dtype):
+    if device.type == "cpu" and supported(dtype):
+        where, probe = f"{processor()}, {threads} threads", _probe
+    elif device.type == "cuda":
+        where, probe = torch.cuda.get_device_name(device), partial(_probe_layout, device=device)
+    else:
         return Tuning()
     path = cache_folder() / "tuning.json"
-    key = f"{processor()}, {threads} threads, torch {torch.__version__}, {dtype}, probe {PROBE}"
+    key = f"{where}, torch {torch.__version__}, {dtype}, probe {PROBE}"
     known = _read(path)
     try:
         return Tuning(**{each.name: known[key][each.name] for each in fields(Tuning)})
     except (KeyError, TypeError):
-        found = _probe(dtype)
+        found = probe(dtype)
         keep(path, json.dumps(known | {key: asdict(found)}, indent=1).encode())
         return found
 
@@ -203,6 +216,24 @@ def _probe(dtype: torch.dtype) -> Tuning:
             attention=_pays(lambda: attention(q, k, v, 5), lambda: fast.blockwise_attention(q / 8, k, v, 5), most=GAIN),
             convolution=True,  # less work everywhere
         )
+
+
+def _probe_layout(dtype: torch.dtype, device: torch.device) -> Tuning:
+    """By a residual block of the UNet's first level: group norms on CUDA want channels first, convolutions last."""
+    with torch.random.fork_rng(devices=[]):  # whoever draws next gets what would be drawn without the probe
+        block = ResnetBlock(320, 320, time_width=None, groups=32, eps=1e-5).to(device, dtype)
+    other = _put_channels_last(copy.deepcopy(block))
+    x = torch.randn(2, 320, 64, 64, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    swapped = x.contiguous(memory_format=torch.channels_last)
+
+    def several(block: nn.Module, x: Tensor) -> None:
+        for _ in range(CALLS):
+            block(x)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    with torch.inference_mode():
+        return Tuning(channels_last=_pays(lambda: several(block, x), lambda: several(other, swapped), most=GAIN))
 
 
 def supported(dtype: torch.dtype) -> bool:

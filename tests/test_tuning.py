@@ -41,6 +41,7 @@ from nativesd.tuning import (
 from oracles import TOLERANCE, difference, draw
 from test_models import UNETS
 
+CPU = torch.device("cpu")
 WORSE = 1.2  # times the plain path's error that the fast one's may be in half precision
 SIZES = [(2, 16, 16), (1, 11, 13), (3, 8, 12)]
 bfloat16 = pytest.mark.skipif(not supported(torch.bfloat16), reason="this processor has no bfloat16")
@@ -576,25 +577,73 @@ def test_a_choice_is_kept_for_the_next_process(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "_probe", probe)
     for _ in range(2):
-        assert best_tuning.__wrapped__(torch.float32, 1) == EVERYTHING
+        assert best_tuning.__wrapped__(torch.float32, CPU, 1) == EVERYTHING
     assert len(probed) == 1
-    assert best_tuning.__wrapped__(torch.float32, 2) == EVERYTHING
+    assert best_tuning.__wrapped__(torch.float32, CPU, 2) == EVERYTHING
     assert len(probed) == 2
     (kept,) = (tmp_path / "nativesd").iterdir()
     keys = list(json.loads(kept.read_text()))
     assert len(keys) == 2
     kept.write_bytes(spoilt.replace(b"%s", keys[0].encode()))
-    assert best_tuning.__wrapped__(torch.float32, 1) == EVERYTHING
+    assert best_tuning.__wrapped__(torch.float32, CPU, 1) == EVERYTHING
     assert len(probed) == 3
     monkeypatch.setattr(tuning, "PROBE", tuning.PROBE + 1)
-    assert best_tuning.__wrapped__(torch.float32, 1) == EVERYTHING
+    assert best_tuning.__wrapped__(torch.float32, CPU, 1) == EVERYTHING
     assert len(probed) == 4
+
+
+def test_the_layout_for_cuda_is_probed_once_and_for_every_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a probe that computes on the CPU here."""
+    probed: list[str] = []
+
+    def probe(dtype: torch.dtype, device: torch.device) -> Tuning:
+        probed.append(str(device))
+        return Tuning(channels_last=True)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "_probe_layout", probe)
+    cards = {"cuda:0": "A", "cuda:1": "B", "cuda:2": "A"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: cards[str(device)])
+    for card in cards:
+        assert best_tuning.__wrapped__(torch.float16, torch.device(card), 1) == Tuning(channels_last=True)
+    assert probed == ["cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize("wins", [True, False])
+def test_the_layout_that_is_faster_is_taken(wins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    last: list[bool] = []
+
+    def pays(plain: Callable[[], object], quick: Callable[[], object], *, most: float) -> bool:
+        plain()
+        quick()
+        return wins
+
+    def forward(self: nn.Conv2d, input: Tensor) -> Tensor:
+        last.append(self.weight.is_contiguous(memory_format=torch.channels_last))
+        return convolution(self, input)
+
+    convolution = nn.Conv2d.forward
+    monkeypatch.setattr(tuning, "_pays", pays)
+    monkeypatch.setattr(nn.Conv2d, "forward", forward)
+    assert tuning._probe_layout(torch.float32, CPU) == Tuning(channels_last=wins)
+    assert last == [False] * 2 * tuning.CALLS + [True] * 2 * tuning.CALLS
+
+
+@torch.inference_mode()
+def test_channels_last_changes_no_result() -> None:
+    network = unet("sdxl")
+    before = predict(network, (2, 9, 8), torch.float32)
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    tune(network, Tuning(channels_last=True))
+    assert network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+    assert difference(predict(network, (2, 9, 8), torch.float32), before) <= TOLERANCE
 
 
 def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nativesd").write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert best_tuning.__wrapped__(torch.float32, 1).attention in (True, False)
+    assert best_tuning.__wrapped__(torch.float32, CPU, 1).attention in (True, False)
 
 
 @bfloat16
