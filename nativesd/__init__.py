@@ -68,6 +68,7 @@ LOAD_OPTIONS = (
     "engines",
     "fast",
     "compile",
+    "fp8",
 )
 
 

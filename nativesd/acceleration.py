@@ -24,6 +24,7 @@ from nativesd.export.runner import Runner
 from nativesd.export.slots import Component
 from nativesd.export.store import Store
 from nativesd.models.controlnet import ControlNet
+from nativesd.models.fp8 import is_fp8
 from nativesd.models.vae import VAE
 
 ACCELERATED = ("text_encoder", "unet", "controlnet", "vae")
@@ -118,6 +119,8 @@ def accelerate(
         raise UsageError(
             f"OpenVINO runs on the CPU here, and the model is on {model.device}: load it with device='cpu'"
         )
+    if backend != "cudagraphs" and is_fp8(model.unet):
+        raise UsageError(f"a UNet in float8 has no form for {backend}: load the model without fp8=True")
     graphs = Acceleration(
         backend, Store(default_store() if engines is None else engines), model.device, model.config.family
     )

@@ -27,6 +27,7 @@ from nativesd.diffusion import PipelineConfig
 from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.models.clip import TextEncoder
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
+from nativesd.models.fp8 import is_fp8, use_fp8, why_not_fp8
 from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
@@ -102,6 +103,7 @@ def load(
     engines: str | Path | None = None,
     fast: bool = True,
     compile: bool | Literal["auto"] = False,
+    fp8: bool = False,
 ) -> Pipeline:
     """Load a model.
 
@@ -120,6 +122,8 @@ def load(
                    maybe another layout of the weights
     compile        torch.compile the UNet's repeated block (`tuning.compile_blocks`), which the first picture waits for;
                    "auto": on CUDA, where Triton is installed. On a CPU `fast` alone is as fast
+    fp8            keep and multiply the UNet's transformer blocks in float8 (`models.fp8`): less memory, larger errors,
+                   no LoRAs. For GPUs of compute capability 8.9 (RTX 40, H100) and newer
 
     With all files local no request is made. Raises SourceError and WeightsError for what cannot be read or does not
     fit, NetworkError for the hub, UsageError for an argument that cannot be.
@@ -128,6 +132,8 @@ def load(
     kind = _dtype(dtype, place)
     if prediction is not None and prediction not in get_args(Prediction):
         raise UsageError(f"prediction must be one of {', '.join(get_args(Prediction))}, not {prediction!r}")
+    if fp8:
+        _require_fp8(place, kind)
     half = kind != torch.float32
     tables = load_tables(None if maps is None else Path(maps))
     model = describe(
@@ -147,6 +153,9 @@ def load(
     vae_module: VAE | TinyVAE = make(*model.parts["vae"], torch.float32 if upcast else kind)
     encoders: tuple[TextEncoder, ...] = tuple(make(*model.parts[name], kind) for name in model.text_encoders)
     fast = fast and home == place
+    if fp8:
+        use_fp8(unet_module)
+        torch.cuda.empty_cache()  # what its weights took before
     if fast:
         tune(unet_module)
         tune(vae_module)
@@ -242,6 +251,8 @@ def _add(module: torch.nn.Module, unet: UNet | None, path: Path) -> None:
     """Add the UNet's encoder to a ControlNet that holds what it differs by."""
     if unet is None:
         raise SourceError(f"{path} holds the difference from a model's UNet: use it with one, or pass unet=")
+    if is_fp8(unet):
+        raise UsageError(f"{path} holds the difference from a UNet, and the model's is in float8: load it without fp8")
     shared = unet.state_dict()
     for name, parameter in module.named_parameters():
         if name in shared:
@@ -464,6 +475,15 @@ def _compiles(asked: bool | Literal["auto"], device: torch.device) -> bool:
     if asked is True and device.type == "cuda" and not triton:
         raise UsageError("compile=True needs Triton on CUDA: pip install triton (on Windows triton-windows)")
     return triton and device.type == "cuda" if asked == "auto" else asked
+
+
+def _require_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    if device.type != "cuda":
+        raise UsageError(f"fp8=True is for NVIDIA GPUs (RTX 40, H100 and newer), and the device is {device}")
+    if dtype == torch.float32:
+        raise UsageError("fp8=True saves memory where the rest is float16 or bfloat16: pass one of them as dtype")
+    if reason := why_not_fp8(device):
+        raise UsageError(f"fp8=True needs an RTX 40, an H100 or newer, and torch's support: {device} says {reason}")
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -21,6 +21,7 @@ from nativesd.diffusion import EDITING, INPAINTING, PLAIN, Diffusion, Job, Start
 from nativesd.errors import UsageError
 from nativesd.images import ImageSource
 from nativesd.infotext import generation_options, parse_infotext, read_infotext
+from nativesd.models.fp8 import is_fp8
 from nativesd.result import Result
 from nativesd.sampling.noise import NoiseKind
 from nativesd.sampling.schedule import Kind
@@ -307,6 +308,8 @@ class Pipeline(Diffusion):
             if loras:
                 raise UsageError("LoRAs are merged from the model's files: load it with nativesd.load()")
             return
+        if loras and is_fp8(self.unet):
+            raise UsageError("LoRAs cannot be merged into float8 weights: load the model without fp8=True")
         uses = []
         for lora in loras:
             file, *scales = (lora,) if isinstance(lora, str | Path) else lora

@@ -27,7 +27,7 @@ from nativesd.config import (
 )
 from nativesd.errors import UsageError
 from nativesd.machine import FAMILIES, Device, Family, Found
-from nativesd.smoke import BFLOAT16, FLOAT16, FLOAT32, TF32, Check, SmokeReport
+from nativesd.smoke import BFLOAT16, FLOAT16, FLOAT32, FP8, TF32, Check, SmokeReport
 
 CPU = torch.device("cpu")
 
@@ -240,8 +240,10 @@ def test_tf32_is_set_meanwhile() -> None:
     assert (matmul.fp32_precision, conv.fp32_precision) == before
 
 
-def test_a_card_is_checked_in_every_precision() -> None:
-    assert smoke.precisions(torch.device("cuda")) == (FLOAT32, TF32, FLOAT16, BFLOAT16)
+def test_a_card_is_checked_in_every_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    for reason, more in (("too old", ()), (None, (FP8,))):
+        monkeypatch.setattr(smoke, "why_not_fp8", lambda device, found=reason: found)
+        assert smoke.precisions(torch.device("cuda")) == (FLOAT32, TF32, FLOAT16, BFLOAT16, *more)
     assert smoke.precisions(CPU)[0] == FLOAT32
     assert TF32 not in smoke.precisions(CPU)
 

@@ -67,6 +67,7 @@ BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx
 @click.option("--text-encoder", "text_encoders", type=click.Path(), multiple=True, help="The same; repeatable.")
 @click.option("--offload", is_flag=True, default=None, help="Keep what is not in use in main memory.")
 @click.option("--backend", type=click.Choice(BACKENDS), help="What runs the model [default: torch].")
+@click.option("--fp8", is_flag=True, default=None, help="Transformer blocks in float8 (RTX 40, H100 and newer).")
 @click.option("--engines", type=click.Path(path_type=Path), help=ENGINES_HELP)
 @click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what was chosen without being told, and from what.")
