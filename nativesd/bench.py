@@ -28,6 +28,7 @@ from nativesd.export.capture import CapturedRunner, CudaQueue, Queue
 from nativesd.export.graphs import graph_of
 from nativesd.export.slots import Component
 from nativesd.loading import find_device
+from nativesd.models.fp8 import use_fp8, why_not_fp8
 from nativesd.models.layers import CachedContext, Context
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
@@ -243,26 +244,27 @@ def _case(name: str) -> Case:
 
 
 def native_ways(plain: UNet | VAE, case: Case, inputs: Inputs, *, compiled: bool = False) -> dict[str, Way]:
-    """Our plain module, its fast twin or on CUDA its graph, and its `compiled` twin where it is asked for.
+    """Our plain module, its fast twin, a `compiled` one where it is asked for, and on CUDA a graph, and one in float8.
 
-    They share their tensors, but those that the fast one packs (`models.fast`).
+    They share their tensors, but those that are packed, in another layout or in float8.
     """
     ways: dict[str, Way] = {"nativesd plain": lambda: call(plain, inputs)}
     device = inputs.latents.device
+
+    def add(name: str, change: Callable[[UNet | VAE], object]) -> None:
+        other, guided = twin(plain, case), as_guided(inputs)
+        tune(other)
+        change(other)
+        ways[name] = lambda: call(other, guided)
+
+    add("nativesd", lambda module: None)
     if device.type == "cuda":
         captured = capture_module(plain, CudaQueue(device))
         ways["nativesd cudagraphs"] = lambda: call(captured, inputs)
-    if device.type == "cpu":
-        quick = twin(plain, case)
-        tune(quick)
-        guided = as_guided(inputs)
-        ways["nativesd"] = lambda: call(quick, guided)
+        if case.part == "unet" and case.dtype != torch.float32 and not why_not_fp8(device):
+            add("nativesd fp8", use_fp8)
     if compiled:
-        blocks = twin(plain, case)
-        tune(blocks)
-        compile_blocks(blocks)
-        guided_blocks = as_guided(inputs)
-        ways["nativesd compile"] = lambda: call(blocks, guided_blocks)
+        add("nativesd compile", compile_blocks)
     return ways
 
 

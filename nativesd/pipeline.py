@@ -280,9 +280,10 @@ class Pipeline(Diffusion):
         components  what is accelerated, of text_encoder, unet, controlnet (those that controls name), and vae;
                     default: all, and with cudagraphs unet and controlnet
 
-        LoRAs that are merged now are in the graphs. What a graph has no input for (T2I-Adapters, textual inversions,
-        other LoRAs, sizes outside an engine's profiles) is run by PyTorch, with a warning that says why. Raises
-        UsageError for what cannot be, NativesdError where a graph does not compute what PyTorch does.
+        LoRAs that are merged now are in the graphs (cudagraphs takes any later). What a graph has no input for
+        (T2I-Adapters, textual inversions, other LoRAs, sizes outside an engine's profiles) is run by PyTorch, with a
+        warning that says why. Raises UsageError for what cannot be, NativesdError where a graph does not compute what
+        PyTorch does.
         """
         from nativesd.acceleration import accelerate
 

@@ -117,7 +117,7 @@ def attend(module: Attention, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attend(x: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
     """(B, T, C), (B, S, C), (B, S, C) -> (B, T, C), with the projection to queries, `weight` (C, C) and `bias` (C,)."""
     if min(x.shape[1], k.shape[1]) < FEWEST:
-        return attention(linear(x, weight, bias), k, v, heads)
+        return attention((linear if weight.is_mkldnn else F.linear)(x, weight, bias), k, v, heads)
     scale = x.new_tensor((x.shape[2] // heads) ** -0.5).expand(x.shape)  # times float32 sums: they are rounded once
     q = torch.ops.mkldnn._linear_pointwise.binary(x, scale, weight, bias, "mul")
     return blockwise_attention(q, k, v, heads)

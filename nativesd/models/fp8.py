@@ -57,8 +57,8 @@ def use_fp8(module: nn.Module) -> None:
 
 def why_not_fp8(device: torch.device) -> str | None:
     """Why a device does not multiply in float8, as GPUs before Ada (8.9) and torch on Windows do not; None: it does."""
-    values, scales = to_fp8(torch.ones(16, 16, device=device))
     try:
+        values, scales = to_fp8(torch.ones(16, 16, device=device))
         torch._scaled_mm(values, values.T, scale_a=scales, scale_b=scales.T, out_dtype=torch.bfloat16)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return str(error).splitlines()[0].rstrip(".")
