@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from nativesd.errors import UsageError
+from nativesd.export.graphs import FILE
 from nativesd.export.library import Part, build, default_store, write_onnx
-from nativesd.export.onnx import FILE
 from nativesd.export.slots import CHUNK, Component, Convention, Request
 from nativesd.export.store import Entry, Store
 from nativesd.export.tensorrt import Backend, Progress, backend_for, device_target, ready_profile

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -136,3 +139,39 @@ def test_engines_for_a_card_that_is_elsewhere(run: Run, tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert "is there already" in done.stderr
+
+
+MISSING = """
+import sys
+for name in ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"):
+    sys.modules[name] = None
+import nativesd
+from nativesd.errors import UsageError
+try:
+    nativesd.{call}
+except UsageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "sentences"),
+    [
+        ("load('tiny', device='cpu', backend='onnx')", ["onnx_ir is not installed", 'pip install "nativesd[onnx]"']),
+        (
+            "load('tiny', device='cpu', backend='openvino')",
+            ["onnx_ir is not installed", 'pip install "nativesd[onnx]"'],
+        ),
+        ("load('tiny', device='cpu', backend='cudagraphs')", ["CUDA graphs run on a GPU, and the model is on cpu"]),
+        ("export_onnx('tiny', 'out')", ["onnx_ir is not installed", 'pip install "nativesd[onnx]"']),
+        ("export_tensorrt('tiny', targets=['sm120'])", ["TensorRT-RTX is not installed: pip install"]),
+    ],
+)
+def test_what_the_package_alone_does_not_bring_is_named(call: str, sentences: list[str], tmp_path: Path) -> None:
+    """In a process where none of the extras can be imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", MISSING.format(call=call)], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(Path(nativesd.__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all(sentence in done.stdout for sentence in sentences)

@@ -40,8 +40,8 @@ from nativesd.config import (
     VAEConfig,
 )
 from nativesd.export.check import SIZES, TOLERANCES, compare
-from nativesd.export.graphs import graph_of
-from nativesd.export.onnx import FILE, export_onnx
+from nativesd.export.graphs import FILE, graph_of
+from nativesd.export.onnx import export_onnx
 from nativesd.export.sessions import OnnxRunner
 from nativesd.export.slots import Component, Request
 from nativesd.models.controlnet import ControlNet

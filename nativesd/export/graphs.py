@@ -25,6 +25,12 @@ from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
 
 COMPONENTS: tuple[Component, ...] = ("text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder")
+FILE = "model.onnx"
+OPSETS: Mapping[Component, int] = {
+    "unet": 23, "controlnet": 23, "text_encoder": 23, "vae_decoder": 21, "vae_encoder": 21,
+}  # fmt: skip
+"""From 23 on attention is one node, which TensorRT-RTX builds for the heads of UNets and not for the VAE's 512
+channels; from 21 on a group norm is one node."""
 DTYPES = {"float32": torch.float32, "int64": torch.int64}
 
 

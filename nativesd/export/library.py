@@ -19,10 +19,10 @@ from nativesd.errors import SourceError, UsageError
 from nativesd.export.capture import CudaQueue
 from nativesd.export.check import SIZES, compare, require
 from nativesd.export.engine import Arena, load_engine
-from nativesd.export.graphs import Graph, graph_of
-from nativesd.export.onnx import FILE, OPSETS, export_onnx
+from nativesd.export.graphs import FILE, OPSETS, Graph, graph_of
 from nativesd.export.runner import Runner
 from nativesd.export.sessions import OnnxRunner, OpenVinoRunner
+from nativesd.export.sessions import backend as package
 from nativesd.export.slots import Component, Convention, Request
 from nativesd.export.store import Entry, Key, Store, unfinished, verify
 from nativesd.export.tensorrt import (
@@ -67,6 +67,15 @@ class Part:
     def graph(self, *, control: bool = True) -> Graph:
         """As a function of named tensors."""
         return graph_of(self.module, self.component, control=control)
+
+
+def export_onnx(graph: Graph, path: Path, **options: Any) -> None:
+    """`nativesd.export.onnx.export_onnx`. Raises UsageError where what it needs is not installed."""
+    for needed in ("onnx_ir", "onnxscript"):
+        package(needed, "onnx")
+    from nativesd.export.onnx import export_onnx
+
+    export_onnx(graph, path, **options)
 
 
 def write_onnx(

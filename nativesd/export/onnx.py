@@ -16,17 +16,10 @@ import torch
 from torch.export import Dim
 
 from nativesd.errors import UsageError
-from nativesd.export.graphs import Graph, typical
+from nativesd.export.graphs import OPSETS, Graph, typical
 from nativesd.export.repeated import as_operators, insert
-from nativesd.export.slots import Component, Convention, Request, Slot
+from nativesd.export.slots import Convention, Request, Slot
 from nativesd.version import __version__
-
-FILE = "model.onnx"
-OPSETS: Mapping[Component, int] = {
-    "unet": 23, "controlnet": 23, "text_encoder": 23, "vae_decoder": 21, "vae_encoder": 21,
-}  # fmt: skip
-"""From 23 on attention is one node, which TensorRT-RTX builds for the heads of UNets and not for the VAE's 512
-channels; from 21 on a group norm is one node."""
 
 
 def export_onnx(
