@@ -60,7 +60,7 @@ FLOAT32 = Precision("float32", torch.float32, 1e-4)
 TF32 = Precision("float32, TF32", torch.float32, 3e-3, tf32=True)
 FLOAT16 = Precision("float16", torch.float16, 1e-2)
 BFLOAT16 = Precision("bfloat16", torch.bfloat16, 4e-2)
-# on a CPU the UNets at their published widths were off by 1.3e-2 to 3.5e-2 in float8, and eight pictures by 5e-3
+# on a CPU the UNets at their published widths are off by 1.3e-2 to 3.5e-2 in float8 (`tests/test_fp8.py`, -m full -s)
 FP8 = Precision("float16, fp8", torch.float16, 6e-2, fp8=True)
 
 # Mean difference of the embedded model's pictures, 1 being black against white. Where every answer of its UNet is off

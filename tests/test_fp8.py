@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import nativesd
-from nativesd import loading
+from nativesd import loading, smoke
+from nativesd.build import build
 from nativesd.config import UNetConfig
 from nativesd.errors import UsageError
+from nativesd.machine import FAMILIES
 from nativesd.models.fp8 import Fp8Linear, is_fp8, to_fp8, use_fp8, why_not_fp8
 from nativesd.models.layers import TransformerBlock
 from nativesd.models.unet import UNet
@@ -173,3 +177,25 @@ def test_a_control_net_that_is_a_difference_needs_the_weights(unet: UNet) -> Non
     use_fp8(unet)
     with pytest.raises(UsageError, match="difference from a UNet, and the model's is in float8: load it without fp8"):
         loading._add(nn.Linear(2, 2), unet, Path("control.safetensors"))
+
+
+@pytest.mark.full
+@torch.inference_mode()
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_published_widths(family: str) -> None:
+    """What the README and smoke's limit say, by the rest in float32."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    (subject,) = (each for each in smoke.subjects({family: FAMILIES[family]}, "small") if each.name == "UNet")
+    reference = build(subject.config)
+    smoke.draw(reference, zlib.crc32(repr(subject.config).encode()), smoke.RESIDUAL_GAIN)
+    cases = list(smoke.cases(subject.config, subject.sizes))
+    expected = [case.call(reference, **case.inputs) for case in cases]
+    use_fp8(reference)
+    sizes = [(parameter.numel(), parameter.dtype == torch.float8_e4m3fn) for parameter in reference.parameters()]
+    share = sum(size for size, small in sizes if small) / sum(size for size, _ in sizes)
+    print(f"\n{family}: {share:.2f} of the weights")
+    for case, outputs in zip(cases, expected, strict=True):
+        found = case.call(reference, **case.inputs)
+        error = max(smoke.difference(ours, theirs) for ours, theirs in zip(found, outputs, strict=True))
+        print(f"{family} {case.name}: {error:.1e}")
+        assert error <= smoke.FP8.limit

@@ -22,6 +22,8 @@ import nativesd
 from nativesd.errors import SourceError, WeightsError
 from nativesd.loading import TINY
 from nativesd.text.tokenizer import DEFAULT, ClipTokenizer
+from nativesd.weights import checkpoint
+from nativesd.weights.source import open_source
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -103,6 +105,25 @@ def test_dtypes(dtype: str) -> None:
     if dtype == "bfloat16":
         result = pipe("a fox on a green background", steps=2, seed=1)
         assert result.latents.isfinite().all()
+
+
+@pytest.mark.parametrize("piece", [2, 1000, 4 << 20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_that_are_cast_in_pieces_are_those_of_the_file(
+    piece: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any size: the last one of a tensor is smaller."""
+    monkeypatch.setattr(checkpoint, "PIECE", piece)
+    stored = torch.randn(37, 41, generator=torch.Generator().manual_seed(0)).half()
+    tensors = {"first": stored[:3].clone(), "second": stored, "none": stored[:0].clone(), "one": stored[0, 0].clone()}
+    save_file(tensors, tmp_path / "some.safetensors")
+    (member,) = open_source(tmp_path / "some.safetensors")
+    memory = torch.full((stored.nbytes,), 255, dtype=torch.uint8)
+    with (tmp_path / "some.safetensors").open("rb") as file:
+        for key, tensor in tensors.items():
+            found = checkpoint._read_as(dtype, member, key, file, memory)
+            assert found.dtype == dtype
+            assert torch.equal(found, tensor.to(dtype))
 
 
 def test_an_overflowing_vae_is_said_and_mended() -> None:
