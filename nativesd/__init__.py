@@ -14,27 +14,31 @@ from nativesd.errors import NativesdError
 from nativesd.version import __version__
 
 if TYPE_CHECKING:
-    from nativesd.auditing import audit as audit
-    from nativesd.auditing import diff as diff
-    from nativesd.control import Control as Control
-    from nativesd.converting import convert as convert
-    from nativesd.exporting import export_onnx as export_onnx
-    from nativesd.exporting import export_tensorrt as export_tensorrt
-    from nativesd.loading import load as load
-    from nativesd.loading import load_control as load_control
-    from nativesd.pipeline import Hires as Hires
-    from nativesd.pipeline import Pipeline as Pipeline
-    from nativesd.pipeline import options_from as options_from
-    from nativesd.preprocess import canny as canny
-    from nativesd.result import Result as Result
+    from nativesd.checkpoints.audit import audit as audit
+    from nativesd.checkpoints.audit import diff as diff
+    from nativesd.checkpoints.convert import convert as convert
+    from nativesd.checkpoints.export import export_onnx as export_onnx
+    from nativesd.checkpoints.export import export_tensorrt as export_tensorrt
+    from nativesd.pictures.preprocess import canny as canny
+    from nativesd.pictures.result import Result as Result
+    from nativesd.pipeline.control import Control as Control
+    from nativesd.pipeline.loading import load as load
+    from nativesd.pipeline.loading import load_control as load_control
+    from nativesd.pipeline.pipeline import Hires as Hires
+    from nativesd.pipeline.pipeline import Pipeline as Pipeline
+    from nativesd.pipeline.pipeline import options_from as options_from
 
-_LAZY = {
-    "audit": "nativesd.auditing", "diff": "nativesd.auditing", "convert": "nativesd.converting",
-    "export_onnx": "nativesd.exporting", "export_tensorrt": "nativesd.exporting",
-    "load": "nativesd.loading", "load_control": "nativesd.loading", "canny": "nativesd.preprocess",
-    "Control": "nativesd.control", "Hires": "nativesd.pipeline", "Pipeline": "nativesd.pipeline",
-    "options_from": "nativesd.pipeline", "Result": "nativesd.result",
-}  # fmt: skip
+_HOMES = {
+    "checkpoints.audit": ("audit", "diff"),
+    "checkpoints.convert": ("convert",),
+    "checkpoints.export": ("export_onnx", "export_tensorrt"),
+    "pictures.preprocess": ("canny",),
+    "pictures.result": ("Result",),
+    "pipeline.control": ("Control",),
+    "pipeline.loading": ("load", "load_control"),
+    "pipeline.pipeline": ("Hires", "Pipeline", "options_from"),
+}
+_LAZY = {name: f"nativesd.{module}" for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Control",
     "Hires",
@@ -74,7 +78,7 @@ LOAD_OPTIONS = (
 
 def generate(prompt: str | Sequence[str], model: str = "tiny", **options: Any) -> Result:
     """Load `model` and make pictures of `prompt`: the options of `load` and of `Pipeline.__call__`, by name."""
-    from nativesd.loading import load
+    from nativesd.pipeline.loading import load
 
     loading = {name: options.pop(name) for name in LOAD_OPTIONS if name in options}
     return load(model, **loading)(prompt, **options)

@@ -25,9 +25,9 @@ from nativesd.models.clip import TextEncoder, TextOutput
 from nativesd.models.controlnet import ControlNet
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
-from nativesd.weights.keymap import BoundMap, load_table
-from nativesd.weights.plan import make_plan
-from nativesd.weights.published import controlnet_json, text_json, unet_json, vae_json
+from nativesd.weights.maps.keymap import BoundMap, load_table
+from nativesd.weights.maps.plan import make_plan
+from nativesd.weights.maps.published import controlnet_json, text_json, unet_json, vae_json
 
 TOLERANCE = 1e-5
 """The largest `difference` that counts as the same result in float32."""

@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nativesd.bench import (
+from nativesd.cli.machine import print_table, timing_table
+from nativesd.config import UNetConfig
+from nativesd.machine.bench import (
     CASES,
     CLOCKS,
     Case,
@@ -38,8 +40,6 @@ from nativesd.bench import (
     measure,
     native_ways,
 )
-from nativesd.cli.machine import print_table, timing_table
-from nativesd.config import UNetConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from nativesd.bench import draw
 from nativesd.config import UNETS
+from nativesd.machine.bench import draw
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -45,11 +45,11 @@ with safe_open(sys.argv[1] + '/diffusion_pytorch_model.safetensors', 'pt') as fi
     "nativesd": """
 from pathlib import Path
 import torch
-from nativesd.build import build
+from nativesd.pipeline.build import build
 from nativesd.weights.checkpoint import fill
-from nativesd.weights.identify import identify_all
-from nativesd.weights.keymap import load_tables
-from nativesd.weights.source import open_source
+from nativesd.weights.maps.identify import identify_all
+from nativesd.weights.maps.keymap import load_tables
+from nativesd.weights.files.source import open_source
 before, start = status('VmRSS'), time.perf_counter()
 members = open_source(Path(sys.argv[1]) / 'diffusion_pytorch_model.safetensors')
 [(member, identity)] = identify_all(members, load_tables())
@@ -70,7 +70,7 @@ IMPORTS = {
     for name, code in {
         "import torch": "import torch",
         "import torch, nativesd": "import torch, nativesd",
-        "from nativesd import Pipeline": "from nativesd.pipeline import Pipeline",
+        "from nativesd import Pipeline": "from nativesd.pipeline.pipeline import Pipeline",
         "from diffusers import StableDiffusionPipeline": "from diffusers import StableDiffusionPipeline",
     }.items()
 }

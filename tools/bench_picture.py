@@ -21,8 +21,8 @@ import torch
 import transformers
 
 import nativesd
-from nativesd.bench import draw, peak_memory
 from nativesd.config import TEXT_ENCODERS, UNETS, VAES
+from nativesd.machine.bench import draw, peak_memory
 from nativesd.text.tokenizer import DEFAULT
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -23,10 +23,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import nativesd
+from nativesd.checkpoints.export import export_tensorrt
 from nativesd.export.library import BackendName
 from nativesd.export.tensorrt import backend_for, device_target
-from nativesd.exporting import export_tensorrt
-from nativesd.pipeline import Pipeline
+from nativesd.pipeline.pipeline import Pipeline
 
 SUBJECT = "a strawberry on a blue background"  # its edges steer
 PROMPT = "a strawberry on a yellow background"

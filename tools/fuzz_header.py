@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import atheris
 import safetensors
 
-with atheris.instrument_imports(include=["nativesd.weights.header"]):
+with atheris.instrument_imports(include=["nativesd.weights.files.header"]):
     from nativesd.errors import SourceError
-    from nativesd.weights.header import BITS, HEAD, header_length, parse_header
+    from nativesd.weights.files.header import BITS, HEAD, header_length, parse_header
 
 LONGEST = 65536
 """Bytes of an input."""

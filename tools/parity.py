@@ -27,7 +27,6 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from nativesd.build import build
 from nativesd.config import (
     CONTROLNETS,
     TEXT_ENCODERS,
@@ -45,6 +44,7 @@ from nativesd.export.onnx import export_onnx
 from nativesd.export.sessions import OnnxRunner
 from nativesd.export.slots import Component, Request
 from nativesd.models.controlnet import ControlNet
+from nativesd.pipeline.build import build
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

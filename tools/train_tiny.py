@@ -30,12 +30,12 @@ from nativesd.models.clip import TextEncoder
 from nativesd.models.controlnet import ControlNet
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
-from nativesd.preprocess import canny
+from nativesd.pictures.preprocess import canny
 from nativesd.sampling.schedule import SchedulerConfig, alphas_cumprod
 from nativesd.text.tokenizer import ClipTokenizer
 from nativesd.weights.checkpoint import unmap
-from nativesd.weights.keymap import load_table
-from nativesd.weights.published import controlnet_json, model_index, scheduler_json, text_json, unet_json, vae_json
+from nativesd.weights.maps.keymap import load_table
+from nativesd.weights.maps.published import controlnet_json, model_index, scheduler_json, text_json, unet_json, vae_json
 
 SIZE = 64
 SEED = 20261121

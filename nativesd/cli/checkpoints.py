@@ -44,7 +44,7 @@ def audit(
     everything: bool,
 ) -> None:
     """See the command's help."""
-    from nativesd import auditing
+    from nativesd.checkpoints import audit as auditing
 
     if other is not None:
         difference = auditing.diff(source, other, values=values, maps=maps)
@@ -76,7 +76,7 @@ def audit(
 @click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
 def convert(source: str, dest: Path, layout: str, dtype: str | None, maps: Path | None) -> None:
     """See the command's help."""
-    from nativesd.converting import convert as run_convert
+    from nativesd.checkpoints.convert import convert as run_convert
 
     done = run_convert(source, dest, layout=layout, dtype=dtype, maps=maps)
     for reason, keys in by_reason(done.ignored.items()).items():
@@ -98,8 +98,8 @@ def lora() -> None:
 @click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
 def merge(model: str, loras: Sequence[str], dest: Path, maps: Path | None) -> None:
     """See the command's help."""
-    from nativesd.merging import merge_checkpoint
-    from nativesd.weights.lora import Use, read_lora
+    from nativesd.checkpoints.merge import merge_checkpoint
+    from nativesd.weights.lora.file import Use, read_lora
 
     uses = [Use(read_lora(file), unet, text) for file, unet, text in map(lora_use, loras)]
     done = merge_checkpoint(model, uses, dest, maps=maps)

@@ -15,7 +15,7 @@ from rich.table import Table
 from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, lora_use, main, size_text
 
 if TYPE_CHECKING:
-    from nativesd.exporting import Exported
+    from nativesd.checkpoints.export import Exported
 
 COMPONENTS = ["text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder"]
 NAMES = ["nativesd", "comfyui", "streamdiffusion"]
@@ -65,8 +65,8 @@ def export_onnx(
     **given: Any,
 ) -> None:
     """See the command's help."""
-    from nativesd.exporting import Static
-    from nativesd.exporting import export_onnx as run_export
+    from nativesd.checkpoints.export import Static
+    from nativesd.checkpoints.export import export_onnx as run_export
 
     size = None if static is None else Static(*static, batch=batch, chunks=chunks)
     done = run_export(
@@ -88,7 +88,7 @@ def export_onnx(
 @click.option("--again", is_flag=True, help="Build in place of an engine that is there.")
 def export_tensorrt(source: str, no_slots: bool, **given: Any) -> None:
     """See the command's help."""
-    from nativesd.exporting import export_tensorrt as run_export
+    from nativesd.checkpoints.export import export_tensorrt as run_export
 
     with _progress() as on_progress:
         done = run_export(source, slots=not no_slots, on_part=_say, on_progress=on_progress, **_options(given))

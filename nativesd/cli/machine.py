@@ -16,14 +16,14 @@ from rich.text import Text
 from nativesd.cli.common import main, print_lines, row
 
 if TYPE_CHECKING:
-    from nativesd.bench import Report
+    from nativesd.machine.bench import Report
 
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON (schema 1).")
 def doctor(as_json: bool) -> None:
     """Say what will not work on this machine, and what mends it. Exit code 1 means findings."""
-    from nativesd.doctor import examine
+    from nativesd.machine.doctor import examine
 
     report = examine()
     if as_json:
@@ -49,7 +49,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON (schema 1).")
 def smoke(device: str, families: Sequence[str], published_sizes: bool, as_json: bool) -> None:
     """Compare every component on a device with float32 on the CPU. Exit code 1 means differences."""
-    from nativesd.smoke import smoke as run_smoke
+    from nativesd.machine.smoke import smoke as run_smoke
 
     report = run_smoke(
         device, families=families, size="published" if published_sizes else "small",
@@ -67,7 +67,7 @@ def smoke(device: str, families: Sequence[str], published_sizes: bool, as_json: 
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def bench(names: Sequence[str], device: str | None, threads: int | None, rounds: int, as_json: bool) -> None:
     """Time UNet steps and VAE decodes at published sizes, with random weights, with and without the fast path."""
-    from nativesd.bench import run_bench
+    from nativesd.machine.bench import run_bench
 
     report = run_bench(names, device, threads=threads, rounds=rounds)
     if as_json:

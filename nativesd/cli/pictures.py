@@ -13,7 +13,7 @@ from rich.console import Console
 from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Border, Size, lora_use, main
 
 if TYPE_CHECKING:
-    from nativesd.control import Control
+    from nativesd.pipeline.control import Control
 
 BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 
@@ -85,8 +85,8 @@ def generate(
     from tqdm import tqdm
 
     import nativesd
-    from nativesd.diffusion import Step
-    from nativesd.pipeline import Hires
+    from nativesd.pipeline.diffusion import Step
+    from nativesd.pipeline.pipeline import Hires
 
     options = {name: value for name, value in given.items() if value not in (None, ())}
     if size is not None:
@@ -138,7 +138,7 @@ def generate(
 
 def _controls(options: dict[str, Any]) -> list[Control]:
     """The --control options, taken out of `options`; those that go with them are matched by their order."""
-    from nativesd.control import Control
+    from nativesd.pipeline.control import Control
 
     controls = options.pop("control", ())
     settings: dict[str, tuple[Any, ...]] = {

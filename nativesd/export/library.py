@@ -35,7 +35,7 @@ from nativesd.export.tensorrt import (
     build_engine,
     device_target,
 )
-from nativesd.tuning import untuned
+from nativesd.tuning.tune import untuned
 
 BackendName = Literal["cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)

@@ -13,9 +13,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from nativesd.config import TextEncoderConfig
 from nativesd.errors import SourceError
+from nativesd.shipped import TINY
 
 END_OF_TEXT = 49407
-DEFAULT = Path(__file__).parents[1] / "tiny" / "tokenizer"
+DEFAULT = TINY / "tokenizer"
 
 # openai/CLIP clip/simple_tokenizer.py; as published in tokenizer.json of openai/clip-vit-large-patch14
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

@@ -10,11 +10,11 @@ from difflib import get_close_matches
 from typing import Any
 
 from nativesd.config import Config
-from nativesd.weights.describe import Evidence
-from nativesd.weights.header import TensorInfo
-from nativesd.weights.identify import Component, Identity
-from nativesd.weights.keymap import BoundMap, Shape, Source
-from nativesd.weights.plan import make_plan
+from nativesd.weights.files.header import TensorInfo
+from nativesd.weights.maps.describe import Evidence
+from nativesd.weights.maps.identify import Component, Identity
+from nativesd.weights.maps.keymap import BoundMap, Shape, Source
+from nativesd.weights.maps.plan import make_plan
 
 SCHEMA = 1
 """Version of `AuditReport.to_json`'s schema; it counts up when a name changes its meaning or goes away."""

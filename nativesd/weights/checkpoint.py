@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from nativesd.errors import SourceError, WeightsError
 from nativesd.weights.audit import compare
-from nativesd.weights.identify import Component
-from nativesd.weights.keymap import BoundMap, Shape, Source
-from nativesd.weights.plan import make_plan
-from nativesd.weights.source import Member
+from nativesd.weights.files.source import Member
+from nativesd.weights.maps.identify import Component
+from nativesd.weights.maps.keymap import BoundMap, Shape, Source
+from nativesd.weights.maps.plan import make_plan
 
 PIECE = 4 << 20  # bytes: many enough for the calls, few enough for the cache
 

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 
 from nativesd.errors import UsageError
 from nativesd.weights.checkpoint import apply, read_tensor
-from nativesd.weights.identify import Component
-from nativesd.weights.keymap import Rule, Shape, Source
-from nativesd.weights.source import Member
+from nativesd.weights.files.source import Member
+from nativesd.weights.maps.identify import Component
+from nativesd.weights.maps.keymap import Rule, Shape, Source
 
 SCHEMA = 1
 """Version of `DiffReport.to_json`'s schema."""

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import nativesd
-from nativesd import doctor, machine, smoke
+from nativesd.machine import doctor, smoke
+from nativesd.machine import probe as machine
 
 pytestmark = [
     pytest.mark.gpu,

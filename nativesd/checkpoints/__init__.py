@@ -1,0 +1,1 @@
+"""What people do with files: audit, compare, convert, merge a LoRA, export."""

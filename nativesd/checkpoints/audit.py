@@ -1,0 +1,101 @@
+"""The audit of a source, and the comparison of two."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from nativesd.errors import SourceError, UsageError
+from nativesd.pipeline.build import expected
+from nativesd.shipped import TINY
+from nativesd.weights.audit import AuditReport, ComponentReport, report_components
+from nativesd.weights.checkpoint import read_tensor
+from nativesd.weights.diff import DiffReport, compare_parameters, parameters
+from nativesd.weights.files.source import Member, open_source
+from nativesd.weights.lora.audit import report_lora
+from nativesd.weights.maps.identify import Identity, identify_all
+from nativesd.weights.maps.keymap import KeyMap, load_tables
+
+
+def audit(
+    source: str | Path, *, maps: str | Path | None = None, believed: str | None = None, revision: str | None = None
+) -> AuditReport:
+    """What is in a source and what every tensor of it becomes, from headers alone: no tensor is read, but for a
+    LoRA's alphas, each one number.
+
+    source    "tiny", a safetensors file, a model folder, a hub id, org/name/file.safetensors on the hub, or its URL
+    maps      a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
+    believed  "family/layout" that the source is compared with, whatever it looks like: such as "sdxl/ldm"
+    revision  branch, tag or commit on the hub
+
+    Raises SourceError for what cannot be read, NetworkError for the hub, UsageError for an argument that cannot be,
+    TableError for a faulty table.
+    """
+    tables = load_tables(None if maps is None else Path(maps))
+    preset = None
+    if believed is not None:
+        family, slash, layout = believed.partition("/")
+        if not slash:
+            raise UsageError(f"{believed!r} is not FAMILY/LAYOUT, such as sdxl/ldm")
+        preset = family, layout
+    identities = identify_all(find(source, revision=revision), tables, believed=preset)
+    components = [
+        _with_base(report, member, identity, tables)
+        for member, identity in identities
+        for report in report_components(identity, member.tensors, expected)
+    ]
+    family = next((label for _, identity in identities if (label := identity.label())), "")
+    return AuditReport(str(source), family, tuple(components))
+
+
+def _with_base(
+    report: ComponentReport, member: Member, identity: Identity, tables: Mapping[str, KeyMap]
+) -> ComponentReport:
+    """A LoRA's report with the parameters that it changes in the base that it fits; any other as it is."""
+    keys = [key for c in identity.components if c.name == report.name == "lora" for key in c.found.keys]
+    if not keys:
+        return report
+    read = partial(_number, member) if member.files else None
+    return report_lora(report, {key: member.tensors[key] for key in keys}, tables, expected, read)
+
+
+def _number(member: Member, key: str) -> float:
+    return float(read_tensor(member, key))
+
+
+def diff(source: str | Path, other: str | Path, *, values: bool = False, maps: str | Path | None = None) -> DiffReport:
+    """What two checkpoints differ in, parameter by parameter, whatever their layouts.
+
+    values  compare the tensors too: max|difference|, one parameter in memory at a time; local sources only
+
+    Raises what `audit` raises.
+    """
+    tables = load_tables(None if maps is None else Path(maps))
+    first, second = (
+        {
+            f"{component.name}.{name}": entry
+            for member, identity in identify_all(find(side), tables)
+            for component in identity.components
+            for name, entry in parameters(member, component).items()
+        }
+        for side in (source, other)
+    )
+    return compare_parameters(str(source), str(other), first, second, values=values)
+
+
+def find(source: str | Path, *, revision: str | None = None) -> list[Member]:
+    """The checkpoints of a local or remote source, their headers read. Raises SourceError, NetworkError."""
+    path = TINY if source == "tiny" else Path(source)
+    if path.exists():
+        return open_source(path)
+    if isinstance(source, Path) or not REMOTE.fullmatch(source):
+        raise SourceError(f"{source} does not exist; a source is a file, a folder, a URL, or a hub id such as org/name")
+    from nativesd.weights.files.remote import open_remote  # the hub's client is not needed for local files
+
+    return open_remote(source, revision=revision)
+
+
+REMOTE = re.compile(r"https?://.+|[A-Za-z0-9][\w.-]*/[\w.-]+(/.+\.safetensors)?")
+"""A URL, a hub id, or a file in a hub repository."""

@@ -1,0 +1,194 @@
+"""A model's components as ONNX files or TensorRT engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nativesd.errors import UsageError
+from nativesd.export.graphs import FILE
+from nativesd.export.library import Part, build, default_store, write_onnx
+from nativesd.export.slots import CHUNK, Component, Convention, Request
+from nativesd.export.store import Entry, Store
+from nativesd.export.tensorrt import Backend, Progress, backend_for, device_target, ready_profile
+from nativesd.models.controlnet import ControlNet, ControlNetUnion
+from nativesd.models.vae import VAE
+from nativesd.pipeline.loading import load
+from nativesd.pipeline.pipeline import Lora, Pipeline
+from nativesd.weights.writing import fresh
+
+EXPORTED = ("text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One component's file or engine, and what its manifest says: seconds, opset, error against PyTorch, profiles."""
+
+    name: str
+    path: Path
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Static:
+    """One size in pixels, rows (pictures, twice with guidance) and chunks of a prompt, instead of any."""
+
+    width: int
+    height: int
+    batch: int = 2
+    chunks: int = 1
+
+    def request(self, factor: int) -> Request:
+        """In cells and tokens. Raises UsageError for sides that are not multiples of `factor` pixels."""
+        if min(self.width, self.height, self.batch, self.chunks) < 1 or self.width % factor or self.height % factor:
+            raise UsageError(
+                f"{self.width}x{self.height} pixels: sides must be multiples of {factor}, and counts at least 1"
+            )
+        return Request(self.batch, self.height // factor, self.width // factor, self.chunks * CHUNK)
+
+
+def export_onnx(
+    source: str | Path,
+    dest: str | Path,
+    *,
+    components: Sequence[str] = EXPORTED,
+    control: Sequence[str | Path] = (),
+    loras: Sequence[Lora] = (),
+    dtype: str | torch.dtype = "float32",
+    slots: bool = True,
+    static: Static | None = None,
+    opset: int | None = None,
+    names: Convention = "nativesd",
+    check: bool = True,
+    maps: str | Path | None = None,
+    on_part: Callable[[str], None] | None = None,
+) -> list[Exported]:
+    """Write a model's components as ONNX: DEST/unet/model.onnx with its weights beside it, and so on.
+
+    source      what `load` takes
+    dest        a folder that does not exist yet
+    components  of text_encoder, unet, controlnet, vae_encoder, vae_decoder; controlnet are those of `control`
+    loras       merged into the weights before, as `Pipeline.__call__` takes them
+    slots       whether the UNet has inputs for control residuals; zeros in them cost next to nothing
+    static      one size and batch; else batch, sides and chunks of the prompt are dynamic
+    opset       default: 23 (attention is one node), for the VAE 21 (a group norm is one node)
+    names       of the UNet's inputs and outputs: nativesd's, or those that comfyui or streamdiffusion bind
+    check       run every file by ONNX Runtime against PyTorch
+    on_part     called with the name of every component before its turn
+
+    DEST appears when all is written and, where it is checked, computes what PyTorch does: NativesdError otherwise.
+    Raises UsageError for what cannot be exported, and what `load` raises.
+    """
+    pipeline = _load(source, dtype, loras, maps)
+    factor = pipeline.config.vae.factor
+    done = []
+    with fresh(Path(dest)) as folder:
+        for part in _parts(pipeline, components, control):
+            if on_part is not None:
+                on_part(part.name)
+            graph = part.graph(control=slots)
+            file = folder / part.name / FILE
+            file.parent.mkdir(parents=True)
+            details = write_onnx(
+                graph, file, static=None if static is None else static.request(factor), opset=opset,
+                names=names if part.component == "unet" else "nativesd", check=check,
+                metadata={"family": part.family, "source": pipeline.config.name},
+            )  # fmt: skip
+            done.append(Exported(part.name, Path(dest) / part.name / FILE, details))
+    return done
+
+
+def export_tensorrt(
+    source: str | Path,
+    engines: str | Path | None = None,
+    *,
+    backend: Backend | None = None,
+    targets: Sequence[str] = (),
+    profiles: Sequence[str] = ("dynamic",),
+    components: Sequence[str] = EXPORTED,
+    control: Sequence[str | Path] = (),
+    loras: Sequence[Lora] = (),
+    dtype: str | torch.dtype = "float16",
+    slots: bool = True,
+    weight_streaming: bool = False,
+    refit: bool = False,
+    again: bool = False,
+    maps: str | Path | None = None,
+    on_part: Callable[[str], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> list[Exported]:
+    """Build TensorRT engines of a model's components into a folder of engines, by way of checked ONNX graphs.
+
+    engines   default: nativesd/engines in the user's cache
+    backend   tensorrt-rtx or tensorrt; default: by the GPU that it is for
+    targets   compute capabilities, such as "sm120"; TensorRT-RTX builds for GPUs that are elsewhere, without any here;
+              default: the GPU's own
+    profiles  SIZE[-bIMAGES][-cCHUNKS] with a SIZE such as 512, 768x512, 512to1024 or dynamic: `ready_profile`
+    again     build in place of an engine that is there
+    on_progress  called from the builder's threads
+
+    The other options are those of `export_onnx`. Engines are run against PyTorch where their GPU is here. Raises
+    UsageError for what cannot be built, SourceError for files that cannot be written, and what `load` raises.
+    """
+    if not targets:
+        if not torch.cuda.is_available():
+            raise UsageError("there is no GPU here to build for: say for which, such as sm120 (--for sm120)")
+        targets = (device_target(torch.device("cuda")),)
+    kind = backend or backend_for(targets[0])
+    pipeline = _load(source, dtype, loras, maps)
+    config, store = pipeline.config, Store(default_store() if engines is None else engines)
+    done = []
+    for part in _parts(pipeline, components, control):
+        if on_part is not None:
+            on_part(part.name)
+        ready = [ready_profile(name, part.component, native=config.size, factor=config.vae.factor) for name in profiles]
+        entry: Entry = build(
+            part, store, ready, backend=kind, targets=targets, control=slots, weight_streaming=weight_streaming,
+            refit=refit, again=again, on_progress=on_progress,
+        )  # fmt: skip
+        done.append(Exported(part.name, entry.path, dict(entry.details)))
+    return done
+
+
+def _load(source: str | Path, dtype: str | torch.dtype, loras: Sequence[Lora], maps: str | Path | None) -> Pipeline:
+    pipeline = load(source, device="cpu", dtype=dtype, maps=maps)
+    pipeline.set_loras(loras)
+    return pipeline
+
+
+def _parts(pipeline: Pipeline, components: Sequence[str], control: Sequence[str | Path]) -> list[Part]:
+    """The components that are asked for. Raises UsageError for one that there is not."""
+    if unknown := set(components) - set(EXPORTED):
+        raise UsageError(f"there is no component {', '.join(sorted(unknown))}: there are {', '.join(EXPORTED)}")
+    family = pipeline.config.family
+    out = []
+    if "text_encoder" in components:
+        out += [
+            Part(_numbered("text_encoder", i), "text_encoder", encoder, family)
+            for i, encoder in enumerate(pipeline.text_encoders, 1)
+        ]
+    if "unet" in components:
+        out.append(Part("unet", "unet", pipeline.unet, family))
+    if "controlnet" in components and pipeline.load_control is not None:
+        for i, source in enumerate(control, 1):
+            module = pipeline.load_control(source).module
+            if not isinstance(module, ControlNet | ControlNetUnion):
+                raise UsageError(f"{source} is a T2I-Adapter, which has no exported form")
+            out.append(Part(_numbered("controlnet", i), "controlnet", module, family))
+    parts: tuple[Component, ...] = ("vae_encoder", "vae_decoder")
+    for component in parts:
+        if component in components:
+            if not isinstance(pipeline.vae, VAE):
+                raise UsageError("TAESD has no exported form: leave vae_encoder and vae_decoder out")
+            out.append(Part(component, component, pipeline.vae, family))
+    if not out:
+        raise UsageError("there is nothing to export: name a component, and ControlNets with control (--control)")
+    return out
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}_{number}"

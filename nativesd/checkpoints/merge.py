@@ -1,0 +1,155 @@
+"""LoRAs merged into a checkpoint: the same files in the same layout, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nativesd.config import TextEncoderConfig, UNetConfig
+from nativesd.errors import UsageError, WeightsError
+from nativesd.pipeline.build import expected
+from nativesd.pipeline.loading import identify_known, locate
+from nativesd.weights.checkpoint import DTYPES, apply, read_tensor, revert
+from nativesd.weights.files.source import Member, open_source
+from nativesd.weights.lora.file import Place, Use, resolve
+from nativesd.weights.lora.merge import Applied, gather, merged
+from nativesd.weights.maps.identify import Component
+from nativesd.weights.maps.keymap import Source, load_tables
+from nativesd.weights.maps.plan import make_plan
+from nativesd.weights.writing import Entry, fresh, write
+
+AVERAGE = "model_ema."
+"""What the training averages in ldm's checkpoints begin with: without the LoRA they would be another model."""
+WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data"}
+"""Suffixes of files with weights, of which a folder may have several variants."""
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint:
+    """What `merge_checkpoint` wrote: how many tensors, how many of them changed, and what was left out, with reasons.
+
+    `unplaced`: per LoRA, the keys that found no place (without `strict`).
+    """
+
+    path: Path
+    tensors: int
+    changed: int
+    ignored: Mapping[str, str]
+    unplaced: tuple[Mapping[str, str], ...]
+
+
+def merge_checkpoint(
+    source: str | Path, uses: Sequence[Use], dest: str | Path, *, strict: bool = True, maps: str | Path | None = None
+) -> MergedCheckpoint:
+    """Write a model with LoRAs merged into it, in its own layout, names and dtypes: one tensor is in memory at a time.
+
+    source  a safetensors file, a model folder, or a hub id
+    uses    the LoRAs with their strengths; with `strict` one of which anything finds no place is refused
+    dest    the .safetensors file, for a source that is one, or the folder to write; it must not exist
+    maps    a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
+
+    DEST appears when it is complete. Raises UsageError, SourceError, WeightsError, NetworkError.
+    """
+    place, path = locate(source, half=False), Path(dest)
+    if not uses:
+        raise UsageError("there is no LoRA to merge")
+    if (path.suffix == ".safetensors") != place.is_file():
+        raise UsageError(f"{source} is {'one file' if place.is_file() else 'a folder'}: {dest} is not")
+    tables = load_tables(None if maps is None else Path(maps))
+    identities = identify_known(place, open_source(place), tables)
+    parts = {
+        component.name: (member, component)
+        for member, identity in identities
+        for component in identity.components
+        if isinstance(component.config, UNetConfig | TextEncoderConfig)
+    }
+    places = {name: Place(c.config, expected(c.config), tables) for name, (_, c) in parts.items() if c.config}
+    if not places:
+        raise UsageError(f"{source} has neither a UNet nor a text encoder, so there is nothing to merge a LoRA into")
+    resolutions = [resolve(use.lora, places, strict=strict) for use in uses]
+    changes = gather(uses, resolutions)
+    ignored = {
+        key: "a training average, which would not have the LoRA"
+        for member, _ in identities
+        for key in member.tensors
+        if key.startswith(AVERAGE)
+    }
+    changed: dict[int, dict[str, Entry]] = {}
+    for name, (member, component) in parts.items():
+        changed.setdefault(id(member), {}).update(_changed(member, component, changes.get(name, {})))
+    note = {use.lora.path.name: {"unet": use.unet, "text_encoder": use.text_encoder} for use in uses}
+    count = 0
+    with fresh(path) as temporary:
+        if place.is_dir():
+            _copy_others(place, temporary)
+        for member, _ in identities:
+            for file in member.data_starts:
+                kept = [key for key in member.tensors if member.files[key] == file and key not in ignored]
+                tensors = {key: changed.get(id(member), {}).get(key) or _as_it_is(member, key) for key in kept}
+                out = temporary / file.relative_to(place) if place.is_dir() else temporary
+                out.parent.mkdir(parents=True, exist_ok=True)
+                write(out, tensors, {**member.metadata, "merged_loras": json.dumps(note)})
+                count += len(tensors)
+    return MergedCheckpoint(
+        path, count, sum(map(len, changed.values())), ignored, tuple(found.unplaced for found in resolutions)
+    )
+
+
+def _changed(member: Member, component: Component, changes: Mapping[str, Sequence[Applied]]) -> dict[str, Entry]:
+    """The keys of a component that LoRAs change."""
+    assert component.config is not None  # it is a UNet or a text encoder
+    plan = make_plan(
+        component.table, {key: member.shapes[key] for key in component.found.keys}, expected(component.config)
+    )
+    groups: dict[tuple[str, ...], list[tuple[int, str]]] = {}
+    for name, source in plan.sources.items():
+        groups.setdefault(source.keys, []).append((source.part, name))
+    out = {}
+    for keys, named in groups.items():
+        names = [name for _, name in sorted(named)]
+        if any(name in changes for name in names):
+            sources = [(plan.sources[name], changes.get(name, ())) for name in names]
+            for index, key in enumerate(keys):
+                kind = _dtype(member, key)
+                out[key] = Entry(kind, member.shapes[key], partial(_make, member, sources, index, kind))
+    return out
+
+
+@torch.no_grad()
+def _make(
+    member: Member, sources: Sequence[tuple[Source, Sequence[Applied]]], index: int, dtype: torch.dtype
+) -> Tensor:
+    """One published tensor, of those that the parameters of one rule are stored as."""
+    parameters = []
+    for source, changes in sources:
+        tensor = apply([read_tensor(member, key) for key in source.keys], source)
+        parameters.append(merged(tensor, changes) if changes else tensor.float())
+    return revert(parameters, sources[0][0])[index].to(dtype)
+
+
+def _as_it_is(member: Member, key: str) -> Entry:
+    return Entry(_dtype(member, key), member.shapes[key], partial(read_tensor, member, key))
+
+
+def _dtype(member: Member, key: str) -> torch.dtype:
+    """Raises WeightsError for what torch cannot hold."""
+    info = member.tensors[key]
+    if info.dtype not in DTYPES:
+        raise WeightsError(f"{key} has the dtype {info.dtype}, which torch cannot hold: nothing is written")
+    return DTYPES[info.dtype]
+
+
+def _copy_others(source: Path, dest: Path) -> None:
+    """Copy what a folder has beside weights."""
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        if file.is_file() and file.suffix not in WEIGHTS and not any(part.startswith(".") for part in relative.parts):
+            (dest / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, dest / relative)

@@ -1,0 +1,1 @@
+"""What this machine has, what will not work on it, whether it computes right, and how fast."""

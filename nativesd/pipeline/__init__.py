@@ -1,0 +1,1 @@
+"""From a source to a pipeline, and from a prompt to latents and pictures."""

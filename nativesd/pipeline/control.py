@@ -1,0 +1,228 @@
+"""Steering a UNet by pictures: ControlNets, whose residuals are summed outside the UNet, and T2I-Adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nativesd.config import UNetConfig
+from nativesd.errors import UsageError
+from nativesd.models.controlnet import ControlNet, ControlNetUnion
+from nativesd.models.t2i_adapter import T2IAdapter
+from nativesd.pictures.images import ImageSource, fit, read_image, to_tensor
+from nativesd.pictures.preprocess import preprocess
+from nativesd.pipeline.denoiser import Conditioning
+
+# xinsir6/ControlNetPlus README: the kinds of hint by number
+UNION_KINDS = {"openpose": 0, "depth": 1, "scribble": 2, "hed": 2, "canny": 3, "lineart": 3, "mlsd": 3, "normal": 4,
+               "segment": 5, "tile": 6, "inpaint": 7}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ControlModel:
+    """A loaded ControlNet or T2I-Adapter, and the name it is spoken of by."""
+
+    name: str
+    module: ControlNet | ControlNetUnion | T2IAdapter
+
+
+@dataclass(frozen=True)
+class Control:
+    """One steering picture.
+
+    model       a loaded `ControlModel`, or what `load_control` takes: "tiny", a folder, a file, a hub id
+    image       the hint: edges, depth, a pose, ...
+    scale       factor on everything that the model adds
+    start, end  from which and up to which part of the steps it acts
+    preprocess  what makes the hint of `image`: "canny", or a processor of controlnet_aux; None: it is one already
+    kind        for a ControlNetUnion: what the hint is, by name ("depth") or number
+    """
+
+    model: ControlModel | str | Path
+    image: ImageSource
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    preprocess: str | None = None
+    kind: str | int | None = None
+
+
+@dataclass(frozen=True)
+class Hint:
+    """A control made ready for one size: `pixels` (1, channels, H, W) in [0, 1]."""
+
+    model: ControlModel
+    pixels: Tensor
+    scale: float
+    start: float
+    end: float
+    kind: int | None
+
+
+def make_hint(control: Control, unet: UNetConfig, size: tuple[int, int], factor: int) -> Hint:
+    """The control for pictures of a size, width and height in pixels, of which a latent cell has `factor` a side.
+
+    Raises UsageError for a model of another family, and for what cannot be.
+    """
+    model = control.model
+    assert isinstance(model, ControlModel)  # the pipeline has loaded it
+    name, module = model.name, model.module
+    if not 0 <= control.start <= control.end <= 1:
+        raise UsageError(f"{name}: start and end must be 0 <= start <= end <= 1, not {control.start}, {control.end}")
+    width, height = size
+    if isinstance(module, T2IAdapter):
+        channels, cell = module.config.image_channels, module.config.unshuffle
+        if width % cell or height % cell:
+            raise UsageError(f"{name} takes pictures whose sides are multiples of {cell}, not {width}x{height}")
+    else:
+        control_config = module.control_config
+        channels, cell = control_config.hint_channels, 2 ** (len(control_config.hint_widths) - 1)
+        _check_controlnet(name, module, unet)
+        if cell != factor:
+            raise UsageError(f"{name} has {cell} pixels to a latent cell, and the model's VAE {factor}")
+    kind = UNION_KINDS.get(control.kind) if isinstance(control.kind, str) else control.kind
+    if isinstance(module, ControlNetUnion) and (kind is None or not 0 <= kind < module.union.kinds):
+        known = ", ".join(word for word, number in UNION_KINDS.items() if number < module.union.kinds)
+        raise UsageError(f"{name} tells kinds of hint apart: pass kind= ({known}), not {control.kind!r}")
+    picture = read_image(control.image)
+    if control.preprocess is not None:
+        picture = preprocess(picture, control.preprocess)
+    pixels = to_tensor([fit(picture, width, height).image]) / 2 + 0.5
+    return Hint(
+        model, pixels if channels == 3 else pixels[:, :channels], control.scale, control.start, control.end, kind
+    )
+
+
+def _check_controlnet(name: str, module: ControlNet | ControlNetUnion, unet: UNetConfig) -> None:
+    found, wanted = module.residual_shapes(1, 64, 64), unet.residual_shapes(1, 64, 64)
+    if found != wanted:
+        differs = next((pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]), (found, wanted))
+        raise UsageError(
+            f"{name} is a ControlNet of another family: it gives {len(found)} residuals and the UNet takes "
+            f"{len(wanted)}; at 64x64 cells the first to differ is {differs[0]}, where the UNet takes {differs[1]}"
+        )
+    if module.config.context != unet.context or module.config.added != unet.added:
+        raise UsageError(
+            f"{name} is a ControlNet of another family: it takes a context {module.config.context} wide, and the "
+            f"model's is {unet.context}"
+        )
+
+
+def _features(hint: Hint, unet: UNetConfig, height: int, width: int, device: torch.device) -> list[Tensor]:
+    """What a T2I-Adapter makes of its hint, for latents of `height` x `width`. Raises UsageError if they do not fit."""
+    module = hint.model.module
+    weight = next(module.parameters())
+    features: list[Tensor] = module(hint.pixels.to(device, weight.dtype))
+    found, places = [tuple(feature.shape) for feature in features], unet.adapter_shapes(1, height, width)
+    if len(found) < len(unet.levels) or found != places[: len(found)]:
+        raise UsageError(
+            f"{hint.model.name} is a T2I-Adapter of another family: it gives features {found}, and the UNet takes "
+            f"{places}"
+        )
+    return features
+
+
+def steer(
+    hints: Sequence[Hint],
+    unet: UNetConfig,
+    sigmas: Sequence[float],
+    *,
+    batch: int,
+    cells: tuple[int, int],
+    device: torch.device,
+    guess: bool,
+) -> Steering:
+    """The hints made ready for a pass over `sigmas` (but the last) on `batch` latents of `cells`, height and width."""
+    adapters = [hint for hint in hints if isinstance(hint.model.module, T2IAdapter)]
+    features = [(hint, _features(hint, unet, *cells, device)) for hint in adapters]
+    networks = [
+        replace(hint, pixels=hint.pixels.to(device, next(hint.model.module.parameters()).dtype))
+        for hint in hints
+        if hint not in adapters
+    ]
+    return Steering(networks, sigmas, batch, guess, features)
+
+
+@dataclass(frozen=True)
+class Steering:
+    """The ControlNets and adapters of one pass, for `batch` pictures, over `sigmas` (the last one left out)."""
+
+    networks: Sequence[Hint]
+    sigmas: Sequence[float]
+    batch: int
+    guess: bool
+    """ControlNets act for the prompt only, and the deeper the stronger ("guess mode" of lllyasviel/ControlNet)."""
+    features: Sequence[tuple[Hint, list[Tensor]]]
+    """What the T2I-Adapters made of their hints."""
+
+    def active(self, hint: Hint, sigma: float) -> bool:
+        """Whether a hint acts at a sigma; between two of the schedule, as at the earlier one."""
+        total = len(self.sigmas)
+        index = max((i for i, each in enumerate(self.sigmas) if each >= sigma * (1 - 1e-9)), default=0)
+        return index / total >= hint.start and (index + 1) / total <= hint.end
+
+    def residuals(self, latents: Tensor, time: float, sigma: float, side: Conditioning) -> list[Tensor] | None:
+        """The sum of all ControlNets' residuals for latents (n * B, C, h, w), as the UNet takes them; None: none."""
+        active = [hint for hint in self.networks if self.active(hint, sigma)]
+        asked = side.prompt.to(latents)[:, None, None, None]  # (n * B,) -> (n * B, 1, 1, 1)
+        total: list[Tensor] | None = None
+        for _, group in groupby(active, key=lambda hint: id(hint.model.module)):
+            hints = list(group)
+            pooled = _is_pooled(hints[0])
+            for residuals in _run(hints, latents, time, side, self.batch):
+                if pooled:
+                    residuals = [residual * asked for residual in residuals]
+                elif self.guess:
+                    depths = torch.logspace(-1, 0, len(residuals)).tolist()  # as diffusers' ControlNetModel.forward
+                    residuals = [residual * (asked * depth) for residual, depth in zip(residuals, depths, strict=True)]
+                total = residuals if total is None else [a + b for a, b in zip(total, residuals, strict=True)]
+        return total
+
+    def adapter(self, sigma: float, copies: int) -> list[Tensor]:
+        """The sum of all T2I-Adapters' features, `copies` rows of each."""
+        active = [
+            [feature * hint.scale for feature in features]
+            for hint, features in self.features
+            if self.active(hint, sigma)
+        ]
+        return [torch.stack(parts).sum(0).expand(copies, -1, -1, -1) for parts in zip(*active, strict=True)]
+
+
+def _is_pooled(hint: Hint) -> bool:
+    """Whether its ControlNet was trained without guidance, so that it acts for the prompt only ("shuffle")."""
+    module = hint.model.module
+    return not isinstance(module, T2IAdapter) and module.control_config.pooled
+
+
+def _run(hints: list[Hint], latents: Tensor, time: float, side: Conditioning, batch: int) -> list[list[Tensor]]:
+    """Residuals of hints that share a model: a union fuses them, a plain ControlNet runs for each."""
+    module = hints[0].model.module
+    if isinstance(module, ControlNetUnion):
+        # it attends across its batch, so a batch must be one picture's rows: prompt and negative prompt
+        parts = []
+        for picture in range(batch):
+            rows = slice(picture, None, batch)
+            parts.append(
+                module(
+                    latents[rows], time, side.context[rows],
+                    [hint.pixels.expand(len(latents[rows]), -1, -1, -1) for hint in hints],
+                    [hint.kind or 0 for hint in hints],
+                    pooled=None if side.pooled is None else side.pooled[rows],
+                    time_ids=None if side.time_ids is None else side.time_ids[rows],
+                    scale=[hint.scale for hint in hints],
+                )
+            )  # fmt: skip
+        # batch times (n, C, h, w) -> (n * batch, C, h, w)
+        return [[torch.stack(residuals, dim=1).flatten(0, 1) for residuals in zip(*parts, strict=True)]]
+    return [
+        module(
+            latents, time, side.context, hint.pixels.expand(len(latents), -1, -1, -1), pooled=side.pooled,
+            time_ids=side.time_ids, scale=hint.scale,
+        )
+        for hint in hints
+    ]  # fmt: skip

@@ -1,0 +1,443 @@
+"""One pass of the diffusion: what every call does with the modules, whatever it starts from."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from nativesd.config import Prediction, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from nativesd.errors import UsageError
+from nativesd.models.clip import TextEncoder
+from nativesd.models.tiny_vae import TinyVAE
+from nativesd.models.unet import UNet
+from nativesd.models.vae import VAE
+from nativesd.pictures.images import mask_to_latents, mask_to_tensor
+from nativesd.pipeline import autoencoder
+from nativesd.pipeline.control import Control, ControlModel, make_hint, steer
+from nativesd.pipeline.denoiser import Conditioning, Guidance, guidance_embedding, keep_known, make_denoiser, watch
+from nativesd.sampling.noise import BrownianNoise, NoiseKind, NoiseSource, move_noise, noise_source
+from nativesd.sampling.samplers import Noise
+from nativesd.sampling.schedule import Kind, Schedule, SchedulerConfig, make_schedule
+from nativesd.sampling.table import Call, Choice
+from nativesd.text.embedding import Embedding
+from nativesd.text.encode import encode_prompts
+from nativesd.text.tokenizer import ClipTokenizer
+from nativesd.weights.lora.file import LoraFile
+from nativesd.weights.lora.merge import Merged
+
+# sgm inference/api.py (SamplingParams): the refiner's aesthetic scores for the prompt and the negative prompt
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+# input channels: latents; those of an inpainting UNet (latents, mask, known latents); of instruct-pix2pix (two latents)
+PLAIN, INPAINTING, EDITING = 4, 9, 8
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Everything about a loaded model that is not a tensor."""
+
+    name: str
+    family: str
+    """sd1, sd2, sdxl or refiner"""
+    unet: UNetConfig
+    vae: VAEConfig | TinyVAEConfig
+    text_encoders: tuple[TextEncoderConfig, ...]
+    scheduler: SchedulerConfig
+    prediction: Prediction
+    size: int
+    """Default side of a picture, in pixels."""
+    zero_empty_negative: bool
+    """SDXL's force_zeros_for_empty_prompt: without a negative prompt its embeddings are zeros."""
+    guidance_scale: float | None = None
+    """The model's own default; None: the family's."""
+    steps: int | None = None
+    """The same for the steps."""
+    inferred: Mapping[str, str] = field(default_factory=dict)
+    """What was chosen at load without being told, and from what."""
+
+    @property
+    def few_steps(self) -> bool:
+        """A distilled model: LCM's or TCD's sampler, or trailing spacing on an Euler scheduler (turbo, Lightning)."""
+        name = self.scheduler.class_name
+        return name in ("LCMScheduler", "TCDScheduler") or (
+            self.scheduler.spacing == "trailing" and not self.scheduler.zero_snr and name.startswith("Euler")
+        )
+
+    @property
+    def default_guidance(self) -> float:
+        """Guidance where none is asked for: few-step models none, LCM (told its scale) 8.5, SDXL 5, else 7.5."""
+        if self.guidance_scale is not None:
+            return self.guidance_scale
+        if self.unet.guidance is not None:
+            return 8.5
+        return 1.0 if self.few_steps else 5.0 if self.unet.added is not None else 7.5
+
+    @property
+    def default_steps(self) -> int:
+        """Steps where none are asked for."""
+        return self.steps or (4 if self.few_steps else 20)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `on_step` receives, once for every step, after the model has answered.
+
+    `latents` (B, C, h, w) are the sampler's, noise included, at `sigma`; `denoised` the clean latents it predicts.
+    `preview()` makes a quick picture of these, maybe smaller, a batch side by side.
+    """
+
+    index: int
+    total: int
+    sigma: float
+    latents: Tensor
+    denoised: Tensor
+    preview: Callable[[], Image.Image] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a call asks of every pass: base, refiner and hires."""
+
+    prompts: Sequence[str]
+    count: int
+    """Pictures of each prompt."""
+    negative: str
+    literal: bool
+    clip_skip: int | None
+    seeds: Sequence[int]
+    noise: NoiseKind
+    guidance: Guidance
+    choice: Choice
+    kind: Kind
+    eta: float | None
+    control: Sequence[Control]
+    guess: bool
+    refiner: Diffusion | None
+    refiner_at: float
+    on_step: Callable[[Step], None] | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """A picture to begin from, (1 or B, 3, H, W) in [-1, 1], or its latents; `strength` of the noise is put on it.
+
+    `mask` (of the picture's size, grey) is white where the picture is painted anew.
+    """
+
+    strength: float
+    image: Tensor | None = None
+    latents: Tensor | None = None
+    mask: Image.Image | None = None
+
+    def pixels(self) -> Tensor:
+        """The picture. Raises UsageError where there are latents only."""
+        if self.image is None:
+            raise UsageError("this model starts from pictures, not from latents")
+        return self.image
+
+
+class Closes(Protocol):
+    """What holds memory that can be given back."""
+
+    def close(self) -> int:
+        """Free it; returns how many bytes that was, as far as it is known."""
+
+
+@dataclass
+class Diffusion:
+    """A loaded model. The modules are bare: the VAE's scaling factor is applied here.
+
+    tile        side in pixels of the tiles in which the VAE works, None: none, "auto": where a picture is large
+    slicing     the VAE takes a batch one picture at a time
+    sequential  prompt and negative prompt go through the UNet one by one: less memory (on CUDA, a batch that does not
+                fit switches to it by itself)
+    offload     modules stay in main memory and visit the device while they are used
+    previewer   a small autoencoder (TAESD) for the previews of `on_step`
+    """
+
+    config: PipelineConfig
+    unet: UNet
+    vae: VAE | TinyVAE
+    text_encoders: tuple[TextEncoder, ...]
+    tokenizers: tuple[ClipTokenizer, ...]
+    device: torch.device
+    dtype: torch.dtype
+    embeddings: dict[str, Embedding] = field(default_factory=dict)
+    tile: int | Literal["auto"] | None = "auto"
+    slicing: bool = False
+    sequential: bool = False
+    offload: bool = False
+    previewer: TinyVAE | None = None
+    acceleration: Closes | None = None
+    """The graphs that run in place of modules (`nativesd.pipeline.acceleration`)."""
+    lora_state: Merged | None = None
+    """What LoRAs are merged into, and which are in it now."""
+    load_control: Callable[[str | Path], ControlModel] | None = None
+    """Loads the models of a `Control` that names one."""
+    _controls: dict[str, ControlModel] = field(default_factory=dict, repr=False)
+    _loras: dict[str, LoraFile] = field(default_factory=dict, repr=False)
+
+    def encode_prompt(
+        self, prompts: Sequence[str], *, literal: bool = False, clip_skip: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Context (B, T, C), both encoders' side by side, and the last encoder's pooled embedding (B, P)."""
+        with self._visiting(*self.text_encoders):
+            return encode_prompts(
+                prompts, self.text_encoders, self.tokenizers, literal=literal, clip_skip=clip_skip,
+                embeddings=self.embeddings, device=self.device,
+            )  # fmt: skip
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of scaled latents (B, C, h, w). Raises NativesdError where the VAE gives no finite picture."""
+        return to_pictures(self.decode_tensor(latents))
+
+    @torch.inference_mode()
+    def decode_tensor(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) to pixels (B, 3, H, W) in [0, 1], float32. Raises NativesdError."""
+        config = self.config.vae
+        side = (latents.shape[2] * config.factor, latents.shape[3] * config.factor)
+        with self._visiting(self.vae):
+            return autoencoder.decode(
+                self.vae, latents, scaling=config.scaling, name=self.config.name, **self._room(side, len(latents))
+            )
+
+    @torch.inference_mode()
+    def encode_tensor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, H, W) in [-1, 1] to mean and standard deviation of the scaled latents, float32."""
+        options = self._room((pixels.shape[2], pixels.shape[3]), len(pixels))
+        with self._visiting(self.vae):
+            return autoencoder.encode(
+                self.vae, pixels.to(self.device), scaling=self.config.vae.scaling, name=self.config.name, **options
+            )
+
+    def run(self, job: Job, steps: int, size: tuple[int, int], start: Start | None = None) -> Tensor:
+        """Clean latents (B, C, h, w) of one size, width and height in pixels, from noise or from `start`.
+
+        Noise is drawn as diffusers' pipelines draw it: for the encoded picture, the start, the masked picture, steps.
+        """
+        config, factor = self.config, self.config.vae.factor
+        job = self._within_memory(job, size)
+        plan = make_schedule(
+            config.scheduler, job.choice.sampler.rule, steps, job.kind, sdxl=config.unet.added is not None
+        )
+        source = noise_source(job.noise, job.seeds)
+        shape = (config.vae.latent_channels, size[1] // factor, size[0] // factor)
+        if start is None:
+            noise = source.draw(shape).to(self.device)
+            return self._sample(job, plan, noise * plan.start, source, size)
+        if config.unet.in_channels == EDITING:
+            edited = self.encode_tensor(start.pixels())[0] / config.vae.scaling  # not scaled, as it was trained
+            noise = source.draw(shape).to(self.device)
+            return self._sample(job, plan, noise * plan.start, source, size, channels=edited)
+
+        plan = plan.part(first_step(steps, start.strength))
+        inpainting = config.unet.in_channels == INPAINTING
+        known, channels = None, None
+        if start.strength < 1 or not inpainting:
+            known = start.latents if start.latents is not None else self._draw(start.pixels(), source, job)
+        noise = source.draw(shape).to(self.device)
+        mask = None if start.mask is None else mask_to_latents(start.mask, factor).to(self.device)
+        if mask is not None and start.mask is not None:
+            visible = start.pixels() * (mask_to_tensor(start.mask) < 0.5).to(self.device)
+            hidden = self._draw(visible, source, job)  # diffusers draws for it even where no UNet looks at it
+            if inpainting:
+                channels = torch.cat([mask.round().expand(len(hidden), -1, -1, -1), hidden], dim=1)
+        if known is None or (mask is not None and start.strength == 1):
+            x = noise * plan.start
+        else:
+            x = known + noise * float(plan.sigmas[0])
+        if known is None or mask is None or inpainting:
+            return self._sample(job, plan, x, source, size, channels=channels)
+        latents = self._sample(job, plan, x, source, size, keep=(known, noise, mask))
+        return torch.lerp(known, latents, mask)
+
+    def _draw(self, pixels: Tensor, source: NoiseSource, job: Job) -> Tensor:
+        """Latents (B, C, h, w) of a picture (1, 3, H, W), drawn for every seed; A1111's noise is not spent on that."""
+        mean, std = self.encode_tensor(pixels)
+        if job.noise == "cuda" or isinstance(self.vae, TinyVAE):
+            return mean.expand(len(job.seeds), -1, -1, -1)
+        return mean + std * source.draw(mean.shape[1:]).to(self.device)
+
+    def _sample(
+        self,
+        job: Job,
+        plan: Schedule,
+        x: Tensor,
+        source: NoiseSource,
+        size: tuple[int, int],
+        *,
+        channels: Tensor | None = None,
+        keep: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """From x at the first sigma to clean latents (B, C, h, w); the refiner takes over where there is one.
+
+        channels  further inputs of the UNet; keep  what `keep_known` takes beside the denoiser
+        """
+        total = len(plan.timesteps)
+        noise: Noise = lambda sigma, sigma_next: move_noise(source.draw(x.shape[1:]), self.device)  # noqa: E731
+        if job.choice.brownian:
+            above_zero = plan.sigmas[plan.sigmas > 0]
+            noise = BrownianNoise(x, float(above_zero[-1]), float(plan.sigmas[0]), job.seeds, job.noise)
+        parts: list[tuple[Diffusion, int, int]] = [(self, 0, total)]
+        if job.refiner is not None:
+            trained = self.config.scheduler.train_steps
+            handover = int((plan.timesteps >= round(trained - job.refiner_at * trained)).sum())
+            parts = [(self, 0, handover), (job.refiner, handover, total)]
+        for model, begin, end in parts:
+            if begin == end:
+                continue
+            part = plan.part(begin, end)
+            sides = model._sides(job, size, channels)
+            steering = None
+            if job.control and model is self:
+                hints = [make_hint(control, self.config.unet, size, self.config.vae.factor) for control in job.control]
+                steering = steer(
+                    hints, self.config.unet, plan.sigmas[:-1].tolist(), batch=len(x), cells=(x.shape[2], x.shape[3]),
+                    device=self.device, guess=job.guess,
+                )  # fmt: skip
+            denoise = make_denoiser(
+                model.unet, sides, job.guidance, part.timestep, model.config.prediction, model.dtype, steering
+            )
+            if keep is not None:
+                denoise = keep_known(denoise, *keep)
+            denoise = watch(denoise, part.sigmas[:-1].tolist(), partial(self._report, job, begin, total))
+            networks = [] if steering is None else [hint.model.module for hint in steering.networks]
+            with model._visiting(model.unet, *networks):
+                x = job.choice.sampler.run(denoise, x, Call(part, noise, model.config.scheduler, job.eta))
+        return x / plan.end
+
+    def _report(self, job: Job, begin: int, total: int, index: int, sigma: float, x: Tensor, denoised: Tensor) -> None:
+        if job.on_step is not None:
+            job.on_step(Step(begin + index, total, sigma, x, denoised, partial(self.preview, denoised)))
+
+    def _sides(self, job: Job, size: tuple[int, int], channels: Tensor | None) -> list[Conditioning]:
+        """The conditionings that guidance combines, in the order that `Guidance.combine` takes."""
+        config, unet = self.config, self.config.unet
+        guided = job.guidance.scale > 1 and unet.guidance is None
+        prompts = [job.negative, *job.prompts] if guided else job.prompts
+        context, pooled = self.encode_prompt(prompts, literal=job.literal, clip_skip=job.clip_skip)
+        if guided and config.zero_empty_negative and job.negative == "":
+            context[0], pooled[0] = 0, 0
+        total = len(job.seeds)
+
+        def rows(tensor: Tensor, negative: bool) -> Tensor:
+            if negative:
+                return tensor[:1].expand(total, *tensor.shape[1:])
+            return tensor[-len(job.prompts) :].repeat_interleave(total // len(job.prompts), 0)
+
+        def side(*, negative: bool, channels: Tensor | None = channels) -> Conditioning:
+            told = None if unet.guidance is None else guidance_embedding(job.guidance.scale, unet.guidance)
+            conditioning = Conditioning(
+                rows(context, negative),
+                prompt=torch.full((total,), float(not negative), device=self.device),
+                guidance=None if told is None else told.expand(total, -1).to(self.device),
+                channels=None if channels is None else channels.expand(total, -1, -1, -1),
+            )
+            if unet.added is None:
+                return conditioning
+            width, height = size
+            score = NEGATIVE_AESTHETIC_SCORE if negative else AESTHETIC_SCORE
+            ids = [height, width, 0, 0, *([score] if unet.added.ids == 5 else [height, width])]
+            time_ids = torch.tensor(ids, dtype=torch.float32, device=self.device).expand(total, -1)
+            return replace(conditioning, pooled=rows(pooled, negative), time_ids=time_ids)
+
+        if not guided:
+            return [side(negative=False)]
+        if unet.in_channels == EDITING and channels is not None and job.guidance.image_scale != 1:
+            nothing = side(negative=True, channels=torch.zeros_like(channels))
+            return [side(negative=False), side(negative=True), nothing]
+        return [side(negative=True), side(negative=False)]
+
+    def preview(self, latents: Tensor) -> Image.Image:
+        """A quick picture of clean latents (B, C, h, w), maybe smaller, a batch side by side."""
+        with self._visiting(self.vae):
+            return autoencoder.LatentPreview(self.vae, self.config.vae.scaling, self.previewer).preview(latents)
+
+    def _room(self, side: tuple[int, int], batch: int) -> dict[str, Any]:
+        """How the VAE is to work on `batch` pictures of a size, height and width, in the memory there is."""
+        needed = autoencoder.decode_bytes(self.config.vae, *side, dtype=next(self.vae.parameters()).dtype, batch=1)
+        free = free_bytes(self.device)
+        tile = autoencoder.tile_size(self.tile, *side, needed=needed, free=free)
+        return {"tile": tile, "slicing": self.slicing or (free is not None and needed * batch > free)}
+
+    def _within_memory(self, job: Job, size: tuple[int, int]) -> Job:
+        """The job, with guidance one by one where the memory asks for it; warns where a step cannot fit."""
+        free, factor, config = free_bytes(self.device), self.config.vae.factor, self.config.unet
+        sides = 2 if job.guidance.scale > 1 and config.guidance is None else 1
+        needed = unet_bytes(config, len(job.seeds), size[1] // factor, size[0] // factor, self.dtype)
+        if free is None or needed * sides <= free:
+            return job
+        if needed > free:
+            width, height = size
+            warnings.warn(
+                f"{len(job.seeds)} pictures of {width}x{height} may not fit: a step takes about {needed / 1e9:.1f} GB "
+                f"beside the weights, and {free / 1e9:.1f} GB are free; make fewer at a time, or smaller ones",
+                stacklevel=2,
+            )
+        return replace(job, guidance=replace(job.guidance, sequential=True))
+
+    @contextmanager
+    def _visiting(self, *modules: nn.Module) -> Iterator[None]:
+        """With `offload`, the modules are on the device meanwhile, and in main memory before and after."""
+        if not self.offload:
+            yield
+            return
+        for module in modules:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.to("cpu")
+
+
+def unet_bytes(config: UNetConfig, batch: int, height: int, width: int, dtype: torch.dtype) -> int:
+    """About what a step needs beside the weights, for latents of `height` x `width`: the skips and the feature maps.
+
+    Of these there are, at the peak, 29 to 33 of the first level's size in float32 and 13 to 14 in half precision (SD1.5
+    and SD2.1, batches of 2 and 4, 64x64 and 96x96 cells; on a CPU); SDXL's first level has no attention, so fewer.
+    """
+    shapes = config.residual_shapes(batch, height, width)
+    maps = 32 if dtype == torch.float32 else 14
+    return dtype.itemsize * (sum(math.prod(shape) for shape in shapes) + maps * math.prod(shapes[0]))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device, where that can be known; what torch holds there for the next tensors is."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        held: Iterator[int] = (
+            segment["total_size"] - segment["active_size"]
+            for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+            if segment["device"] == index and tuple(segment["segment_pool_id"]) == (0, 0)  # the others are of graphs
+        )
+        return torch.cuda.mem_get_info(device)[0] + sum(held)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def first_step(steps: int, strength: float) -> int:
+    """The step at which a picture comes in that is to lose `strength` of itself. Raises UsageError if none is left."""
+    left = min(int(steps * strength), steps)
+    if left < 1:
+        raise UsageError(f"strength {strength:g} of {steps} steps leaves no step: raise either")
+    return steps - left
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """Pixels (B, 3, H, W) in [0, 1] as pictures."""
+    array = (pixels * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, 3, H, W) -> (B, H, W, 3)
+    return [Image.fromarray(picture) for picture in array]

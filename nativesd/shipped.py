@@ -1,0 +1,13 @@
+"""Where the files lie that travel in the package: the weight maps and the embedded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TINY = Path(__file__).parent / "tiny"
+"""The embedded model, a folder in the published layout."""
+
+TABLES = next(
+    path for path in (Path(__file__).parent / "weightmaps", Path(__file__).parents[1] / "weightmaps") if path.is_dir()
+)
+"""The weight maps: beside the modules in an installed package, at the repository's top in a checkout."""

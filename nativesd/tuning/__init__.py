@@ -1,0 +1,1 @@
+"""The same modules by faster operators: which, a probe of this machine decides."""

@@ -1,0 +1,112 @@
+"""The checkpoints of a local file or folder: which tensors are there, read from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nativesd.config import Config
+from nativesd.errors import SourceError
+from nativesd.weights.files.folder import component_config, local_weights, read_json, shards
+from nativesd.weights.files.header import Header, TensorInfo, merge_headers, read_header
+
+
+@dataclass(frozen=True)
+class Member:
+    """One checkpoint of a source: a file, a sharded file, or a model folder's component.
+
+    `name` is the component's folder, "" for a file that stands alone; `config` what the folder's config.json says.
+    """
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+    files: Mapping[str, Path]
+    """key -> the file that holds it; empty for a remote source"""
+    data_starts: Mapping[Path, int]
+    """file -> where its tensors' offsets count from"""
+    metadata: Mapping[str, str]
+    config: Config | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """key -> shape."""
+        return {key: info.shape for key, info in self.tensors.items()}
+
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+UNUSED = {
+    "safety_checker": "the safety checker, which classifies pictures and makes none",
+    "image_encoder": "encodes a picture for IP-Adapters and variations, which text-to-image does not need",
+}
+"""Components of model folders that have no module here, and why."""
+
+
+def open_source(source: str | Path, *, half: bool = False) -> list[Member]:
+    """The checkpoints of a local file or folder; `half` prefers fp16 variants. Raises SourceError."""
+    path = Path(source)
+    if path.is_dir():
+        return list(_folder(path, half=half))
+    if path.name.endswith(".json"):
+        return [member("", shards(path))]
+    return [member("", [path])]
+
+
+def member(name: str, files: list[Path], config: Config | None = None) -> Member:
+    """A checkpoint from its file, or its shards. Raises SourceError."""
+    headers = {path: read_header(path) for path in files}
+    return from_headers(name, headers, config)
+
+
+def from_headers(
+    name: str, headers: Mapping[Path, Header], config: Config | None = None, *, local: bool = True
+) -> Member:
+    """A checkpoint from the headers of its files. Raises WeightsError where two hold the same name."""
+    merged = merge_headers(headers)
+    metadata = {key: value for header in headers.values() for key, value in header.metadata.items()}
+    return Member(
+        name=name,
+        tensors={key: info for key, (_, info) in merged.items()},
+        files={key: path for key, (path, _) in merged.items()} if local else {},
+        data_starts={path: header.data_start for path, header in headers.items()},
+        metadata=metadata,
+        config=config,
+    )
+
+
+def _folder(path: Path, *, half: bool) -> Iterator[Member]:
+    """The components of a model folder, or of a folder that is one component."""
+    if not (path / "model_index.json").is_file():
+        yield _component_folder(path)
+        return
+    for name in components(path):
+        if name in UNUSED:  # of no use, so it may as well be absent, or a pickle
+            if files := sorted((path / name).glob("*.safetensors"))[:1]:
+                yield member(name, files)
+        else:
+            yield member(name, local_weights(path, name, half=half), component_config(path / name / "config.json"))
+
+
+def components(path: Path) -> list[str]:
+    """The components with weights that a folder's model_index.json lists. Raises SourceError."""
+    return [
+        name
+        for name, entry in read_json(path / "model_index.json").items()
+        if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+        and (name in PARTS or (path / name / "config.json").is_file())
+    ]  # fmt: skip
+
+
+def _component_folder(path: Path) -> Member:
+    """A folder that holds one checkpoint, with or without its config.json."""
+    indexes = sorted(path.glob("*.safetensors.index*.json"))
+    files = sorted(path.glob("*.safetensors"))
+    config = component_config(path / "config.json") if (path / "config.json").is_file() else None
+    if indexes:
+        return member("", shards(indexes[0]), config)
+    if not files:
+        raise SourceError(f"{path} has neither model_index.json nor safetensors weights")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise SourceError(f"{path} holds {len(files)} checkpoints: name one of {names}")
+    return member("", files, config)

@@ -1,0 +1,1 @@
+"""What LoRA files say, and how they enter the weights."""

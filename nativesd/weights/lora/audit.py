@@ -1,0 +1,148 @@
+"""What a LoRA touches and which base it fits, from its header: the report that the audit shows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from nativesd.config import (
+    CLIP_L,
+    OPENCLIP_H,
+    SDXL_BIGG,
+    SDXL_CLIP_L,
+    UNETS,
+    Config,
+    UNetConfig,
+)
+from nativesd.weights.audit import ComponentReport, Expected, Mapped, Unexpected
+from nativesd.weights.files.header import TensorInfo
+from nativesd.weights.lora.file import Change, Group, Place, context, group, place
+from nativesd.weights.maps.describe import DISTILLED, FAMILIES, Evidence, unet_family
+from nativesd.weights.maps.keymap import KeyMap
+from nativesd.weights.maps.lora_names import PARTS
+
+ENCODERS: Mapping[str, Mapping[str, Config]] = {
+    "sd1": {"text_encoder": CLIP_L}, "sd2": {"text_encoder": OPENCLIP_H},
+    "sdxl": {"text_encoder": SDXL_CLIP_L, "text_encoder_2": SDXL_BIGG}, "refiner": {"text_encoder_2": SDXL_BIGG},
+}  # fmt: skip
+"""family -> its published text encoders."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a LoRA fits a published base."""
+
+    label: str
+    changes: Sequence[Change]
+    unplaced: Mapping[str, str]
+
+
+def bases(unets: Mapping[str, UNetConfig] = UNETS) -> dict[str, dict[str, Config]]:
+    """The published bases, by the names that people use: the families' own models first."""
+    out: dict[str, dict[str, Config]] = {}
+    for name, unet in unets.items():
+        family = unet_family(unet)[0]
+        label = f"{FAMILIES[family]} {DISTILLED[name]}" if name in DISTILLED else FAMILIES[family]
+        out[label] = {"unet": unet, **ENCODERS[family]}
+    return out
+
+
+def fits(
+    groups: Sequence[Group], tensors: Mapping[str, TensorInfo], tables: Mapping[str, KeyMap], expected: Expected
+) -> list[Fit]:
+    """The published bases that a LoRA fits in every module, or else the one that it fits best."""
+    shapes = {key: info.shape for key, info in tensors.items()}
+    width = context(groups, shapes)
+    out: list[Fit] = []
+    for label, configs in bases().items():
+        unet = configs["unet"]
+        if width is None or not isinstance(unet, UNetConfig) or unet.context == width:
+            places = {name: Place(config, expected(config), tables) for name, config in configs.items()}
+            out.append(Fit(label, *place(groups, shapes, places)))
+    whole = [fit for fit in out if not fit.unplaced]
+    return whole or sorted(out, key=lambda fit: len(fit.unplaced))[:1]
+
+
+def report_lora(
+    report: ComponentReport,
+    tensors: Mapping[str, TensorInfo],
+    tables: Mapping[str, KeyMap],
+    expected: Expected,
+    read: Callable[[str], float] | None = None,
+) -> ComponentReport:
+    """The report of a LoRA, whose keys are `tensors`, with the parameters that they change in the base that it fits.
+
+    Keys without a place there are unexpected. `read` gives the value of a key that is one number, where the file is at
+    hand.
+    """
+    groups, nameless = group(tensors, tables)
+    found = fits(groups, tensors, tables, expected)
+    if not found:
+        width = context(groups, {key: info.shape for key, info in tensors.items()})
+        reason = f"no published base has a context {width} wide"
+        found = [Fit("", (), {key: reason for group in groups for key in group.keys.values()})]
+    best, families = found[0], list(dict.fromkeys(fit.label.partition(" ")[0] for fit in found))
+    unplaced = {**nameless, **best.unplaced}
+    places: dict[str, list[tuple[str, Change]]] = {}
+    for change in best.changes:
+        for part, key in change.keys.items():
+            places.setdefault(key, []).append((part, change))
+    names = {key: next(t.name for t in tables.values() if t.lora and t.lora.part(key)) for key in places}
+    return replace(
+        report,
+        family=report.family or " or ".join(families),
+        expected=len(tensors),
+        mapped=tuple(
+            Mapped(
+                " + ".join(f"{change.component} {change.target.parameter}" for _, change in entries),
+                (key,), entries[0][1].target.shape, PARTS[entries[0][0]], names[key], 0,
+            )
+            for key, entries in places.items()
+        ),
+        unexpected=tuple(
+            Unexpected(key, tensors[key].shape, tensors[key].dtype, reason) for key, reason in unplaced.items()
+        ),
+        evidence=(_base(found, len(groups), unplaced), *_evidence(best.changes, tensors, read)),
+    )  # fmt: skip
+
+
+def _base(found: Sequence[Fit], count: int, unplaced: Mapping[str, str]) -> Evidence:
+    """Which base the LoRA fits, and why."""
+    labels = ", ".join(fit.label for fit in found) or "none that is known"
+    if unplaced:
+        return Evidence("base", labels, f"{len(unplaced)} keys find no place in it", determined=False)
+    where = "it" if len(found) == 1 else "each of them, and nothing tells which was meant"
+    return Evidence("base", labels, f"the {count} modules are all in {where}")
+
+
+def _evidence(
+    changes: Sequence[Change], tensors: Mapping[str, TensorInfo], read: Callable[[str], float] | None
+) -> list[Evidence]:
+    """What kinds of changes there are, in which components, of which ranks, and how they are scaled."""
+    if not changes:
+        return []
+    ranks = [change.rank for change in changes if change.rank is not None]
+    alphas = [change.keys["alpha"] for change in changes if "alpha" in change.keys]
+    out = [
+        Evidence("changes", _counted(change.kind for change in changes), "the parts that the keys name"),
+        Evidence("components", _counted(change.component for change in changes), "the modules that the keys name"),
+    ]
+    if ranks:
+        out.append(Evidence("rank", _counted(ranks), "the matrices' inner size"))
+    if alphas and read is not None:
+        out.append(Evidence("alpha", _counted(f"{read(key):g}" for key in alphas), "scale = alpha / rank"))
+    elif alphas:
+        out.append(Evidence("alpha", f"in {len(alphas)} changes", "scale = alpha / rank; its value is not in a header"))
+    if len(ranks) > len(alphas):
+        out.append(
+            Evidence(
+                "no alpha", f"in {len(ranks) - len(alphas)} changes", "the scale is 1, or what peft's settings say"
+            )
+        )
+    return out
+
+
+def _counted(values: Iterable[object]) -> str:
+    """Each value with how often it occurs, the commonest first."""
+    return ", ".join(f"{value} x{count}" for value, count in Counter(values).most_common())

@@ -1,0 +1,81 @@
+"""What peft's settings say of a LoRA's scale, where its tensors do not: in the file's metadata, or beside the file."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nativesd.errors import WeightsError
+from nativesd.weights.files.folder import read_json
+
+METADATA = "lora_adapter_metadata"
+"""Where diffusers writes peft's settings: `LORA_ADAPTER_METADATA_KEY` of its loaders/lora_base.py."""
+BESIDE = {"adapter_model.safetensors": "adapter_config.json"}
+"""PeftModel.save_pretrained's file, and that with its settings."""
+
+
+@dataclass(frozen=True)
+class Stated:
+    """The alpha and rank of all modules, but for those whose names end as `alphas` says.
+
+    `root`: the scale is alpha / sqrt(rank) (rank-stabilised LoRA, Kalajdzievski 2023), not alpha / rank.
+    """
+
+    alpha: float
+    rank: int
+    root: bool = False
+    alphas: Mapping[str, float] | None = None
+
+    def scale(self, module: str, rank: int | None) -> float:
+        """The scale of a change of that rank, or of one that is no product."""
+        rank = rank or self.rank
+        own = (alpha for end, alpha in (self.alphas or {}).items() if f".{module}".endswith(f".{end}"))
+        return next(own, self.alpha) / (math.sqrt(rank) if self.root else rank)
+
+
+def stated_by(metadata: Mapping[str, str], path: Path) -> dict[str, Stated]:
+    """peft's settings for each component, or under "" for any; {} where a file has none.
+
+    Raises WeightsError, SourceError for settings that cannot be read.
+    """
+    if METADATA in metadata:
+        where = f"{path}, {METADATA}"
+        try:
+            data = json.loads(metadata[METADATA])
+        except (ValueError, RecursionError) as error:
+            raise WeightsError(f"{where}: {error}") from error
+        if not isinstance(data, dict):
+            raise WeightsError(f"{where} is no JSON object")
+    elif path.name in BESIDE and (path.parent / BESIDE[path.name]).is_file():
+        where, data = str(path.parent / BESIDE[path.name]), dict(read_json(path.parent / BESIDE[path.name]))
+    else:
+        return {}
+    out = {}
+    for component in ("", "unet", "text_encoder", "text_encoder_2"):
+        prefix = f"{component}." if component else ""
+        own = {name.removeprefix(prefix): value for name, value in data.items() if name.startswith(prefix)}
+        if "r" in own:
+            out[component] = _stated(own, where)
+    return out
+
+
+def _stated(data: Mapping[str, Any], where: str) -> Stated:
+    """The settings of one component. Raises WeightsError."""
+    alpha, rank = data.get("lora_alpha", data.get("alpha")), data["r"]
+    patterns = data.get("alpha_pattern") or {}
+    numbers = isinstance(patterns, dict) and all(map(_is_number, (alpha, rank, *patterns.values())))
+    if not numbers or not isinstance(rank, int) or rank < 1:
+        raise WeightsError(f"{where} has no lora_alpha, r and alpha_pattern that are numbers")
+    if strange := [end for end in patterns if not re.fullmatch(r"\^?[\w.-]+", end)]:
+        raise WeightsError(f"{where}: the alpha_pattern {strange[0]!r} is no module's name, so no scale can be told")
+    alphas = {end.removeprefix("^"): float(value) for end, value in patterns.items()}
+    return Stated(float(alpha), rank, bool(data.get("use_rslora")), alphas)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,363 @@
+"""The exact configuration of a component, read off its parameters' names and shapes, with the evidence.
+
+Every conclusion that one tensor could spoil is a majority's, so that a missing, additional or mis-shaped tensor is a
+finding of the audit and not another architecture. What names and shapes cannot say is said to be undetermined.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from nativesd.config import (
+    SD15_ADAPTER,
+    SD15_LIGHT_ADAPTER,
+    SD15_UNET,
+    SD_VAE,
+    SDXL_ADAPTER,
+    SDXL_VAE,
+    TAESD,
+    UNETS,
+    ControlNetConfig,
+    Depth,
+    Level,
+    Prediction,
+    T2IAdapterConfig,
+    TextEncoderConfig,
+    TextTime,
+    TinyVAEConfig,
+    UNetConfig,
+    UnionConfig,
+    VAEConfig,
+)
+from nativesd.weights.maps.keymap import Shape
+
+Parameters = Mapping[str, Shape]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One conclusion about a component and why. `determined` is false for a default that the file neither supports
+    nor contradicts; `override` says how to choose otherwise."""
+
+    what: str
+    value: str
+    why: str
+    determined: bool = True
+    override: str = ""
+
+
+FAMILIES = {"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL", "refiner": "SDXL refiner"}
+"""The families by the names that code and `--as` use, and as people write them."""
+
+INPUTS = {4: "", 5: "depth", 7: "upscaler", 8: "InstructPix2Pix", 9: "inpainting"}
+"""A UNet's input channels (latents and what stands beside them) and the name of the variant. One tensor shows them, so
+other numbers are taken for a fault of that tensor; so are 5 and 7 outside SD2.x."""
+
+GUIDANCE = 256  # width of the guidance embedding in every LCM
+VOCABULARY = 49408
+LENGTHS = (77, 248)  # CLIP, and LongCLIP
+
+
+def _most(values: Iterable[int], default: int) -> int:
+    """The commonest value (the first of equals), or `default` where there are none."""
+    counts = Counter(values)
+    return max(counts, key=counts.__getitem__) if counts else default
+
+
+def _present(parameters: Parameters, pattern: str, needed: int) -> set[tuple[int, ...]]:
+    """The numbers that stand for the pattern's groups in at least `needed` names: fewer are a fault, no module."""
+    counts: Counter[tuple[int, ...]] = Counter()
+    compiled = re.compile(pattern)
+    for name in parameters:
+        if match := compiled.match(name):
+            counts[tuple(int(group or 0) for group in match.groups())] += 1
+    return {numbers for numbers, count in counts.items() if count >= needed}
+
+
+def _shapes(parameters: Parameters, pattern: str, rank: int) -> list[Shape]:
+    """The shapes of that rank of all parameters whose name the pattern matches."""
+    compiled = re.compile(pattern)
+    return [shape for name, shape in parameters.items() if len(shape) == rank and compiled.fullmatch(name)]
+
+
+def _count(indices: Iterable[int]) -> int:
+    """How many there are from 0 on without a gap."""
+    present, count = set(indices), 0
+    while count in present:
+        count += 1
+    return count
+
+
+def unet_config(parameters: Parameters, pooled: int = 1280) -> tuple[UNetConfig, list[Evidence]]:
+    """A UNet's configuration, or that of a ControlNet's encoder (levels without an up path).
+
+    `pooled` is the width of the pooled text embedding, where the UNet is conditioned on one. The head count is the
+    family's: 8 where the projections are convolutions (SD1.x), else width / 64 (SD2.x, SDXL). SDXL's added conditioning
+    has six ids, the refiner's five, each 256 wide.
+    """
+    down, up = _stages(parameters, r"down\.(\d+)"), _stages(parameters, r"up\.(\d+)")
+    down = down or [level.down for level in SD15_UNET.levels]  # too little is there to tell
+    widths = [_width(parameters, f"down.{i}") for i in range(len(down))]
+    projections = [
+        len(s) for name, s in parameters.items() if re.search(r"attentions\.\d+\.proj_(in|out)\.weight", name)
+    ]
+    linear = _most(projections, 2) == 2
+    context = _most((shape[1] for shape in _shapes(parameters, r".*attn2\.to_[kv]\.weight", 2)), 2048)
+    known = [channels for channels in INPUTS if channels not in (5, 7) or context == 1024]
+    inputs = _most((s[1] for s in _shapes(parameters, r"conv_in\.weight", 4) if s[1] in known), 4)
+    conditioned = any(name.startswith("add_embedding.") for name in parameters)
+    ids = 5 if context == pooled else 6  # the refiner has one text encoder, SDXL a second beside it
+    added = TextTime(pooled, ids) if conditioned else None
+    guidance = GUIDANCE if "time_embedding.cond_proj.weight" in parameters else None
+    config = UNetConfig(
+        levels=tuple(
+            Level(
+                width,
+                down=down[i],
+                up=up[len(down) - 1 - i] if i >= len(down) - len(up) else (),
+                heads=_heads(width, linear=linear),
+            )
+            for i, width in enumerate(widths)
+        ),
+        mid=next(iter(_stages(parameters, "mid()")), ()),
+        context=context,
+        in_channels=inputs,
+        linear_projection=linear,
+        added=added,
+        guidance=guidance,
+        groups=_groups(widths),
+    )
+    depths = " / ".join(",".join("-" if d is None else str(d) for d in level.down) for level in config.levels)
+    rule = "width / 64, as in SD2.x and SDXL" if linear else "8, as in SD1.x"
+    evidence = [
+        Evidence(
+            "levels", f"{len(widths)}, {'/'.join(map(str, widths))} wide", "output channels of the residual blocks"
+        ),
+        Evidence("transformer depths", depths, "numbers of the transformer blocks, going down"),
+        Evidence("context", str(context), "input width of the cross-attentions' key and value projections"),
+        Evidence("input channels", str(inputs), "shape of conv_in"),
+        Evidence("projections", "linear" if linear else "1x1 convolutions", "rank of proj_in and proj_out"),
+        Evidence("heads", "/".join(str(level.heads) for level in config.levels), rule, determined=False),
+    ]
+    if added is not None:
+        why = "add_embedding is there; the refiner's context is as wide as the pooled embedding, SDXL's wider"
+        evidence.append(Evidence("added conditioning", f"pooled {added.pooled} + {added.ids} ids", why))
+    if guidance:
+        evidence.append(Evidence("guidance embedding", str(guidance), "time_embedding.cond_proj is there (LCM)"))
+    return config, evidence
+
+
+def _heads(width: int, *, linear: bool) -> int:
+    """The family's head count for a width: 8 or width / 64, or the next lower number that divides it."""
+    rule = max(width // 64, 1) if linear else 8
+    return next(heads for heads in range(rule, 0, -1) if width % heads == 0)
+
+
+def _stages(parameters: Parameters, path: str) -> list[tuple[Depth, ...]]:
+    """The depths of every stage that the pattern `path` numbers (one stage where it has an empty group).
+
+    A depth is the number of transformer blocks behind a residual block; None: no attention, 0: its shell alone.
+    """
+    resnets = _present(parameters, rf"{path}\.resnets\.(\d+)\.", 5)
+    shells = _present(parameters, rf"{path}\.attentions\.(\d+)\.(?:norm|proj_in|proj_out)\.", 3)
+    blocks = _present(parameters, rf"{path}\.attentions\.(\d+)\.blocks\.(\d+)\.", 10)
+
+    def depth(i: int, j: int) -> Depth:
+        return _count(n for *place, n in blocks if place == [i, j]) if (i, j) in shells else None
+
+    return [
+        tuple(depth(i, j) for j in range(_count(j for stage, j in resnets if stage == i)))
+        for i in range(_count(i for i, _ in resnets))
+    ]
+
+
+def _width(parameters: Parameters, stage: str) -> int:
+    """The width of a stage: what most tensors of its residual blocks put out."""
+    compiled = re.compile(rf"{re.escape(stage)}\.resnets\.\d+\.(conv1|conv2|norm2|time_emb_proj)\.(weight|bias)")
+    return _most((shape[0] for name, shape in parameters.items() if shape and compiled.fullmatch(name)), 32)
+
+
+def _groups(widths: Iterable[int]) -> int:
+    """GroupNorm's groups: 32 in every published model, fewer where a width is no multiple of that."""
+    return next(groups for groups in (32, 16, 8, 4, 2, 1) if all(width % groups == 0 for width in widths))
+
+
+def unet_family(config: UNetConfig) -> tuple[str, str]:
+    """The family ("" for none) and the variant ("" for the family's base model) of a UNet's configuration."""
+    if config.added is not None:
+        family = "refiner" if config.added.ids == 5 else "sdxl"
+    else:
+        family = {768: "sd1", 1024: "sd2"}.get(config.context, "sd2" if config.linear_projection else "sd1")
+    variants = [INPUTS.get(config.in_channels, ""), "LCM" if config.guidance else ""]
+    form = [(level.width, level.down, level.up) for level in config.levels], config.mid
+    known = {
+        name: preset
+        for name, preset in UNETS.items()
+        if ([(level.width, level.down, level.up) for level in preset.levels], preset.mid) == form
+    }
+    if not known:
+        variants.append(OWN_FORM)
+    elif "sd15" not in known and "sdxl" not in known and "refiner" not in known:
+        variants.append(DISTILLED[next(iter(known))])
+    return family, ", ".join(variant for variant in variants if variant)
+
+
+OWN_FORM = "of its own form"
+"""The variant of a UNet that is no published one."""
+
+DISTILLED = {
+    "bk-sdm-base": "BK-SDM base", "bk-sdm-tiny": "BK-SDM tiny", "bk-sdm-v2-base": "BK-SDM base",
+    "bk-sdm-v2-tiny": "BK-SDM tiny", "ssd-1b": "SSD-1B", "vega": "Vega",
+}  # fmt: skip
+
+
+def vae_config(parameters: Parameters, family: str) -> tuple[VAEConfig, list[Evidence]]:
+    """An autoencoder's configuration; its scaling factor is the family's."""
+    blocks = _present(parameters, r"encoder\.down\.(\d+)\.resnets\.(\d+)\.", 4)
+    mirrored = not blocks
+    if mirrored:  # a file with the decoder alone
+        blocks = _present(parameters, r"decoder\.up\.(\d+)\.resnets\.(\d+)\.", 4)
+    levels = _count(i for i, _ in blocks)
+    widths = [_width(parameters, f"{'decoder.up' if mirrored else 'encoder.down'}.{i}") for i in range(levels)]
+    layers = _most((_count(j for i, j in blocks if i == level) for level in range(levels)), 2) - mirrored
+    base = SDXL_VAE if family in ("sdxl", "refiner") else SD_VAE
+    config = replace(
+        base,
+        widths=tuple(widths[::-1] if mirrored else widths) or base.widths,
+        layers=layers,
+        latent_channels=_most(
+            [
+                *(n for shape in _shapes(parameters, r"post_quant_conv\.weight", 4) for n in shape[:2]),
+                *(shape[0] for shape in _shapes(parameters, r"post_quant_conv\.bias", 1)),
+                *(shape[1] for shape in _shapes(parameters, r"decoder\.conv_in\.weight", 4)),
+                *(shape[0] // 2 for shape in _shapes(parameters, r"(quant_conv|encoder\.conv_out)\.bias", 1)),
+            ],
+            4,
+        ),
+        groups=_groups(widths or base.widths),
+    )
+    why = f"the {FAMILIES[family]} UNet in the same source" if family else "SD1.x's and SD2.x's"
+    return config, [
+        Evidence("levels", f"{levels}, {'/'.join(map(str, config.widths))} wide", "output channels of residual blocks"),
+        Evidence("latent channels", str(config.latent_channels), "shape of the decoder's conv_in"),
+        Evidence("scaling factor", str(config.scaling), why, bool(family), "" if family else "0.13025 for an SDXL VAE"),
+    ]
+
+
+TEXT_ENCODERS = {768: "CLIP ViT-L", 1024: "OpenCLIP ViT-H", 1280: "OpenCLIP ViT-bigG"}
+"""The published text encoders by their width."""
+
+
+def text_config(parameters: Parameters, family: str, *, fused: bool) -> tuple[TextEncoderConfig, list[Evidence]]:
+    """A text encoder's configuration. What the UNet gets of it is the family's rule; `fused`: OpenCLIP's layout.
+
+    SDXL and the refiner take the penultimate layer without the final norm, SD2.x the penultimate with it, SD1.x the
+    last with it. SD2.x's penultimate layer is the last of 23: its 24th is left out, where the file has one.
+    """
+    width = _most((shape[0] for shape in _shapes(parameters, r"layers\.\d+\.norm[12]\.\w+", 1)), 768)
+    layers = _count(n for (n,) in _present(parameters, r"layers\.(\d+)\.", 8))
+    sdxl = family in ("sdxl", "refiner")
+    openclip = fused or width in (1024, 1280)
+    projected = "text_projection.weight" in parameters and openclip and (sdxl or width == 1280)
+    left_out = openclip and not projected and layers == 24
+    config = TextEncoderConfig(
+        width=width,
+        layers=layers - left_out,
+        heads=max(width // 64, 1),
+        mlp=_most((shape[0] for shape in _shapes(parameters, r"layers\.\d+\.mlp\.fc1\.weight", 2)), 4 * width),
+        activation="gelu" if openclip else "quick_gelu",
+        projection=width if projected else None,
+        hidden=-2 if sdxl or projected else -1,
+        hidden_norm=not (sdxl or projected),
+        vocabulary=VOCABULARY,
+        length=_most((s[0] for s in _shapes(parameters, r"position_embedding\.weight", 2) if s[0] in LENGTHS), 77),
+    )
+    which = f"{'penultimate' if config.hidden == -2 or left_out else 'last'}, " + (
+        "with the final norm" if config.hidden_norm else "without the final norm"
+    )
+    evidence = [
+        Evidence("layers", f"{config.layers}, {width} wide", "numbers and norms of the layers"),
+        Evidence("activation", config.activation, "OpenCLIP's" if openclip else "CLIP ViT-L's", determined=False),
+        Evidence("heads", str(config.heads), "width / 64, as in every CLIP text encoder", determined=False),
+        Evidence("hidden state", which, FAMILIES.get(family, "as published for this width"), determined=bool(family)),
+    ]
+    return config, evidence
+
+
+def prediction(keys: Iterable[str], family: str, variant: str) -> tuple[Prediction, Evidence]:
+    """What the UNet predicts: marker tensors decide where there are some, else it is the family's usual."""
+    names = set(keys)
+    markers = [name for name in ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min") if name in names]
+    if "v_pred" in markers or any(marker.startswith("edm_vpred") for marker in markers):
+        return "v", Evidence("prediction", "v", f"the marker {markers[0]}")
+    override = 'prediction="epsilon" or "v" (--prediction)'
+    if family == "sd2" and not variant and "denoiser.sigmas" not in names:
+        why = "SD2.1-768 and SD2.1-base have the same names and shapes; this is the former's"
+        return "v", Evidence("prediction", "v", why, False, override)
+    return "epsilon", Evidence("prediction", "epsilon", "no marker tensor says otherwise", False, override)
+
+
+def controlnet_config(parameters: Parameters, pooled: int = 1280) -> tuple[ControlNetConfig, list[Evidence]]:
+    """A ControlNet's configuration: the encoder's, and whether it tells several kinds of hint apart."""
+    unet, evidence = unet_config(parameters, pooled)
+    union = None
+    if any(name.startswith(("task_embedding.", "transformer.", "kinds_embedding.")) for name in parameters):
+        kinds = _most((s[0] for s in _shapes(parameters, r"task_embedding\.weight", 2) if s[0] in UNION_KINDS), 6)
+        union = UnionConfig(kinds=kinds, layers=_count(n for (n,) in _present(parameters, r"transformer\.(\d+)\.", 8)))
+        evidence.append(Evidence("union", f"{kinds} kinds of hint", "shape of task_embedding"))
+    if not any("attn2" in name for name in parameters):
+        context = 2048 if unet.added is not None else 1024 if unet.linear_projection else 768
+        unet = replace(unet, context=context)
+        why = "no cross-attention in the file; the family's"
+        evidence = [e for e in evidence if e.what != "context"]
+        evidence.append(Evidence("context", str(context), why, determined=False))
+    return ControlNetConfig(unet, hint_widths=_hint_widths(parameters), union=union), evidence
+
+
+def _hint_widths(parameters: Parameters) -> tuple[int, ...]:
+    """Widths of a hint's encoder: the published ones, unless more of the file's layers have others."""
+    published, found = ControlNetConfig.hint_widths, []
+    names = ["hint.conv_in.weight", *(f"hint.blocks.{i}.weight" for i in range(1, 16, 2))]  # every second one strides
+    for name in names:
+        found += [shape[0] for shape in _shapes(parameters, re.escape(name), 4)]
+    same = sum(a == b for a, b in zip(found, published, strict=False))
+    return published if same * 2 >= len(found) and len(found) <= len(published) else tuple(found)
+
+
+UNION_KINDS = (6, 8)  # ControlNetUnion as first published, and promax
+
+
+def tiny_vae_config(parameters: Parameters) -> tuple[TinyVAEConfig, list[Evidence]]:
+    """TAESD's configuration: which halves are there, and the latents' channels (4, or 16 for later families)."""
+    halves = {name.partition(".")[0] for name in parameters}
+    half: Literal["encoder", "decoder"] | None = None
+    if halves == {"encoder"}:
+        half = "encoder"
+    elif halves == {"decoder"}:
+        half = "decoder"
+    channels = [s[1] for s in _shapes(parameters, r"decoder\.layers\.0\.weight", 4)]
+    channels += [s[0] for s in _shapes(parameters, r"encoder\.layers\.14\.weight", 4)]
+    latent = _most((n for n in channels if n in (4, 16)), 4)
+    config = replace(TAESD, half=half, latent_channels=latent)
+    return config, [Evidence("halves", half or "encoder and decoder", "which names there are")]
+
+
+def t2i_adapter_config(parameters: Parameters) -> tuple[T2IAdapterConfig, list[Evidence]]:
+    """A T2I-Adapter's configuration. Where it halves the picture, no name tells: as published for its input's width."""
+    stages = _count(i for (i,) in _present(parameters, r"stages\.(\d+)\.", 4))
+    light = any(re.match(r"stages\.\d+\.conv_out\.", name) for name in parameters)
+    inputs = _shapes(parameters, r"stages\.0\.conv_in\.weight" if light else r"conv_in\.weight", 4)
+    wide = any({16 * 16, 3 * 16 * 16} & set(shape) or shape[1] > 2 * 3 * 8 * 8 for shape in inputs)
+    base = SD15_LIGHT_ADAPTER if light else SDXL_ADAPTER if wide else SD15_ADAPTER
+    channels = 1 if any(shape[1] == base.unshuffle**2 for shape in inputs) else 3
+    layers = _most(Counter(i for i, _ in _present(parameters, r"stages\.(\d+)\.resnets\.(\d+)\.", 3)).values(), 2)
+    config = replace(base, stages=base.stages[:stages] or base.stages, layers=layers, image_channels=channels)
+    kind = "light" if light else "full"
+    return config, [
+        Evidence("form", f"{kind}, {stages} stages of {layers} blocks", "numbers of the blocks"),
+        Evidence("downsampling", "SDXL's" if wide else "SD1.x's", "input channels of the first convolution"),
+    ]

@@ -1,0 +1,254 @@
+"""What a checkpoint is: its components, each with its table, its exact configuration, its family, and the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from nativesd.config import (
+    CLIP_L,
+    OPENCLIP_H,
+    SD_VAE,
+    SDXL_BIGG,
+    SDXL_CLIP_L,
+    SDXL_VAE,
+    UNETS,
+    Config,
+    ControlNetConfig,
+    Prediction,
+    T2IAdapterConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from nativesd.errors import UsageError
+from nativesd.weights.files.source import UNUSED, Member
+from nativesd.weights.maps.describe import (
+    FAMILIES,
+    TEXT_ENCODERS,
+    Evidence,
+    controlnet_config,
+    prediction,
+    t2i_adapter_config,
+    text_config,
+    tiny_vae_config,
+    unet_config,
+    unet_family,
+    vae_config,
+)
+from nativesd.weights.maps.detect import Detection, Found, detect
+from nativesd.weights.maps.keymap import BoundMap, KeyMap, Shape
+
+STATED = Evidence("configuration", "config.json", "stated beside the weights")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One component of a checkpoint. `config` is None where the layout is recognised and there is no module for it."""
+
+    name: str
+    family: str
+    layout: str
+    found: Found
+    config: Config | None
+    evidence: tuple[Evidence, ...] = ()
+
+    @property
+    def table(self) -> BoundMap:
+        """The table that says what the names should be: under a foreign prefix, the one with the first known prefix."""
+        table = self.found.table
+        return table.keymap.bind(table.dims, table.keymap.prefixes[0]) if self.found.foreign_prefix else table
+
+
+@dataclass
+class Identity:
+    """A checkpoint's components and what is said of it as a whole. `family` is "" where nothing says it."""
+
+    components: list[Component] = field(default_factory=list)
+    family: str = ""
+    variant: str = ""
+    prediction: Prediction = "epsilon"
+    ignored: dict[str, str] = field(default_factory=dict)
+    unrecognised: list[str] = field(default_factory=list)
+
+    def label(self) -> str:
+        """The family and variant as people write them."""
+        name = FAMILIES.get(self.family, "")
+        return f"{name} {self.variant}" if name and self.variant else name
+
+
+def identify(
+    shapes: Mapping[str, Shape],
+    tables: Mapping[str, KeyMap],
+    *,
+    config: Config | None = None,
+    name: str | None = None,
+    family: str = "",
+    believed: tuple[str, str] | None = None,
+) -> Identity:
+    """Identify a checkpoint from its names and shapes.
+
+    config    what a config.json beside it says, instead of what the shapes say
+    name      the component's name, where a folder gives it
+    family    known from elsewhere (the UNet of the same folder)
+    believed  (preset, layout) that the user takes it for: what it is compared with, whatever it is
+
+    Raises UsageError for a preset or layout that does not exist, TableError for a faulty table.
+    """
+    detection = detect(shapes, tables)
+    if believed is not None:
+        detection = _as_believed(detection, shapes, tables, *believed)
+    identity = Identity(family=family, ignored=detection.ignored, unrecognised=detection.unrecognised)
+    for found in detection.found:
+        if found.component == "unet":
+            unet = config if isinstance(config, UNetConfig) else None
+            if unet is None and believed is not None:
+                unet = UNETS[believed[0]]
+            evidence = [STATED] if config is not None else []
+            if unet is None:
+                unet, evidence = unet_config(found.parameters(shapes), _pooled(detection, shapes))
+            identity.family, identity.variant = unet_family(unet)
+            identity.prediction, guess = prediction(shapes, identity.family, identity.variant)
+            if config is None:  # beside a config.json there is a scheduler_config.json, which says it
+                evidence.append(guess)
+            identity.components.append(Component("unet", identity.label(), "", found, unet, tuple(evidence)))
+    for found in detection.found:
+        if found.component != "unet":
+            identity.components.append(_component(found, shapes, identity, config, believed))
+    sgm = any(key.startswith("conditioner.") for key in shapes) or identity.family in ("sdxl", "refiner")
+    identity.components = [
+        replace(
+            component,
+            name=name or component.name,
+            layout="sgm"
+            if sgm and component.found.table.keymap.layout == "ldm"
+            else component.found.table.keymap.layout,
+        )
+        for component in sorted(identity.components, key=lambda component: component.name != "unet")
+    ]
+    return identity
+
+
+def identify_all(
+    members: Sequence[Member], tables: Mapping[str, KeyMap], *, believed: tuple[str, str] | None = None
+) -> list[tuple[Member, Identity]]:
+    """Identify every checkpoint of a source, those with a UNet first, since its family decides about the others.
+
+    Raises what `identify` raises.
+    """
+    out: list[tuple[Member, Identity]] = []
+    family = ""
+    for member in sorted(members, key=lambda member: member.name != "unet"):
+        if member.name in UNUSED:
+            out.append((member, Identity(ignored=dict.fromkeys(member.tensors, UNUSED[member.name]))))
+            continue
+        identity = identify(
+            member.shapes, tables, config=member.config, name=member.name or None, family=family, believed=believed
+        )
+        family = family or identity.family
+        out.append((member, identity))
+    return out
+
+
+def _pooled(detection: Detection, shapes: Mapping[str, Shape]) -> int:
+    """The width of the pooled text embedding: the projecting text encoder's in the same checkpoint, else bigG's."""
+    for found in detection.found:
+        if found.component == "text_encoder":
+            parameters = found.parameters(shapes)
+            if "text_projection.weight" in parameters:
+                return text_config(parameters, "sdxl", fused=found.table.keymap.layout == "openclip")[0].width
+    return 1280
+
+
+def _component(
+    found: Found,
+    shapes: Mapping[str, Shape],
+    identity: Identity,
+    given: Config | None,
+    believed: tuple[str, str] | None,
+) -> Component:
+    """A component other than the UNet, in the light of the UNet's family."""
+    parameters, family = found.parameters(shapes), identity.family
+    label, kind, layout = FAMILIES.get(family, ""), found.component, found.table.keymap.layout
+    config: Config | None = None
+    evidence: list[Evidence] = []
+    name = kind
+    if kind == "vae":
+        config, evidence = vae_config(parameters, family)
+        if believed is not None:
+            config = SDXL_VAE if family in ("sdxl", "refiner") else SD_VAE
+        if isinstance(given, VAEConfig):
+            config, evidence = given, [STATED]
+        label = label or "SD1.x, SD2.x or SDXL"
+    elif kind == "text_encoder":
+        read, evidence = text_config(parameters, family, fused=layout == "openclip")
+        if believed is not None:
+            read = _text_preset(family, projected=read.projection is not None)
+        if isinstance(given, TextEncoderConfig):
+            read, evidence = given, [STATED]
+        config = read
+        name = "text_encoder_2" if read.projection is not None else "text_encoder"
+        label = label or TEXT_ENCODERS.get(read.width, "CLIP")
+    elif kind == "controlnet":
+        config, evidence = controlnet_config(parameters)
+        if isinstance(given, ControlNetConfig):
+            config, evidence = given, [STATED]
+        label = FAMILIES[unet_family(config.unet)[0]] + (" union" if config.union is not None else "")
+    elif kind == "tiny_vae":
+        config, evidence = tiny_vae_config(parameters)
+        label = "TAESD"
+    elif kind == "t2i_adapter":
+        config, evidence = t2i_adapter_config(parameters)
+        if isinstance(given, T2IAdapterConfig):
+            config, evidence = given, [STATED]
+        label = "SDXL" if config.unshuffle == 16 else "SD1.x"
+    elif found.table.keymap.is_named:
+        label = adapter_family(shapes)
+    return Component(name, label, "", found, config, tuple(evidence))
+
+
+def _text_preset(family: str, *, projected: bool) -> TextEncoderConfig:
+    """The text encoder that a family publishes."""
+    if family in ("sdxl", "refiner"):
+        return SDXL_BIGG if projected else SDXL_CLIP_L
+    return OPENCLIP_H if family == "sd2" else CLIP_L
+
+
+CONTEXTS = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL", 1280: "SDXL refiner"}
+"""The family by the width of its cross-attention's context."""
+
+
+def adapter_family(shapes: Mapping[str, Shape]) -> str:
+    """The family that an adapter (LoRA, IP-Adapter) fits, by the input width of its cross-attention projections."""
+    for key, shape in shapes.items():
+        cross = "attn2" in key and any(part in key for part in ("to_k", "to_v"))
+        down = key.endswith(("down.weight", "lora_A.weight", "lora_A.default.weight"))
+        if ((cross and down) or key.endswith("to_k_ip.weight")) and len(shape) >= 2 and shape[1] in CONTEXTS:
+            return CONTEXTS[shape[1]]
+    return ""
+
+
+def _as_believed(
+    detection: Detection, shapes: Mapping[str, Shape], tables: Mapping[str, KeyMap], preset: str, layout: str
+) -> Detection:
+    """The components read through the tables of the layout that the user names."""
+    if preset not in UNETS:
+        raise UsageError(f"{preset!r} is not a family: it is one of {', '.join(UNETS)}")
+    layout = "ldm" if layout == "sgm" else layout
+    chosen = {table.component: table for table in tables.values() if table.layout == layout and table.rules}
+    if not chosen:
+        layouts = sorted({table.layout for table in tables.values() if table.rules} | {"sgm"})
+        raise UsageError(f"{layout!r} is not a layout: it is one of {', '.join(layouts)}")
+    if not detection.found:
+        table = chosen.get("unet") or next(iter(chosen.values()))
+        prefix = table.prefixes[0]
+        return Detection(
+            [Found(table.bind(UNETS[preset].dims, prefix), prefix, detection.unrecognised)], detection.ignored
+        )
+    out = replace(detection, found=[])
+    for found in detection.found:
+        table = chosen.get(found.component, found.table.keymap)
+        prefix = found.prefix if found.prefix in table.prefixes else table.prefixes[0]
+        dims = UNETS[preset].dims if table.component == "unet" else table.probe(found.keys, found.prefix)
+        out.found.append(Found(table.bind(dims, prefix), prefix, found.keys))
+    return out

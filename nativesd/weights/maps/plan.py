@@ -1,0 +1,73 @@
+"""What becomes of every tensor of a checkpoint: the plan that the loader executes and the audit prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nativesd.weights.maps.keymap import BoundMap, Shape, Source
+
+
+@dataclass
+class Plan:
+    """What becomes of a checkpoint's keys, and where each of the model's parameters comes from."""
+
+    sources: dict[str, Source] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    """key -> reason"""
+    unexpected: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """key -> the parameters it would be, which this model does not have; () where no rule knows the key"""
+    missing: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """parameter -> the keys expected for it; () where no rule produces it"""
+    duplicate: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """parameter -> the keys that all claim it"""
+    wrong_shape: dict[str, Source] = field(default_factory=dict)
+    """parameter -> its source, which gives another shape than the model has"""
+
+
+def make_plan(table: BoundMap, theirs: Mapping[str, Shape], ours: Mapping[str, Shape]) -> Plan:
+    """Assign a checkpoint's keys to a model's parameters, both given as name -> shape. Raises TableError."""
+    plan = Plan()
+    claims: dict[str, dict[int, list[tuple[str, Source]]]] = {}
+    for key in theirs:
+        found = table.parameters(key)
+        if found and all(name in ours for name, _ in found):
+            for name, source in found:
+                index = source.part if source.rule.op == "concat" else 0
+                claims.setdefault(name, {}).setdefault(index, []).append((key, source))
+        elif (reason := table.reason_to_ignore(key)) is not None:
+            plan.ignored[key] = reason
+        else:
+            plan.unexpected[key] = tuple(name for name, _ in found)
+    for name, expected in ours.items():
+        _settle(table, plan, name, expected, claims.get(name, {}), theirs)
+    if any(not source.rule.written for source in plan.sources.values()):  # a file keeps to one spelling
+        for name in plan.missing:
+            if old := table.old_spelling(name):
+                plan.missing[name] = old.keys
+    return plan
+
+
+def _settle(
+    table: BoundMap,
+    plan: Plan,
+    name: str,
+    expected: Shape,
+    claims: Mapping[int, list[tuple[str, Source]]],
+    theirs: Mapping[str, Shape],
+) -> None:
+    """Put one parameter into the plan: filled, missing, claimed twice, or of the wrong shape."""
+    every = [source for index in sorted(claims) for _, source in claims[index]]
+    needed = len(every[0].rule.theirs) if every else 1
+    if len(claims) < needed:
+        known = table.source(name)
+        plan.missing[name] = () if known is None else tuple(key for key in known.keys if key not in theirs)
+    elif len(every) > needed:
+        plan.duplicate[name] = tuple(key for source in every for key in source.keys)
+    else:
+        first = every[0]
+        source = Source(tuple(s.keys[0] for s in every), first.rule, first.part if needed == 1 else 0, first.parts)
+        if source.shape(theirs) != expected:
+            plan.wrong_shape[name] = source
+        else:
+            plan.sources[name] = source

@@ -1,0 +1,109 @@
+"""A component's tensors in another published layout, made one by one, so that a checkpoint's size does not matter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nativesd.errors import UsageError, WeightsError
+from nativesd.weights.checkpoint import DTYPES, NAMES, apply, read_tensor, revert
+from nativesd.weights.files.source import Member
+from nativesd.weights.maps.identify import Component
+from nativesd.weights.maps.keymap import BoundMap, Shape, Source
+from nativesd.weights.maps.plan import make_plan
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to write: its dtype and shape, known beforehand, and the function that makes it."""
+
+    dtype: torch.dtype
+    shape: Shape
+    make: Callable[[], Tensor]
+
+
+def entries(
+    member: Member, component: Component, expected: Mapping[str, Shape], target: BoundMap, dtype: torch.dtype | None
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What a component's tensors are in the target's layout, and the keys left out with their reasons.
+
+    Floating-point tensors become `dtype`, where one is given. Raises WeightsError where the component is not whole or
+    the target's layout has no name for a part of it.
+    """
+    plan = make_plan(component.table, {key: member.shapes[key] for key in component.found.keys}, expected)
+    if plan.missing or plan.unexpected or plan.wrong_shape or plan.duplicate:
+        raise WeightsError(f"the {component.name} does not load as it is, so it cannot be converted: see its audit")
+    groups: dict[tuple[str, ...], list[tuple[int, str]]] = {}
+    for name in plan.sources:
+        source = target.source(name)
+        if source is None:
+            raise WeightsError(f"the {component.name}'s {name} has no name in {target.keymap.name}: nothing is written")
+        groups.setdefault(source.keys, []).append((source.part, name))
+    out: dict[str, Entry] = {}
+    for (key,), parts in groups.items():  # no table writes several keys from one parameter
+        names = [name for _, name in sorted(parts)]
+        source = target.source(names[0])
+        assert source is not None  # found above
+        info = member.tensors[plan.sources[names[0]].keys[0]]
+        if info.dtype not in DTYPES:
+            raise WeightsError(f"{key} has the dtype {info.dtype}, which torch cannot hold: nothing is written")
+        stored = DTYPES[info.dtype]
+        kind = dtype if dtype is not None and stored.is_floating_point else stored
+        sources = [plan.sources[name] for name in names]
+        out[key] = Entry(
+            kind, source.published_shape(expected[names[0]]), partial(_make, member, sources, source, kind)
+        )
+    return out, plan.ignored
+
+
+def _make(member: Member, sources: list[Source], target: Source, dtype: torch.dtype) -> Tensor:
+    """One published tensor from the parameters that `sources` give."""
+    parameters = [apply([read_tensor(member, key) for key in source.keys], source) for source in sources]
+    [tensor] = revert(parameters, target)
+    return tensor.to(dtype)
+
+
+def write(path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, one tensor in memory at a time, in the order of the safetensors library: larger elements
+    first, then by name."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, entry in ordered:
+        size = entry.dtype.itemsize * torch.Size(entry.shape).numel()
+        header[name] = {"dtype": NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for _, entry in ordered:
+            file.write(entry.make().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def fresh(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes it when all is written, and goes away when something fails.
+
+    Raises UsageError where `path` exists.
+    """
+    if path.exists():
+        raise UsageError(f"{path} exists: remove it, or name another")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        temporary.rename(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,192 @@
+"""The audit as a user runs it: what is printed, the JSON, tracing, comparing, and exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import nativesd
+from conftest import Run
+from nativesd.errors import SourceError, UsageError
+from nativesd.shipped import TINY
+from nativesd.weights.maps.keymap import TableError
+from oracles import published_manifests, sparse
+
+MANIFESTS = published_manifests()
+KEY = "model.diffusion_model.input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight"
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SDXL file as published, its tensors holes."""
+    return sparse(MANIFESTS["sdxl-base.checkpoint.sgm"], tmp_path_factory.mktemp("sdxl") / "sdxl.safetensors")
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a misspelt name, a mis-shaped tensor and one too many."""
+    manifest = MANIFESTS["sdxl-base.checkpoint.sgm"]
+    manifest.shapes[KEY.replace("weight", "wieght")] = manifest.shapes.pop(KEY)
+    manifest.shapes["first_stage_model.quant_conv.bias"] = (9,)
+    manifest.shapes["model.diffusion_model.surprise"] = (2, 3)
+    return sparse(manifest, tmp_path_factory.mktemp("broken") / "broken.safetensors")
+
+
+def test_a_clean_file(run: Run, sdxl: Path) -> None:
+    done = run("audit", str(sdxl))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    heads = [line for line in lines if line and not line.startswith(" ")]
+    assert heads == [
+        "unet (SDXL, sgm): 1680 of 1680 mapped",
+        "text_encoder (SDXL, transformers): 196 of 196 mapped",
+        "text_encoder_2 (SDXL, openclip): 517 of 517 mapped",
+        "vae (SDXL, sgm): 248 of 248 mapped",
+    ]
+    assert "1680, 2.57 B parameters, F16 x1680, 5.13 GB" in done.stdout
+    assert any(line.split()[:2] == ["heads", "5/10/20"] and "not determined" in line for line in lines)
+    assert any(line.split()[:2] == ["prediction", "epsilon"] and "--prediction" in line for line in lines)
+    assert "\x1b" not in done.stdout
+
+
+def test_findings(run: Run, broken: Path) -> None:
+    done = run("audit", str(broken))
+    assert done.returncode == 1
+    assert "unet (SDXL, sgm): 1679 of 1680 mapped" in done.stdout
+    rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    start = rows.index("missing down.1.attentions.0.blocks.1.attn2.to_k.weight (640, 2048)")
+    assert rows[start + 1] == f"expected as {KEY}"
+    assert rows[start + 2] == f"found {KEY.replace('weight', 'wieght')}: a misspelling?"
+    assert "unexpected model.diffusion_model.surprise (2, 3) F16: no rule names it" in rows
+    assert "wrong shape first_stage_model.quant_conv.bias (9,), for quant_conv.bias" in rows
+    assert sum("unexpected" in row for row in rows) == 1  # the misspelt one is told with the missing one
+
+
+def test_json(run: Run, broken: Path) -> None:
+    done = run("audit", str(broken), "--json")
+    assert done.returncode == 1
+    data = json.loads(done.stdout)
+    assert (data["schema"], data["ok"], data["family"], data["source"]) == (1, False, "SDXL", str(broken))
+    unet = data["components"][0]
+    assert {"name", "family", "layout", "tensors", "parameters", "mapped", "ignored", "missing", "unexpected"} <= set(
+        unet
+    )
+    assert {"wrong_shape", "duplicate", "ok", "dtypes", "bytes", "evidence"} <= set(unet)
+    assert unet["missing"][0]["expected"] == [KEY]
+    assert data == json.loads(nativesd.audit(broken).to_json())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (KEY, f"{KEY} -> unet.ldm.toml rule 5 -> copy -> unet down.1.attentions.0.blocks.1.attn2.to_k.weight"),
+        ("down.1.attentions.0.blocks.1.attn2.to_k.weight", f"{KEY} -> unet.ldm.toml rule 5 -> copy"),
+        ("conditioner.embedders.1.model.text_projection", "-> transpose -> text_encoder_2 text_projection.weight"),
+        ("conditioner.embedders.1.model.logit_scale", "-> ignored: the temperature"),
+        ("conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_bias", "split 2 of 3"),
+    ],
+)
+def test_trace(run: Run, sdxl: Path, name: str, words: str) -> None:
+    done = run("audit", str(sdxl), "--trace", name)
+    assert done.returncode == 0
+    assert words in done.stdout
+
+
+def test_trace_of_a_fault_and_of_nothing(run: Run, broken: Path) -> None:
+    assert "missing down.1.attentions.0" in run("audit", str(broken), "--trace", KEY).stdout
+    done = run("audit", str(broken), "--trace", "no.such.name")
+    assert done.returncode == 2
+    assert "no.such.name" in done.stderr
+
+
+def test_keys(run: Run, sdxl: Path) -> None:
+    done = run("audit", str(sdxl), "--keys")
+    assert sum(line.split()[0] == "mapped" for line in done.stdout.splitlines()) == 1680 + 196 + 517 + 248
+
+
+def test_believed(run: Run, sdxl: Path) -> None:
+    assert run("audit", str(sdxl), "--as", "sdxl/sgm").returncode == 0
+    done = run("audit", str(sdxl), "--as", "sd15/ldm")
+    assert done.returncode == 1
+    assert "--all lists them" in done.stdout
+    for wrong in ("sdxl", "nothing/ldm", "sdxl/nothing"):
+        assert run("audit", str(sdxl), "--as", wrong).returncode == 2
+
+
+def test_diff(run: Run, tmp_path: Path) -> None:
+    same = run("audit", "tiny", "--diff", str(TINY), "--values")
+    assert (same.returncode, same.stdout.split()[0]) == (0, "518")
+    tensors = load_file(TINY / "vae" / "diffusion_pytorch_model.safetensors")
+    tensors["quant_conv.bias"][0] += 256  # where float16 counts by quarters
+    tensors["post_quant_conv.bias"] = tensors["post_quant_conv.bias"].float()
+    del tensors["encoder.conv_in.bias"]
+    save_file(tensors, tmp_path / "vae.safetensors")
+    done = run("audit", str(TINY / "vae"), "--diff", str(tmp_path / "vae.safetensors"), "--values", "--json")
+    assert done.returncode == 1
+    found = {entry["parameter"]: (entry["kind"], entry["maximum"]) for entry in json.loads(done.stdout)["differences"]}
+    assert found == {
+        "vae.quant_conv.bias": ("values", pytest.approx(256, abs=0.25)),
+        "vae.post_quant_conv.bias": ("dtype", None),
+        "vae.encoder.conv_in.bias": ("only in first", None),
+    }
+    assert run("audit", "tiny", "--values").returncode == 2
+
+
+def test_own_tables(sdxl: Path, tmp_path: Path) -> None:
+    with pytest.raises(TableError, match="holds no tables"):
+        nativesd.audit(sdxl, maps=tmp_path)
+    (tmp_path / "mine.toml").write_text(
+        '[map]\ncomponent = "vae"\nlayout = "mine"\nprefix = "my."\ndetect = ["quant_conv.weight"]\n\n'
+        '[[rule]]\ntheirs = "quant_conv.{p}"\nours = "quant_conv.{p}"\n'
+    )
+    save_file({"my.quant_conv.weight": torch.zeros(8, 8, 1, 1)}, tmp_path / "my.safetensors")
+    [component] = nativesd.audit(tmp_path / "my.safetensors", maps=tmp_path).components
+    assert (component.layout, len(component.mapped)) == ("mine", 1)
+    (tmp_path / "mine.toml").write_text("[map]")
+    with pytest.raises(TableError, match="component and layout"):
+        nativesd.audit(sdxl, maps=tmp_path)
+
+
+def test_what_cannot_be_audited(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"PK\x03\x04" + bytes(100))
+    (tmp_path / "empty").mkdir()
+    for source, code, words in (
+        ("nothing.safetensors", 3, "does not exist"),
+        ("model.ckpt", 3, "weights_only=True"),
+        ("empty", 3, "neither model_index.json nor safetensors"),
+    ):
+        done = run("audit", str(tmp_path / source))
+        assert (done.returncode, done.stdout) == (code, "")
+        assert words in done.stderr
+    with pytest.raises(SourceError):
+        nativesd.audit(tmp_path / "nothing")
+    with pytest.raises(UsageError):
+        nativesd.audit("tiny", believed="sdxl")
+
+
+def test_a_folder_of_one_component_and_of_shards(tmp_path: Path) -> None:
+    tensors = load_file(TINY / "unet" / "diffusion_pytorch_model.safetensors")
+    half = len(tensors) // 2
+    names = list(tensors)
+    index = {}
+    for number, part in enumerate((names[:half], names[half:]), 1):
+        file = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+        index |= dict.fromkeys(part, file)
+    path = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    for source in (tmp_path, path):
+        [component] = nativesd.audit(source).components
+        assert (component.name, component.tensors) == ("unet", len(tensors))
+
+
+def test_convert(run: Run, tmp_path: Path) -> None:
+    done = run("convert", "tiny", "tiny.safetensors", "--layout", "ldm")
+    assert (done.returncode, done.stdout) == (0, "tiny.safetensors\n")
+    assert nativesd.diff("tiny", tmp_path / "tiny.safetensors").ok
+    assert run("convert", "tiny", "tiny.safetensors", "--layout", "ldm").returncode == 2
+    assert run("convert", "tiny", "x", "--layout", "sgm").returncode == 2

@@ -1,0 +1,335 @@
+"""Pictures that begin from pictures, against the diffusers pipelines: same weights, noise and steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_pipeline import BETAS, SCHEDULERS, TOLERANCE, save_model
+
+import nativesd
+from nativesd.errors import UsageError
+from nativesd.pipeline import diffusion, loading
+
+SIDE = 64
+SAMPLERS = ("DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras")
+
+
+def photo(width: int = SIDE, height: int = SIDE) -> Image.Image:
+    """Smooth colours with an edge in them."""
+    y, x = np.mgrid[:height, :width] / (SIDE - 1)
+    colours = np.stack([x, y, 0.5 + 0.5 * np.sin(6 * x + 3 * y)], axis=-1)
+    colours[height // 3 : height // 2, width // 4 :] = (0.9, 0.2, 0.1)
+    return Image.fromarray((colours * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def hole() -> Image.Image:
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[16:48, 24:56] = 255
+    return Image.fromarray(mask)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small models of every kind, as diffusers saves them; the VAE's posterior is narrow, as a trained one's."""
+    root = tmp_path_factory.mktemp("modes")
+    for form in ("sd15", "sdxl"):
+        save_model(form, root / form)
+    for name, channels in (("inpaint", 9), ("edit", 8)):
+        shutil.copytree(root / "sd15", root / name)
+        old = diffusers.UNet2DConditionModel.from_pretrained(root / "sd15" / "unet")
+        torch.manual_seed(1)
+        diffusers.UNet2DConditionModel.from_config(old.config, in_channels=channels).save_pretrained(
+            root / name / "unet"
+        )
+    refiner = root / "refiner"
+    shutil.copytree(root / "sdxl", refiner)
+    for part in ("unet", "text_encoder", "tokenizer"):
+        shutil.rmtree(refiner / part)
+    old = diffusers.UNet2DConditionModel.from_pretrained(root / "sdxl" / "unet")
+    torch.manual_seed(2)
+    diffusers.UNet2DConditionModel.from_config(
+        old.config, cross_attention_dim=48, projection_class_embeddings_input_dim=24 + 5 * 16
+    ).save_pretrained(refiner / "unet")
+    index = json.loads((refiner / "model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None],
+              "tokenizer": [None, None], "requires_aesthetics_score": True,
+              "force_zeros_for_empty_prompt": False}  # fmt: skip
+    (refiner / "model_index.json").write_text(json.dumps(index))
+    return {path.name: path for path in root.iterdir()}
+
+
+def theirs(cls: Any, folder: Path, sampler: str | None = None) -> Any:
+    pipe = cls.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if sampler is not None:
+        scheduler, options = SCHEDULERS[sampler]
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **options)
+    return pipe
+
+
+def compare(ours: nativesd.Pipeline, result: nativesd.Result, expected: np.ndarray) -> None:
+    found = ours.decode_tensor(result.latents).permute(0, 2, 3, 1).numpy()
+    assert found.shape == expected.shape
+    assert expected.std() > 0.01, "a flat picture would prove nothing"
+    assert np.abs(found - expected).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("form", "cls"), [
+    ("sd15", diffusers.StableDiffusionImg2ImgPipeline), ("sdxl", diffusers.StableDiffusionXLImg2ImgPipeline),
+])  # fmt: skip
+def test_image_to_image(folders: dict[str, Path], form: str, cls: Any, sampler: str) -> None:
+    oracle, ours = theirs(cls, folders[form], sampler), nativesd.load(folders[form], device="cpu")
+    for strength in (0.3, 0.75, 1.0):
+        generators = [torch.Generator().manual_seed(s) for s in (5, 6)]
+        expected = oracle(
+            ["a red cat"] * 2, image=[photo()] * 2, strength=strength, num_inference_steps=20, guidance_scale=6.0,
+            generator=generators, output_type="np",
+        ).images  # fmt: skip
+        result = ours(
+            "a red cat", image=photo(), strength=strength, steps=20, guidance_scale=6.0, seed=5, num_images=2,
+            sampler=sampler,
+        )  # fmt: skip
+        compare(ours, result, expected)
+        assert result.images[0].size == (SIDE, SIDE)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("form", ["sd15", "inpaint"])
+def test_inpainting(folders: dict[str, Path], form: str, sampler: str) -> None:
+    """With a plain UNet the known part is put back at every step; an inpainting UNet is told it."""
+    oracle = theirs(diffusers.StableDiffusionInpaintPipeline, folders[form], sampler)
+    ours = nativesd.load(folders[form], device="cpu")
+    for strength in (0.5, 0.9) if form == "sd15" else (0.5, 1.0):
+        expected = oracle(
+            "a red cat", image=photo(), mask_image=hole(), strength=strength, num_inference_steps=20, height=SIDE,
+            width=SIDE, guidance_scale=6.0, generator=torch.Generator().manual_seed(5), output_type="np",
+        ).images  # fmt: skip
+        result = ours(
+            "a red cat", image=photo(), mask=hole(), strength=strength, steps=20, guidance_scale=6.0, seed=5,
+            mask_blur=0, sampler=sampler,
+        )  # fmt: skip
+        compare(ours, result, expected)
+        outside = np.asarray(hole()) == 0
+        assert (np.asarray(result.images[0])[outside] == np.asarray(photo())[outside]).all()
+
+
+@pytest.mark.parametrize("image_guidance_scale", [1.5, 1.0])
+def test_instruct_pix2pix(folders: dict[str, Path], image_guidance_scale: float) -> None:
+    oracle = theirs(diffusers.StableDiffusionInstructPix2PixPipeline, folders["edit"], "Euler a")
+    ours = nativesd.load(folders["edit"], device="cpu")
+    expected = oracle(
+        "make it red", image=photo(), num_inference_steps=20, guidance_scale=6.0, output_type="np",
+        image_guidance_scale=image_guidance_scale, generator=torch.Generator().manual_seed(5),
+    ).images  # fmt: skip
+    result = ours(
+        "make it red", image=photo(), steps=20, guidance_scale=6.0, image_guidance_scale=image_guidance_scale, seed=5,
+        sampler="Euler a",
+    )  # fmt: skip
+    compare(ours, result, expected)
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M"])
+def test_refiner(folders: dict[str, Path], sampler: str) -> None:
+    """Base to 70 % of the way, refiner from there on, on the base's own noise."""
+    base = theirs(diffusers.StableDiffusionXLPipeline, folders["sdxl"], sampler)
+    refiner = theirs(diffusers.StableDiffusionXLImg2ImgPipeline, folders["refiner"], sampler)
+    options = {"num_inference_steps": 20, "guidance_scale": 6.0}
+    latents = base(
+        "a red cat", denoising_end=0.7, output_type="latent", generator=torch.Generator().manual_seed(5), **options
+    ).images
+    expected = refiner("a red cat", image=latents, denoising_start=0.7, output_type="np", **options).images
+    ours = nativesd.load(folders["sdxl"], device="cpu")
+    result = ours(
+        "a red cat", steps=20, guidance_scale=6.0, seed=5, sampler=sampler, refiner_at=0.7,
+        refiner=nativesd.load(folders["refiner"], device="cpu"),
+    )  # fmt: skip
+    compare(ours, result, expected)
+    assert result.parameters["refiner"] == "refiner"
+
+
+def test_hires(folders: dict[str, Path]) -> None:
+    """The second pass is image-to-image on the first one's enlarged pictures, from the same seed."""
+    text2image = theirs(diffusers.StableDiffusionPipeline, folders["sd15"], "Euler")
+    image2image = diffusers.StableDiffusionImg2ImgPipeline(**text2image.components)
+    image2image.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 20, "guidance_scale": 6.0}
+    first = text2image("a cat", generator=torch.Generator().manual_seed(5), output_type="latent", **options).images
+    larger = torch.nn.functional.interpolate(first, scale_factor=1.5, mode="bilinear")
+    expected = image2image(
+        "a cat", image=larger, strength=0.6, generator=torch.Generator().manual_seed(5), output_type="np", **options
+    ).images
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    hires = nativesd.Hires(1.5, strength=0.6)
+    result = ours("a cat", steps=20, guidance_scale=6.0, seed=5, sampler="Euler", hires=hires)
+    compare(ours, result, expected)
+    assert result.images[0].size == (96, 96)
+    lanczos = ours("a cat", steps=20, seed=5, hires=nativesd.Hires(1.5, strength=0.6, steps=5, upscaler="lanczos"))
+    assert lanczos.images[0].size == (96, 96)
+
+
+def test_outpainting(folders: dict[str, Path]) -> None:
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    result = ours("a cat", image=photo(), outpaint=(0, 0, 32, 8), steps=4, seed=1, mask_blur=0)
+    picture = np.asarray(result.images[0])
+    assert picture.shape == (72, 96, 3)
+    assert (picture[:40, :40] == np.asarray(photo())[:40, :40]).all()
+    assert picture[:, 80:].std() > 0
+
+
+def test_sizes_are_adapted_and_said(folders: dict[str, Path]) -> None:
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    result = ours("a cat", image=photo(67, 50), steps=4, strength=0.5, seed=1)
+    assert result.images[0].size == (64, 48)
+    assert "67x50" in " ".join(result.parameters["notes"])
+    result = ours("a cat", image=photo(), steps=4, strength=0.5, seed=1, width=72, height=40)
+    assert result.images[0].size == (72, 40)
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "sentence"),
+    [
+        ("sd15", {"mask": hole()}, "pass image= too"),
+        ("sd15", {"outpaint": (8, 0, 0, 0)}, "pass image= too"),
+        ("inpaint", {}, "9 input channels: pass image= and mask="),
+        ("inpaint", {"image": photo()}, "inpainting model: pass mask="),
+        ("edit", {}, "8 input channels: pass image="),
+        ("edit", {"image": photo(), "mask": hole()}, "takes no mask"),
+        ("sd15", {"image": photo(), "strength": 1.2}, "strength must be between 0 and 1"),
+        ("sd15", {"image": photo(), "strength": 0.01}, "leaves no step"),
+        ("sd15", {"image": photo(), "hires": 2.0}, "pass no image"),
+        ("sd15", {"image": photo(), "mask": Image.new("L", (SIDE, SIDE))}, "black"),
+        ("sd15", {"noise": "gpu"}, "noise must be"),
+        ("sd15", {"guidance_rescale": -1.0}, "guidance_rescale must be"),
+        ("sd15", {"clip_skip": 40}, "clip_skip"),
+    ],
+)
+def test_what_cannot_be(folders: dict[str, Path], form: str, options: dict[str, Any], sentence: str) -> None:
+    ours = nativesd.load(folders[form], device="cpu")
+    with pytest.raises(UsageError, match=sentence):
+        ours("a cat", steps=4, seed=1, **options)
+
+
+@pytest.mark.parametrize("rescale", [0.7, 1.0])
+def test_guidance_rescale(folders: dict[str, Path], rescale: float) -> None:
+    oracle = theirs(diffusers.StableDiffusionPipeline, folders["sd15"], "DDIM")
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    expected = oracle(
+        "a cat", num_inference_steps=20, guidance_scale=9.0, guidance_rescale=rescale,
+        generator=torch.Generator().manual_seed(5), output_type="np",
+    ).images  # fmt: skip
+    result = ours("a cat", steps=20, guidance_scale=9.0, guidance_rescale=rescale, seed=5, sampler="DDIM")
+    compare(ours, result, expected)
+
+
+def test_sequential_guidance_is_the_same(folders: dict[str, Path]) -> None:
+    for form in ("sd15", "sdxl"):
+        ours = nativesd.load(folders[form], device="cpu")
+        at_once = ours("a cat", negative_prompt="fog", steps=4, seed=1)
+        ours.sequential = True
+        one_by_one = ours("a cat", negative_prompt="fog", steps=4, seed=1)
+        assert (at_once.latents - one_by_one.latents).abs().max() <= 1e-4 * at_once.latents.abs().max()
+
+
+def test_lcm(folders: dict[str, Path], tmp_path: Path) -> None:
+    """An LCM is told its guidance scale; its own steps and its own sampler are the default."""
+    folder = tmp_path / "lcm"
+    shutil.copytree(folders["sd15"], folder)
+    old = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    torch.manual_seed(3)
+    unet = diffusers.UNet2DConditionModel.from_config(old.config, time_cond_proj_dim=32)
+    unet.save_pretrained(folder / "unet")
+    diffusers.LCMScheduler(**BETAS).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "LatentConsistencyModelPipeline", "scheduler": ["diffusers", "LCMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    oracle = theirs(diffusers.LatentConsistencyModelPipeline, folder)
+    expected = oracle("a cat", generator=torch.Generator().manual_seed(5), output_type="np").images
+    ours = nativesd.load(folder, device="cpu")
+    result = ours("a cat", seed=5)
+    compare(ours, result, expected)
+    assert (result.parameters["steps"], result.parameters["sampler"]) == (4, "LCM")
+
+
+def test_taesd(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drop-in for the VAE, both ways, and the maker of previews."""
+    torch.manual_seed(4)
+    tiny = diffusers.AutoencoderTiny()
+    tiny.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    monkeypatch.setattr(loading, "taesd", lambda family: file)
+    ours = nativesd.load(folders["sd15"], device="cpu", vae="taesd", preview="taesd")
+    oracle = theirs(diffusers.StableDiffusionImg2ImgPipeline, folders["sd15"], "Euler")
+    oracle.vae = tiny
+    expected = oracle(
+        "a red cat", image=photo(), strength=0.5, num_inference_steps=20, guidance_scale=6.0,
+        generator=torch.Generator().manual_seed(5), output_type="np",
+    ).images  # fmt: skip
+    previews: list[Image.Image] = []
+    ours.previewer = nativesd.load(folders["sd15"], device="cpu", preview=file).previewer
+    options = {"steps": 20, "guidance_scale": 6.0, "sampler": "Euler", "strength": 0.5, "image": photo()}
+    result = ours("a red cat", seed=5, on_step=lambda step: previews.append(step.preview()), **options)
+    compare(ours, result, expected)
+    assert previews[-1].size == (SIDE, SIDE)
+    assert np.abs(np.asarray(previews[-1], np.float32) - np.asarray(result.images[0], np.float32)).mean() < 20
+
+
+def test_offloaded_modules_visit_the_device(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every module is called on to the device and back; the picture is the same."""
+    ours = nativesd.load(folders["sdxl"], device="cpu", offload=True)
+    moved: list[tuple[str, str]] = []
+    original = torch.nn.Module.to
+
+    def to(self: torch.nn.Module, device: Any) -> torch.nn.Module:
+        moved.append((type(self).__name__, "device" if isinstance(device, torch.device) else str(device)))
+        return original(self, device)
+
+    plain = nativesd.load(folders["sdxl"], device="cpu")("a cat", steps=2, seed=1)
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    result = ours("a cat", steps=2, seed=1)
+    assert (result.latents == plain.latents).all()
+    visits = [("TextEncoder", "device")] * 2 + [("TextEncoder", "cpu")] * 2
+    visits += [("UNet", "device"), ("UNet", "cpu"), ("VAE", "device"), ("VAE", "cpu")]
+    assert moved == visits
+
+
+def test_memory_that_torch_holds_for_the_next_tensors_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But what it holds for graphs, and what tensors have."""
+    segments = [
+        {"device": 0, "total_size": 1000, "active_size": 100, "segment_pool_id": (0, 0)},
+        {"device": 0, "total_size": 20, "active_size": 20, "segment_pool_id": (0, 0)},
+        {"device": 0, "total_size": 3000, "active_size": 0, "segment_pool_id": (0, 1)},
+        {"device": 1, "total_size": 5000, "active_size": 0, "segment_pool_id": (0, 0)},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 100000))
+    found = [diffusion.free_bytes(torch.device(name)) for name in ("cuda:0", "cuda:1", "cuda")]
+    assert found == [907, 5007, 5007]
+
+
+def test_what_does_not_fit_is_said_before_the_first_step(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    expected = ours("a cat", steps=2, seed=1, num_images=2).latents
+    needed = diffusion.unet_bytes(ours.config.unet, 2, 8, 8, torch.float32)
+    monkeypatch.setattr(diffusion, "free_bytes", lambda device: needed + 1)
+    batches: list[int] = []
+    ours.unet.register_forward_pre_hook(lambda module, arguments: batches.append(len(arguments[0])))
+    found = ours("a cat", steps=2, seed=1, num_images=2).latents
+    assert set(batches) == {2}, "guidance one by one"
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    batches.clear()
+    monkeypatch.setattr(diffusion, "free_bytes", lambda device: needed - 1)
+    with pytest.warns(UserWarning, match="2 pictures of 64x64 may not fit"):
+        ours("a cat", steps=2, seed=1, num_images=2, on_step=lambda step: batches.append(-1))
+    assert batches[0] == 2

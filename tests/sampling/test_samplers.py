@@ -1,0 +1,345 @@
+"""Every sampler and schedule against diffusers' schedulers and k-diffusion's functions, and by its order."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+import kdiffusion
+from nativesd.errors import SourceError, UsageError
+from nativesd.pipeline.denoiser import to_clean
+from nativesd.sampling import samplers as s
+from nativesd.sampling.schedule import SchedulerConfig, make_schedule, timestep_of, trained_sigmas
+from nativesd.sampling.table import SAMPLERS, SCHEDULES, Call, find_sampler, find_schedule
+
+STEPS = 20
+TOLERANCE = 1e-4  # of the largest value
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+SHAPE = (2, 4, 6, 5)
+
+# A model in closed form: the score of a mixture of two Gaussians per latent value.
+MEANS, WIDTHS, WEIGHTS = (-1.1, 0.7), (0.35, 0.5), (0.4, 0.6)
+
+
+def denoised(x: Tensor, sigma: float) -> Tensor:
+    """The expectation of the clean value, given x = clean + sigma * noise, of the mixture above."""
+    logs, means = [], []
+    for mean, width, weight in zip(MEANS, WIDTHS, WEIGHTS, strict=True):
+        variance = width**2 + sigma**2
+        logs.append(math.log(weight / math.sqrt(variance)) - (x - mean) ** 2 / (2 * variance))
+        means.append(mean + width**2 / variance * (x - mean))
+    return (torch.stack(logs).softmax(0) * torch.stack(means)).sum(0)
+
+
+def model(prediction: str, trained: Tensor) -> Callable[[Tensor, float], Tensor]:
+    """A UNet: inputs of unit variance and a timestep, maybe fractional, to its prediction."""
+    logs = trained.log()
+
+    def answer(scaled: Tensor, timestep: float) -> Tensor:
+        low = min(int(timestep), len(trained) - 2)
+        sigma = float(torch.exp(logs[low] + (timestep - low) * (logs[low + 1] - logs[low])))
+        x = scaled.double() * math.hypot(1, sigma)
+        clean = denoised(x, sigma)
+        out = {
+            "epsilon": (x - clean) / sigma,
+            "v_prediction": (x / (1 + sigma**2) - clean) * (math.hypot(1, sigma) / sigma),
+            "sample": clean,
+        }[prediction]
+        return out.float()
+
+    return answer
+
+
+def draws(seed: int) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(SHAPE, generator=generator)
+
+
+def theirs(scheduler: Any, steps: int, *, eta: float | None = None) -> Tensor:
+    """What diffusers' pipelines do with a scheduler."""
+    answer = model(scheduler.config.prediction_type, trained_sigmas(SchedulerConfig.from_published(scheduler.config)))
+    scheduler.set_timesteps(steps)
+    x = draws(1)() * scheduler.init_noise_sigma
+    options: dict[str, Any] = {}
+    accepted = inspect.signature(scheduler.step).parameters
+    if "generator" in accepted:
+        options["generator"] = torch.Generator().manual_seed(2)
+    if "eta" in accepted and eta is not None:
+        options["eta"] = eta
+    for timestep in scheduler.timesteps:
+        output = answer(scheduler.scale_model_input(x, timestep), float(timestep))
+        x = scheduler.step(output, timestep, x, **options).prev_sample
+    return x
+
+
+def ours(name: str, data: dict[str, Any], steps: int, *, eta: float | None = None) -> Tensor:
+    """What the pipeline does with a sampler, on the latents as it leaves them."""
+    config = SchedulerConfig.from_published(data)
+    choice = find_sampler(name)
+    plan = make_schedule(config, choice.sampler.rule, steps, choice.kind or config.kind)
+    answer = model({"v": "v_prediction"}.get(config.prediction, config.prediction), plan.trained)
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        return to_clean(answer(x / math.hypot(1, sigma), plan.timestep(sigma)), x, sigma, config.prediction)
+
+    draw = draws(2)
+    call = Call(plan, lambda sigma, sigma_next: draw(), config, eta)
+    return choice.sampler.run(denoise, draws(1)() * plan.start, call) / plan.end
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    assert expected.isfinite().all()
+    assert expected.std() > 0.1, "a flat picture would prove nothing"
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+CASES: dict[str, list[dict[str, Any]]] = {
+    "DDIM": [{}, {"set_alpha_to_one": True}, {"timestep_spacing": "trailing"},
+             {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}],
+    "DDPM": [{}, {"timestep_spacing": "trailing"}],
+    "PLMS": [{}, {"timestep_spacing": "trailing"}],
+    "Euler": [{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True},
+              {"timestep_spacing": "trailing"}, {"timestep_spacing": "leading"}, {"final_sigmas_type": "sigma_min"},
+              {"timestep_spacing": "leading", "use_karras_sigmas": True},
+              {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}],
+    "Euler a": [{}, {"timestep_spacing": "trailing"}, {"timestep_spacing": "leading"}],
+    "Heun": [{}, {"use_karras_sigmas": True}, {"timestep_spacing": "trailing"}],
+    "LMS": [{}, {"use_karras_sigmas": True}, {"use_beta_sigmas": True}],
+    "DPM2": [{}, {"use_karras_sigmas": True}, {"timestep_spacing": "leading"}],
+    "DPM2 a": [{}],  # Karras: k-diffusion's, below, does not round timesteps
+    "DPM++ 2M": [{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True},
+                 {"timestep_spacing": "trailing"}, {"timestep_spacing": "leading"}, {"solver_type": "heun"},
+                 {"final_sigmas_type": "sigma_min"}, {"euler_at_final": True, "final_sigmas_type": "sigma_min"}],
+    "DPM++ 2M SDE": [{}, {"use_karras_sigmas": True}, {"solver_type": "heun"}],
+    "UniPC": [{}, {"use_karras_sigmas": True}, {"solver_order": 3},
+              {"solver_type": "bh1", "final_sigmas_type": "sigma_min"},  # NaN there where the last sigma is zero
+              {"timestep_spacing": "trailing"}],
+    "LCM": [{}, {"original_inference_steps": 100}],
+    "TCD": [{}],
+}  # fmt: skip
+NO_DIFFUSERS = {"DPM++ 2S a", "DPM++ SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE"}
+"""DPM++ SDE has a class there, but its noise begins at another sigma: k-diffusion is its oracle."""
+
+
+def published(name: str, options: dict[str, Any]) -> Any:
+    cls, _, algorithm = (find_sampler(name).sampler.published or "").rstrip("]").partition("[")
+    fixed = {"skip_prk_steps": True} if name == "PLMS" else {"algorithm_type": algorithm} if algorithm else {}
+    if name in ("DDIM", "DDPM", "LCM", "TCD"):
+        fixed["clip_sample"] = False
+    return getattr(diffusers, cls)(**{**BETAS, "steps_offset": 1, **fixed, **options})
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("name", "options"), [(name, options) for name in CASES for options in CASES[name]], ids=str)
+def test_against_diffusers(name: str, options: dict[str, Any], prediction: str) -> None:
+    scheduler = published(name, {"prediction_type": prediction, **options})
+    for steps in (STEPS, 4) if name in ("LCM", "TCD") else (STEPS,):
+        expected = theirs(scheduler, steps)
+        found = ours(name, dict(scheduler.config), steps)
+        worst = difference(found, expected)
+        print(f"\n{name} {options} {prediction} {steps} steps: {worst:.1e}")
+        assert worst <= TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "eta"), [("DDIM", 0.5), ("DDIM", 1.0), ("TCD", 0.0), ("TCD", 0.8)])
+def test_eta(name: str, eta: float) -> None:
+    scheduler = published(name, {})
+    assert (
+        difference(ours(name, dict(scheduler.config), STEPS, eta=eta), theirs(scheduler, STEPS, eta=eta)) <= TOLERANCE
+    )
+
+
+K_DIFFUSION = {
+    "Euler": "sample_euler", "Euler a": "sample_euler_ancestral", "Heun": "sample_heun", "LMS": "sample_lms",
+    "DPM2": "sample_dpm_2", "DPM2 a": "sample_dpm_2_ancestral", "DPM++ 2S a": "sample_dpmpp_2s_ancestral",
+    "DPM++ SDE": "sample_dpmpp_sde", "DPM++ 2M": "sample_dpmpp_2m", "DPM++ 2M SDE": "sample_dpmpp_2m_sde",
+    "DPM++ 2M SDE Heun": "sample_dpmpp_2m_sde", "DPM++ 3M SDE": "sample_dpmpp_3m_sde",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["karras", "exponential", "normal"])
+@pytest.mark.parametrize("name", K_DIFFUSION)
+def test_against_k_diffusion(name: str, kind: str) -> None:
+    """The same sigmas, the same noise for the same step, in float32."""
+    oracle = kdiffusion.kdiffusion_sampling()
+    sampler = find_sampler(name).sampler
+    plan = make_schedule(SchedulerConfig(), sampler.rule, STEPS, find_schedule(kind))
+    if kind != "normal":
+        smallest, largest = float(plan.trained[0]), float(plan.trained[-1])
+        sigmas = getattr(oracle, f"get_sigmas_{kind}")(STEPS, smallest, largest)
+        assert (sigmas - plan.sigmas).abs().max() <= 1e-5
+    call = Call(plan, lambda sigma, sigma_next: noise_of(sigma, sigma_next), SchedulerConfig())
+    start = draws(1)() * plan.start
+    options: dict[str, Any] = {"disable": True}
+    function = getattr(oracle, K_DIFFUSION[name])
+    if "noise_sampler" in inspect.signature(function).parameters:
+        options["noise_sampler"] = lambda sigma, sigma_next: noise_of(float(sigma), float(sigma_next))
+    if name.endswith("Heun") and name != "Heun":
+        options["solver_type"] = "heun"
+
+    def answer(x: Tensor, sigma: Tensor) -> Tensor:
+        return denoised(x, float(sigma[0]))
+
+    expected = function(answer, start, plan.sigmas.float(), **options)
+    worst = difference(sampler.run(lambda x, sigma: denoised(x, sigma), start, call), expected)
+    print(f"\n{name} {kind} k-diffusion: {worst:.1e}")
+    assert worst <= TOLERANCE
+
+
+def noise_of(sigma: float, sigma_next: float) -> Tensor:
+    """Noise that depends on the step alone, as both sides may draw in another order."""
+    seed = round(1000 * sigma) * 100_003 + round(1000 * sigma_next)
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_sampler_has_an_oracle() -> None:
+    assert {sampler.name for sampler in SAMPLERS} == set(CASES) | set(K_DIFFUSION)
+    assert {sampler.name for sampler in SAMPLERS} - set(CASES) == NO_DIFFUSERS
+
+
+ORDERS = {
+    "Euler": 1, "DDIM": 1, "Heun": 2, "DPM2": 2, "DPM++ 2M": 2, "DPM++ 3M": 2, "UniPC": 3, "LMS": 4,
+}  # fmt: skip
+RUNS: dict[str, Callable[[s.Denoiser, Tensor, list[float]], Tensor]] = {
+    "Euler": s.sample_euler, "DDIM": s.sample_euler, "Heun": s.sample_heun, "DPM2": s.sample_dpm_2,
+    "DPM++ 2M": s.sample_dpmpp_2m, "DPM++ 3M": s.sample_dpmpp_3m_sde, "UniPC": s.sample_unipc, "LMS": s.sample_lms,
+}  # fmt: skip
+
+
+def runge_kutta(x: Tensor, sigma: float, sigma_end: float, steps: int) -> Tensor:
+    """The probability-flow ODE by the classical method of fourth order, in log sigma."""
+    h = (math.log(sigma_end) - math.log(sigma)) / steps
+
+    def slope(x: Tensor, log: float) -> Tensor:
+        return x - denoised(x, math.exp(log))
+
+    for i in range(steps):
+        log = math.log(sigma) + i * h
+        a = slope(x, log)
+        b = slope(x + h / 2 * a, log + h / 2)
+        c = slope(x + h / 2 * b, log + h / 2)
+        d = slope(x + h * c, log + h)
+        x = x + h / 6 * (a + 2 * b + 2 * c + d)
+    return x
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_order_of_convergence(name: str) -> None:
+    """The error falls with the published power of the step size, on the mixture's exact ODE in float64.
+
+    Steps are even in log sigma, but small at both ends: a multistep method begins with steps of lower order, and UniPC
+    ends with one, whose errors would hide its own.
+    """
+    start = torch.linspace(-4, 4, 33, dtype=torch.float64)
+
+    def path(steps: int) -> Tensor:
+        ramp = [1.4**k for k in range(-30, 0)]
+        growth = ramp + [1.0] * steps + ramp[::-1]
+        lengths = torch.tensor(growth, dtype=torch.float64).cumsum(0) / sum(growth)
+        logs = math.log(3.0) + torch.cat([torch.zeros(1), lengths]) * (math.log(0.2) - math.log(3.0))
+        return RUNS[name](denoised, start, logs.exp().tolist())
+
+    exact = runge_kutta(start, 3.0, 0.2, 2000)
+    errors = [float((path(steps) - exact).abs().max()) for steps in (160, 320)]
+    order = math.log2(errors[0] / errors[1])
+    print(f"\n{name}: order {order:.2f}")
+    assert order > ORDERS[name] - 0.25, f"{name}: measured order {order:.2f}"
+
+
+def test_the_schedules_as_published() -> None:
+    """Ends, lengths and a few published numbers."""
+    config, rule = SchedulerConfig(), find_sampler("Euler").sampler.rule
+    trained = trained_sigmas(config)
+    for schedule in SCHEDULES:
+        for steps in (1, 4, 10, 23):
+            plan = make_schedule(config, rule, steps, schedule.name)
+            assert len(plan.timesteps) == len(plan.sigmas) - 1 == steps
+            assert (plan.sigmas.diff() < 0).all()
+            assert plan.sigmas[-1] == 0
+            assert plan.timesteps.max() <= 999
+            assert (timestep_of(plan.sigmas[:-1], trained) - plan.timesteps).abs().max() < 0.6
+    simple = make_schedule(config, rule, 4, "simple")
+    assert simple.timesteps.tolist() == pytest.approx([999, 749, 499, 249])
+    sgm = make_schedule(config, rule, 3, "sgm uniform")
+    assert sgm.timesteps.tolist() == pytest.approx([999, 666, 333])
+    assert make_schedule(config, rule, 3, "normal").timesteps.tolist() == pytest.approx([999, 499.5, 0], abs=1e-9)
+    aligned = make_schedule(config, rule, 10, "align your steps")
+    assert aligned.sigmas.tolist() == pytest.approx(
+        [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.0]
+    )
+    # diffusers' AysSchedules["StableDiffusionTimesteps"]
+    assert aligned.timesteps.tolist() == pytest.approx([999, 850, 736, 645, 545, 455, 343, 233, 124, 24], abs=1)
+    wide = make_schedule(config, rule, 10, "align your steps", sdxl=True)
+    assert wide.timesteps.tolist() == pytest.approx([999, 845, 730, 587, 443, 310, 193, 116, 53, 13], abs=1)
+
+
+def test_zero_terminal_snr() -> None:
+    data = {**BETAS, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    config = SchedulerConfig.from_published(data)
+    plan = make_schedule(config, find_sampler("Euler").sampler.rule, 10)
+    assert plan.sigmas[0] == pytest.approx(4096, rel=1e-3)
+    assert plan.timesteps[0] == 999
+    assert trained_sigmas(config)[0] == pytest.approx(float(trained_sigmas(SchedulerConfig())[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("typed", "name", "kind"),
+    [
+        ("DPM++ 2M Karras", "DPM++ 2M", "karras"), ("dpmpp_2m_karras", "DPM++ 2M", "karras"),
+        ("euler_ancestral", "Euler a", None), ("Euler a", "Euler a", None), ("k_euler", None, None),
+        ("DPM++ 2M SDE Exponential", "DPM++ 2M SDE", "exponential"), ("DPMSolverMultistepScheduler", "DPM++ 2M", None),
+        ("dpmpp_3m_sde", "DPM++ 3M SDE", None), ("uni_pc", "UniPC", None), ("LMS Karras", "LMS", "karras"),
+        ("lcm", "LCM", None), ("ddim", "DDIM", None), ("DPM2 a Karras", "DPM2 a", "karras"),
+        ("dpm_2_ancestral", "DPM2 a", None), ("DPM++ SDE Karras", "DPM++ SDE", "karras"),
+        ("Euler SGM Uniform", "Euler", "sgm uniform"),
+    ],
+)  # fmt: skip
+def test_names(typed: str, name: str | None, kind: str | None) -> None:
+    if name is None:
+        with pytest.raises(UsageError, match="there is no sampler"):
+            find_sampler(typed)
+    else:
+        choice = find_sampler(typed)
+        assert (choice.sampler.name, choice.kind) == (name, kind)
+
+
+def test_names_that_contradict() -> None:
+    assert find_sampler("DPM++ 2M", "ays").kind == "align your steps"
+    with pytest.raises(UsageError, match="contradict"):
+        find_sampler("DPM++ 2M Karras", "exponential")
+    with pytest.raises(UsageError, match="there is no schedule"):
+        find_sampler("DPM++ 2M", "cosine")
+
+
+def test_scheduler_fields() -> None:
+    """What is not understood is named; what would change the picture and is not supported stops."""
+    with pytest.warns(UserWarning, match="not understood and not used: some_new_field"):
+        SchedulerConfig.from_published({**BETAS, "some_new_field": 3})
+    for field, value in (("timestep_spacing", "cosine"), ("prediction_type", "flow"), ("beta_schedule", "sigmoid"),
+                         ("thresholding", True), ("use_flow_sigmas", True),
+                         ("algorithm_type", "dpmsolver")):  # fmt: skip
+        with pytest.raises(SourceError, match=field):
+            SchedulerConfig.from_published({**BETAS, field: value})
+    with pytest.raises(SourceError, match="karras and beta"):
+        SchedulerConfig.from_published({"use_karras_sigmas": True, "use_beta_sigmas": True})
+    betas = torch.linspace(0.001, 0.01, 10).tolist()
+    assert len(trained_sigmas(SchedulerConfig.from_published({"trained_betas": betas}))) == 10
+
+
+@pytest.mark.parametrize("name", [sampler.published for sampler in SAMPLERS if sampler.published])
+def test_every_field_of_a_published_config_is_known(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    cls, _, algorithm = name.rstrip("]").partition("[")
+    options = {"algorithm_type": algorithm} if algorithm else {"skip_prk_steps": True} if "PNDM" in name else {}
+    data = dict(getattr(diffusers, cls)(**options).config) | {"_class_name": cls}
+    data.pop("_use_default_values", None)
+    recwarn.clear()
+    config = SchedulerConfig.from_published(data)
+    assert not recwarn.list
+    assert find_sampler(config.class_name).sampler.published == name
