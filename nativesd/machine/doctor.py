@@ -16,7 +16,8 @@ from nativesd.machine.probe import Capability, Device, Found, Need, probe
 SCHEMA = 1
 """Version of `Report.to_json`'s schema; it counts up when a name changes its meaning or goes away."""
 
-PYTHON, TORCH = (3, 11), (2, 9)  # the oldest that pyproject.toml allows
+# the oldest that pyproject.toml allows; torch 2.9's exporter ends UNets, ControlNets and VAEs in "NameError: name 'L'"
+PYTHON, TORCH = (3, 11), (2, 10)
 
 # NVIDIA CUDA Compatibility, table "CUDA Toolkit 11.x, 12.x, and 13.x Driver Version Ranges": a program built with any
 # release of a CUDA major version runs with at least this driver (docs.nvidia.com/deploy/cuda-compatibility)
@@ -36,7 +37,7 @@ class Wheels:
     architectures: tuple[str, ...]
 
 
-# pytorch/pytorch RELEASE.md, "PyTorch CUDA Support Matrix" of 2.9 to 2.14, best first. 12.8 was built up to 2.11, with
+# pytorch/pytorch RELEASE.md, "PyTorch CUDA Support Matrix" of 2.10 to 2.14, best first. 12.8 was built up to 2.11, with
 # Volta up to 2.10. 11.0 is built for aarch64 only, where its cards are.
 WHEELS = (
     Wheels("cu130", 13, ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_110", "sm_120")),
@@ -335,7 +336,7 @@ def examine() -> Report:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """2.9.0+cu128 as (2, 9)."""
+    """2.10.0+cu128 as (2, 10)."""
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import tomllib
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_kernels(architectures: tuple[str, ...], capability: tuple[int, int], ex
 )
 def test_the_index_to_install_from(capability: tuple[int, int] | None, driver: str | None, index: str | None) -> None:
     line = install_torch(capability, driver)
-    expected = None if index is None else f'pip install --force-reinstall "torch>=2.9" --index-url {url(index)}'
+    expected = None if index is None else f'pip install --force-reinstall "torch>=2.10" --index-url {url(index)}'
     assert line == expected
 
 
@@ -106,7 +107,7 @@ def test_the_index_to_install_from(capability: tuple[int, int] | None, driver: s
         replace(HEALTHY, torch="2.10.0+cu128", cuda="12.8", architectures=CU128, driver="570.124.06"),
         replace(HEALTHY, backends=(Backend("tensorrt", "engines", "pip install tensorrt", missing="not installed"),)),
         replace(HEALTHY, driver=None),  # not known is not too old
-        replace(HEALTHY, torch="2.9.0a0+git1234"),
+        replace(HEALTHY, torch="2.10.0a0+git1234"),
         replace(HEALTHY, architectures=("sm_90", "compute_90")),
     ],
 )
@@ -120,7 +121,7 @@ def test_blackwell_with_a_torch_that_has_no_kernels_for_it() -> None:
     assert "NVIDIA GeForce RTX 5090 (sm_120)" in finding.message
     assert "no kernel image is available" in finding.message
     assert "sm_90" in finding.message
-    assert finding.remedy == f'pip install --force-reinstall "torch>=2.9" --index-url {url("cu130")}'
+    assert finding.remedy == f'pip install --force-reinstall "torch>=2.10" --index-url {url("cu130")}'
     (older_driver,) = findings(replace(CU126_TORCH, driver="570.124.06"))
     assert older_driver.remedy.endswith(url("cu128"))
 
@@ -146,7 +147,7 @@ def test_a_card_that_no_torch_runs_on() -> None:
         ("580.95.05", url("cu130")),
         ("550.54.14", url("cu128")),
         ("470.256.02", f"install NVIDIA driver 580 or newer (this is 470.256.02), then: pip install "
-                       f'--force-reinstall "torch>=2.9" --index-url {url("cu130")}'),
+                       f'--force-reinstall "torch>=2.10" --index-url {url("cu130")}'),
     ],
 )  # fmt: skip
 def test_torch_without_cuda_beside_a_card(driver: str, remedy: str) -> None:
@@ -196,13 +197,19 @@ def test_a_card_that_torch_does_not_see(visible: str | None, kind: str) -> None:
 
 
 def test_old_versions() -> None:
-    python, old = findings(replace(HEALTHY, python=(3, 10, 12), torch="2.8.0+cu128"))
+    python, old = findings(replace(HEALTHY, python=(3, 10, 12), torch="2.9.1+cu128"))
     assert (python.kind, old.kind) == ("python", "torch")
     assert "3.10.12 is older than 3.11" in python.message
-    assert "2.8.0+cu128 is older than 2.9" in old.message
+    assert "2.9.1+cu128 is older than 2.10" in old.message
     assert old.remedy.endswith(url("cu130"))
     (old,) = findings(replace(WITHOUT_GPU, torch="2.4.1"))
     assert old.remedy.endswith(url("cpu"))
+
+
+def test_the_oldest_versions_are_those_that_can_be_installed() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == f">={doctor._dotted(doctor.PYTHON)}"
+    assert f"torch>={doctor._dotted(doctor.TORCH)}" in project["dependencies"]
 
 
 def test_torch_that_cannot_be_imported() -> None:
@@ -364,7 +371,7 @@ def test_probe_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_backends_are_installed_by_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    required = ["torch>=2.9", 'torchsde; extra == "samplers"', "tensorrt_rtx>=1.2; extra == 'engines'", 
+    required = ["torch>=2.10", 'torchsde; extra == "samplers"', "tensorrt_rtx>=1.2; extra == 'engines'", 
                 'onnx; extra == "test"']  # fmt: skip
     monkeypatch.setattr(machine.importlib.metadata, "requires", lambda name: required)
     assert machine._install_line("torchsde") == 'pip install "nativesd[samplers]"'
@@ -375,7 +382,7 @@ def test_backends_are_installed_by_their_extra(monkeypatch: pytest.MonkeyPatch) 
 def test_without_torch_the_doctor_still_speaks() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from nativesd import doctor, machine; machine.OPTIONAL = {}\n"
+        "from nativesd.machine import doctor, probe; probe.OPTIONAL = {}\n"
         "report = doctor.examine(); print(report.findings[0].kind, '|', report.findings[0].message)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
