@@ -11,9 +11,9 @@ from nativesd.errors import SourceError, UsageError
 from nativesd.pipeline.build import expected
 from nativesd.shipped import TINY
 from nativesd.weights.audit import AuditReport, ComponentReport, report_components
-from nativesd.weights.checkpoint import read_tensor
 from nativesd.weights.diff import DiffReport, compare_parameters, parameters
 from nativesd.weights.files.source import Member, open_source
+from nativesd.weights.files.tensors import read_tensor
 from nativesd.weights.lora.audit import report_lora
 from nativesd.weights.maps.identify import Identity, identify_all
 from nativesd.weights.maps.keymap import KeyMap, load_tables

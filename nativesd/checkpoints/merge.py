@@ -16,8 +16,9 @@ from nativesd.config import TextEncoderConfig, UNetConfig
 from nativesd.errors import UsageError, WeightsError
 from nativesd.pipeline.build import expected
 from nativesd.pipeline.loading import identify_known, locate
-from nativesd.weights.checkpoint import DTYPES, apply, read_tensor, revert
+from nativesd.weights.checkpoint import apply, revert
 from nativesd.weights.files.source import Member, open_source
+from nativesd.weights.files.tensors import DTYPES, read_tensor
 from nativesd.weights.lora.file import Place, Use, resolve
 from nativesd.weights.lora.merge import Applied, gather, merged
 from nativesd.weights.maps.identify import Component

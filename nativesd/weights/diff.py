@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from nativesd.errors import UsageError
-from nativesd.weights.checkpoint import apply, read_tensor
+from nativesd.weights.checkpoint import apply
 from nativesd.weights.files.source import Member
+from nativesd.weights.files.tensors import read_tensor
 from nativesd.weights.maps.identify import Component
 from nativesd.weights.maps.keymap import Rule, Shape, Source
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from nativesd.errors import UsageError, WeightsError
-from nativesd.weights.checkpoint import DTYPES, NAMES, apply, read_tensor, revert
+from nativesd.weights.checkpoint import apply, revert
 from nativesd.weights.files.source import Member
+from nativesd.weights.files.tensors import DTYPES, NAMES, read_tensor
 from nativesd.weights.maps.identify import Component
 from nativesd.weights.maps.keymap import BoundMap, Shape, Source
 from nativesd.weights.maps.plan import make_plan

@@ -22,7 +22,7 @@ import nativesd
 from nativesd.errors import SourceError, WeightsError
 from nativesd.shipped import TINY
 from nativesd.text.tokenizer import DEFAULT, ClipTokenizer
-from nativesd.weights import checkpoint
+from nativesd.weights.files import tensors as reading
 from nativesd.weights.files.source import open_source
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -113,7 +113,7 @@ def test_weights_that_are_cast_in_pieces_are_those_of_the_file(
     piece: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of any size: the last one of a tensor is smaller."""
-    monkeypatch.setattr(checkpoint, "PIECE", piece)
+    monkeypatch.setattr(reading, "PIECE", piece)
     stored = torch.randn(37, 41, generator=torch.Generator().manual_seed(0)).half()
     tensors = {"first": stored[:3].clone(), "second": stored, "none": stored[:0].clone(), "one": stored[0, 0].clone()}
     save_file(tensors, tmp_path / "some.safetensors")
@@ -121,7 +121,7 @@ def test_weights_that_are_cast_in_pieces_are_those_of_the_file(
     memory = torch.full((stored.nbytes,), 255, dtype=torch.uint8)
     with (tmp_path / "some.safetensors").open("rb") as file:
         for key, tensor in tensors.items():
-            found = checkpoint._read_as(dtype, member, key, file, memory)
+            found = reading.read_as(dtype, memory, member, key, file)
             assert found.dtype == dtype
             assert torch.equal(found, tensor.to(dtype))
 

@@ -57,6 +57,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     end: int
+    strides: tuple[int, ...] | None = None
+    """How many elements apart the numbers of each dimension lie, where the tensor is not contiguous"""
 
     @property
     def elements(self) -> int:
@@ -65,13 +67,13 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Its length in bytes."""
+        """The bytes of the file that it spans."""
         return self.end - self.start
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself. The tensors' offsets count from byte `data_start` of the file."""
+    """What a file says of itself. The tensors' offsets count from byte `data_start` of the file."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from nativesd.errors import SourceError, WeightsError
-from nativesd.weights.checkpoint import NAMES, apply, read_tensor
+from nativesd.weights.checkpoint import apply
 from nativesd.weights.files.source import Member
+from nativesd.weights.files.tensors import NAMES, read_tensor
 from nativesd.weights.lora.file import Change, Place, Resolution, Use, resolve
 from nativesd.weights.lora.parts import DORA, dora_axis
 from nativesd.weights.maps.identify import Component

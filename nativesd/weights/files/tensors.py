@@ -1,0 +1,98 @@
+"""Bytes of files into tensors: the one place that knows how the numbers of every container are laid out."""
+
+from __future__ import annotations
+
+from io import BufferedReader
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from nativesd.errors import SourceError
+from nativesd.weights.files.header import TensorInfo
+from nativesd.weights.files.source import Member
+
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+"""The format's names of torch's dtypes."""
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+"""What reading gives, by the dtype's name in a header."""
+
+PIECE = 4 << 20  # bytes: many enough for the calls, few enough for the cache
+
+
+def read_tensor(member: Member, key: str) -> Tensor:
+    """One tensor of a checkpoint, read into memory of its own: nothing of the file stays mapped. Raises SourceError."""
+    with member.files[key].open("rb") as file:
+        return read_into(torch.empty(member.tensors[key].nbytes, dtype=torch.uint8), member, key, file)
+
+
+def read_into(memory: Tensor, member: Member, key: str, file: BufferedReader) -> Tensor:
+    """A tensor in the first bytes of `memory` (n,) uint8. Raises SourceError."""
+    info = member.tensors[key]
+    kind, raw = _seek(member, key, file), memory[: info.nbytes]
+    _read_bytes(raw, member, key, file)
+    return _shaped(raw.view(kind), info)
+
+
+def read_as(dtype: torch.dtype, memory: Tensor, member: Member, key: str, file: BufferedReader) -> Tensor:
+    """A tensor in another dtype, by pieces in the first bytes of `memory` (n,) uint8, cast while they are cached.
+
+    Raises SourceError.
+    """
+    info = member.tensors[key]
+    if info.strides is not None:
+        return read_into(memory, member, key, file).to(dtype)
+    kind, out = _seek(member, key, file), torch.empty(info.shape, dtype=dtype)
+    for piece in torch.split(out.view(-1), PIECE // kind.itemsize):
+        raw = memory[: piece.numel() * kind.itemsize]
+        _read_bytes(raw, member, key, file)
+        piece.copy_(raw.view(kind))
+    return out
+
+
+def map_file(path: Path) -> torch.UntypedStorage:
+    """A file's bytes, mapped: writing to them changes memory alone. Raises SourceError."""
+    try:
+        size = path.stat().st_size
+        return cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size))
+    except FileNotFoundError as error:
+        raise SourceError(f"{path} does not exist") from error
+    except (RuntimeError, OSError) as error:
+        raise SourceError(f"{path} cannot be mapped into memory: {error}") from error
+
+
+def map_tensor(storage: torch.UntypedStorage, member: Member, key: str, dtype: torch.dtype) -> Tensor | None:
+    """A tensor in the pages of its mapped file; None where it does not lie there as a `dtype` tensor should."""
+    info = member.tensors[key]
+    start = member.data_starts[member.files[key]] + info.start
+    if info.strides is not None or info.dtype != NAMES[dtype] or start % dtype.itemsize:
+        return None
+    if start + info.nbytes > storage.nbytes():
+        raise SourceError(f"{member.files[key]} ends inside {key}: it changed while it was read")
+    raw = torch.empty(0, dtype=torch.uint8)
+    raw.set_(storage, start, (info.nbytes,))  # type: ignore[call-overload]
+    return raw.view(dtype).reshape(info.shape)
+
+
+def _shaped(flat: Tensor, info: TensorInfo) -> Tensor:
+    """The numbers that were read (n,) in the tensor's shape: in the same memory, or a copy where they lie apart."""
+    return flat.reshape(info.shape) if info.strides is None else flat.as_strided(info.shape, info.strides).contiguous()
+
+
+def _seek(member: Member, key: str, file: BufferedReader) -> torch.dtype:
+    """Go to where a tensor is; returns its dtype."""
+    info, path = member.tensors[key], member.files[key]
+    if info.dtype not in DTYPES:
+        raise SourceError(f"{path}: {key} has the dtype {info.dtype}, which torch cannot hold")
+    file.seek(member.data_starts[path] + info.start)
+    return DTYPES[info.dtype]
+
+
+def _read_bytes(raw: Tensor, member: Member, key: str, file: BufferedReader) -> None:
+    if file.readinto(raw.numpy().data) != raw.nbytes:
+        raise SourceError(f"{member.files[key]} ends inside {key}: it changed while it was read")
