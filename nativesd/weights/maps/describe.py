@@ -256,12 +256,13 @@ def text_config(parameters: Parameters, family: str, *, fused: bool) -> tuple[Te
     """A text encoder's configuration. What the UNet gets of it is the family's rule; `fused`: OpenCLIP's layout.
 
     SDXL and the refiner take the penultimate layer without the final norm, SD2.x the penultimate with it, SD1.x the
-    last with it. SD2.x's penultimate layer is the last of 23: its 24th is left out, where the file has one.
+    last with it. SD2.x's penultimate layer is the last of 23: its 24th is left out, where the file has one. The
+    activation is the width's: ViT-L is OpenAI's, with quick_gelu in either layout, ViT-H and bigG are OpenCLIP's.
     """
     width = _most((shape[0] for shape in _shapes(parameters, r"layers\.\d+\.norm[12]\.\w+", 1)), 768)
     layers = _count(n for (n,) in _present(parameters, r"layers\.(\d+)\.", 8))
     sdxl = family in ("sdxl", "refiner")
-    openclip = fused or width in (1024, 1280)
+    openclip = width in (1024, 1280) or (fused and width != 768)  # OpenAI's own ViT-L has the fused names too
     projected = "text_projection.weight" in parameters and openclip and (sdxl or width == 1280)
     left_out = openclip and not projected and layers == 24
     config = TextEncoderConfig(

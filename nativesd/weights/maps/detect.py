@@ -98,13 +98,18 @@ def _known_prefixes(left: Mapping[str, None], tables: Mapping[str, KeyMap]) -> d
 
 
 def _foreign_prefixes(left: Mapping[str, None], tables: Mapping[str, KeyMap]) -> dict[str, list[KeyMap]]:
-    """The same for prefixes that no table knows: whatever stands before a `detect` name."""
+    """The same for prefixes that no table knows: whatever stands before a `detect` name.
+
+    None is what a table itself calls something else by that prefix: CLIP's image tower has the text tower's names.
+    """
     out: dict[str, list[KeyMap]] = {}
     for table in tables.values():
         for name in table.detect:
             for key in left:
-                if key.endswith("." + name) and table not in out.setdefault(key.removesuffix(name), []):
-                    out[key.removesuffix(name)].append(table)
+                if key.endswith("." + name) and table.reason_to_ignore(key) is None:
+                    known = out.setdefault(key.removesuffix(name), [])
+                    if table not in known:
+                        known.append(table)
     return out
 
 

@@ -18,6 +18,7 @@ from nativesd.config import (
     Prediction,
     T2IAdapterConfig,
     TextEncoderConfig,
+    TinyVAEConfig,
     UNetConfig,
     VAEConfig,
 )
@@ -99,34 +100,73 @@ def identify(
     if believed is not None:
         detection = _as_believed(detection, shapes, tables, *believed)
     identity = Identity(family=family, ignored=detection.ignored, unrecognised=detection.unrecognised)
-    for found in detection.found:
-        if found.component == "unet":
-            unet = config if isinstance(config, UNetConfig) else None
-            if unet is None and believed is not None:
-                unet = UNETS[believed[0]]
-            evidence = [STATED] if config is not None else []
-            if unet is None:
-                unet, evidence = unet_config(found.parameters(shapes), _pooled(detection, shapes))
-            identity.family, identity.variant = unet_family(unet)
-            identity.prediction, guess = prediction(shapes, identity.family, identity.variant)
-            if config is None:  # beside a config.json there is a scheduler_config.json, which says it
-                evidence.append(guess)
-            identity.components.append(Component("unet", identity.label(), "", found, unet, tuple(evidence)))
-    for found in detection.found:
-        if found.component != "unet":
-            identity.components.append(_component(found, shapes, identity, config, believed))
-    sgm = any(key.startswith("conditioner.") for key in shapes) or identity.family in ("sdxl", "refiner")
+    order = {id(found): i for i, found in enumerate(detection.found)}
+    unets = [found for found in detection.found if found.component == "unet"]
+    unet = None
+    if unets:
+        own = min(unets, key=lambda found: _place(found, sgm=False))
+        unet = _unet(own, shapes, identity, config, believed, detection)
+    sgm = identity.family in ("sdxl", "refiner") or (
+        _any(shapes, "conditioner.") and not _any(shapes, "cond_stage_model.")
+    )
+    for found in sorted(detection.found, key=lambda found: _place(found, sgm=sgm)):
+        if unet is not None and found.component == "unet":
+            component = replace(unet, found=found)
+        else:
+            component = _component(found, shapes, identity, config, believed)
+        component = replace(component, layout=found.table.keymap.layout, name=name or component.name)
+        if (first := next((c for c in identity.components if _same(c, component)), None)) is None:
+            identity.components.append(component)
+        else:
+            where = f"under {found.prefix}" if found.prefix else "without a prefix"
+            reason = f"a copy of the {component.name} {where}; that under {first.found.prefix or 'no prefix'} is used"
+            identity.ignored |= dict.fromkeys(found.keys, reason)
     identity.components = [
-        replace(
-            component,
-            name=name or component.name,
-            layout="sgm"
-            if sgm and component.found.table.keymap.layout == "ldm"
-            else component.found.table.keymap.layout,
-        )
-        for component in sorted(identity.components, key=lambda component: component.name != "unet")
+        replace(component, layout="sgm") if sgm and component.layout == "ldm" else component
+        for component in sorted(identity.components, key=lambda c: (c.name != "unet", order[id(c.found)]))
     ]
     return identity
+
+
+def _any(shapes: Mapping[str, Shape], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in shapes)
+
+
+def _place(found: Found, *, sgm: bool) -> tuple[bool, bool, int]:
+    """Which of several that are the same component is the file's own, the least: one under a prefix that tools know,
+    under the family's own (sgm's `conditioner.` or ldm's `cond_stage_model.`), under the table's first."""
+    prefixes = found.table.keymap.prefixes
+    others = ("cond_stage_model.",) if sgm else ("conditioner.",)
+    place = prefixes.index(found.prefix) if found.prefix in prefixes else len(prefixes)
+    return found.foreign_prefix, found.prefix.startswith(others), place
+
+
+def _same(one: Component, other: Component) -> bool:
+    """Whether two components are one and its copy; the halves of an autoencoder are none of each other."""
+    halves = [c.config.half for c in (one, other) if isinstance(c.config, TinyVAEConfig)]
+    return one.name == other.name and len(set(halves)) < 2
+
+
+def _unet(
+    found: Found,
+    shapes: Mapping[str, Shape],
+    identity: Identity,
+    config: Config | None,
+    believed: tuple[str, str] | None,
+    detection: Detection,
+) -> Component:
+    """The UNet, which decides the family."""
+    unet = config if isinstance(config, UNetConfig) else None
+    if unet is None and believed is not None:
+        unet = UNETS[believed[0]]
+    evidence = [STATED] if config is not None else []
+    if unet is None:
+        unet, evidence = unet_config(found.parameters(shapes), _pooled(detection, shapes))
+    identity.family, identity.variant = unet_family(unet)
+    identity.prediction, guess = prediction(shapes, identity.family, identity.variant)
+    if config is None:  # beside a config.json there is a scheduler_config.json, which says it
+        evidence.append(guess)
+    return Component("unet", identity.label(), "", found, unet, tuple(evidence))
 
 
 def identify_all(

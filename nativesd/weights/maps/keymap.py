@@ -22,7 +22,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -143,6 +143,14 @@ class KeyMap:
     def is_named(self) -> bool:
         """Whether the table says what keys are, and not what fills parameters of ours."""
         return bool(self.names) or self.lora is not None
+
+    @cached_property
+    def _ignored(self) -> list[tuple[re.Pattern[str], str]]:
+        return [(re.compile(pattern), reason) for pattern, reason in self.ignore.items()]
+
+    def reason_to_ignore(self, key: str) -> str | None:
+        """Why the key is not needed, or None where the table does not say so."""
+        return next((reason for pattern, reason in self._ignored if pattern.fullmatch(key)), None)
 
     @classmethod
     def load(cls, path: Path) -> KeyMap:
@@ -335,7 +343,6 @@ class BoundMap:
         self.keymap = keymap
         self.dims = dims
         self._found: dict[str, list[tuple[str, Source]]] = {}
-        self._ignore = [(re.compile(pattern), reason) for pattern, reason in keymap.ignore.items()]
         self._names = [(re.compile(pattern), meaning) for pattern, meaning in keymap.names.items()]
         self._theirs, self._ours, self._read_only = _Trie(), _Trie(), _Trie()
         for rule, loops in keymap.rules:
@@ -391,8 +398,8 @@ class BoundMap:
         return None
 
     def reason_to_ignore(self, key: str) -> str | None:
-        """Why the key is not needed, or None where the table does not say so."""
-        return next((reason for pattern, reason in self._ignore if pattern.fullmatch(key)), None)
+        """See `KeyMap.reason_to_ignore`."""
+        return self.keymap.reason_to_ignore(key)
 
     def describe(self, key: str) -> str | None:
         """What the key is, by the table's [lora], or its [names], whose pattern's groups may stand in it; else None."""
