@@ -23,7 +23,7 @@ from nativesd.config import (
 from nativesd.errors import UsageError
 from nativesd.pipeline.build import expected
 from nativesd.pipeline.loading import Model, describe, identify_known, locate
-from nativesd.text.tokenizer import DEFAULT, END_OF_TEXT, pad_token
+from nativesd.text.tokenizer import ClipTokenizer, pad_token
 from nativesd.weights.files.source import open_source
 from nativesd.weights.maps.keymap import BoundMap, load_tables
 from nativesd.weights.maps.published import (
@@ -32,7 +32,6 @@ from nativesd.weights.maps.published import (
     t2i_adapter_json,
     text_json,
     tiny_vae_json,
-    tokenizer_json,
     unet_json,
     vae_json,
 )
@@ -192,9 +191,4 @@ def _copy_tokenizer(model: Model, name: str, folder: Path) -> None:
         return
     config = model.parts[name][1].config
     assert isinstance(config, TextEncoderConfig)
-    folder.mkdir()
-    for file in ("vocab.json", "merges.txt"):
-        shutil.copy(DEFAULT / file, folder / file)
-    pad = "<|endoftext|>" if pad_token(config) == END_OF_TEXT else "!"
-    for file, data in tokenizer_json(pad, config.length).items():
-        (folder / file).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    ClipTokenizer(pad=pad_token(config), length=config.length).save(folder)

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from nativesd.checkpoints.manifest import write_manifest
 from nativesd.errors import UsageError
 from nativesd.export.graphs import FILE
-from nativesd.export.library import Part, build, default_store, write_onnx
+from nativesd.export.library import Part, build, default_store, numbered, write_onnx
 from nativesd.export.slots import CHUNK, Component, Convention, Request
 from nativesd.export.store import Entry, Store
 from nativesd.export.tensorrt import Backend, Progress, backend_for, device_target, ready_profile
@@ -69,6 +70,8 @@ def export_onnx(
 ) -> list[Exported]:
     """Write a model's components as ONNX: DEST/unet/model.onnx with its weights beside it, and so on.
 
+    DEST/manifest.json says what another runtime needs to know, and the tokenizers and the scheduler's config are there.
+
     source      what `load` takes
     dest        a folder that does not exist yet
     components  of text_encoder, unet, controlnet, vae_encoder, vae_decoder; controlnet are those of `control`
@@ -85,7 +88,8 @@ def export_onnx(
     """
     pipeline = _load(source, dtype, loras, maps)
     factor = pipeline.config.vae.factor
-    done = []
+    done: list[Exported] = []
+    said: dict[str, dict[str, Any]] = {}
     with fresh(Path(dest)) as folder:
         for part in _parts(pipeline, components, control):
             if on_part is not None:
@@ -99,6 +103,10 @@ def export_onnx(
                 metadata={"family": part.family, "source": pipeline.config.name},
             )  # fmt: skip
             done.append(Exported(part.name, Path(dest) / part.name / FILE, details))
+            said[part.name] = {
+                "file": f"{part.name}/{FILE}", "component": part.component, "family": part.family, **details
+            }  # fmt: skip
+        write_manifest(folder, pipeline, said)
     return done
 
 
@@ -168,7 +176,7 @@ def _parts(pipeline: Pipeline, components: Sequence[str], control: Sequence[str 
     out = []
     if "text_encoder" in components:
         out += [
-            Part(_numbered("text_encoder", i), "text_encoder", encoder, family)
+            Part(numbered("text_encoder", i), "text_encoder", encoder, family)
             for i, encoder in enumerate(pipeline.text_encoders, 1)
         ]
     if "unet" in components:
@@ -178,7 +186,7 @@ def _parts(pipeline: Pipeline, components: Sequence[str], control: Sequence[str 
             module = pipeline.load_control(source).module
             if not isinstance(module, ControlNet | ControlNetUnion):
                 raise UsageError(f"{source} is a T2I-Adapter, which has no exported form")
-            out.append(Part(_numbered("controlnet", i), "controlnet", module, family))
+            out.append(Part(numbered("controlnet", i), "controlnet", module, family))
     parts: tuple[Component, ...] = ("vae_encoder", "vae_decoder")
     for component in parts:
         if component in components:
@@ -188,7 +196,3 @@ def _parts(pipeline: Pipeline, components: Sequence[str], control: Sequence[str 
     if not out:
         raise UsageError("there is nothing to export: name a component, and ControlNets with control (--control)")
     return out
-
-
-def _numbered(name: str, number: int) -> str:
-    return name if number == 1 else f"{name}_{number}"

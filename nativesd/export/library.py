@@ -55,6 +55,11 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def numbered(name: str, number: int) -> str:
+    """What the components of a kind are called: text_encoder, text_encoder_2, ..."""
+    return name if number == 1 else f"{name}_{number}"
+
+
 @dataclass(frozen=True)
 class Part:
     """A component of a loaded model, ready to be exported: `name` tells an SDXL's two text encoders apart."""
@@ -100,6 +105,9 @@ def write_onnx(
         details: dict[str, Any] = {
             "export_seconds": round(time.monotonic() - start, 1),
             "opset": opset or _opset(graph),
+            "dtype": _name(graph.dtype),
+            "weights": weights_hash(graph.module),
+            **graph.schema.renamed(names).fields(_name(graph.dtype), static),
         }
         if check:
             requests = [static] if static else SIZES
@@ -115,7 +123,7 @@ def write_onnx(
                 runner = OnnxRunner(path, graph.schema.renamed(names), graph.dtype, torch.device("cpu"))
                 comparisons = compare(twin, runner, requests)
             details["error"] = require(comparisons, twin.dtype, f"the exported {graph.schema.component}")
-            details["checked_in"] = str(twin.dtype).removeprefix("torch.")
+            details["checked_in"] = _name(twin.dtype)
         return details
 
 
@@ -127,7 +135,7 @@ def onnx_entry(part: Part, store: Store) -> Entry:
     graph = part.graph()
     key = Key(
         part.name, part.family, weights_hash(part.module), "onnx", f"opset{_opset(graph)}", "any",
-        str(graph.dtype).removeprefix("torch."), ("dynamic",), graph.schema.digest, bool(graph.schema.control),
+        _name(graph.dtype), ("dynamic",), graph.schema.digest, bool(graph.schema.control),
     )  # fmt: skip
     entry = store.find(key)
     if entry is None:
@@ -165,7 +173,7 @@ def engine_key(part: Part, graph: Graph, backend: Backend, targets: Sequence[str
     """What an engine of a part is called."""
     return Key(
         part.name, part.family, weights_hash(part.module), backend, backend_version(backend), "+".join(targets),
-        str(graph.dtype).removeprefix("torch."), tuple(profiles), graph.schema.digest, bool(graph.schema.control),
+        _name(graph.dtype), tuple(profiles), graph.schema.digest, bool(graph.schema.control),
     )  # fmt: skip
 
 
@@ -236,6 +244,11 @@ def engine_runner(part: Part, store: Store, device: torch.device, arena: Arena, 
             return load_engine(entry, graph.schema, dtype=graph.dtype, arena=arena)
     found = "; ".join(reasons) or "none of this component"
     raise UsageError(f"{store.root} has no engine of the {part.name} for {target} ({found})")
+
+
+def _name(dtype: torch.dtype) -> str:
+    """torch.float16 as float16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _opset(graph: Graph) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from nativesd.config import ControlNetConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from nativesd.errors import UsageError
@@ -67,6 +67,16 @@ class Slot:
         """Its shape where `request` is made."""
         return tuple(_extent(axis, request) for axis in self.axes)
 
+    def dtype(self, weights: str) -> str:
+        """Its dtype's name where that of the weights is `weights`."""
+        return weights if self.kind == "weights" else self.kind
+
+    def fields(self, weights: str, static: Request | None = None) -> dict[str, Any]:
+        """For a manifest: the name, the axes by their names or, where there is one request only, sizes, the dtype."""
+        axes = self.shape(static) if static else [axis if isinstance(axis, int) else str(axis) for axis in self.axes]
+        out = {"name": self.name, "shape": list(axes), "dtype": self.dtype(weights)}
+        return out | {"without_control": "zeros"} if self.is_control else out
+
     def __str__(self) -> str:
         return f"{self.name} [{', '.join(map(str, self.axes))}] {self.kind}"
 
@@ -88,6 +98,13 @@ class Schema:
     def digest(self) -> str:
         """Eight hexadecimal digits that change when anything here does."""
         return hashlib.sha256("\n".join(map(str, (*self.inputs, "->", *self.outputs))).encode()).hexdigest()[:8]
+
+    def fields(self, weights: str, static: Request | None = None) -> dict[str, list[dict[str, Any]]]:
+        """`Slot.fields` of all."""
+        return {
+            "inputs": [slot.fields(weights, static) for slot in self.inputs],
+            "outputs": [slot.fields(weights, static) for slot in self.outputs],
+        }
 
     def given(self, names: Set[str]) -> Schema:
         """Without the control slots that are not among `names`."""

@@ -246,13 +246,14 @@ def read_entry(path: Path) -> Entry:
 
 def unfinished(key: Key, building: Building) -> Entry:
     """What is being made, as the entry that it will be."""
-    files = {
-        path.relative_to(building.folder).as_posix(): File(path.stat().st_size, _sha256(path))
-        for path in sorted(building.folder.rglob("*"))
-        if path.is_file()
-    }
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    return Entry(building.folder, key, files, building.details, created, this_platform())
+    return Entry(building.folder, key, files_in(building.folder), building.details, created, this_platform())
+
+
+def files_in(folder: Path) -> dict[str, File]:
+    """All files below a folder, by their paths in it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): File(path.stat().st_size, _sha256(path)) for path in paths}
 
 
 def verify(entry: Entry, *, deep: bool = True) -> str | None:

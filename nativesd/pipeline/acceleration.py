@@ -134,7 +134,7 @@ def accelerate(
     encoders, unet, vae, load = model.text_encoders, model.unet, model.vae, model.load_control
     if "text_encoder" in components:
         encoders = tuple(
-            graphs.module(f"text_encoder_{i}" if i > 1 else "text_encoder", encoder, ["text_encoder"], other_loras)
+            graphs.module(library.numbered("text_encoder", i), encoder, ["text_encoder"], other_loras)
             for i, encoder in enumerate(encoders, 1)
         )
     if "unet" in components:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from nativesd.config import TextEncoderConfig
 from nativesd.errors import SourceError
@@ -59,6 +60,36 @@ class ClipTokenizer:
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """One row of `length` ids per prompt; what does not fit is cut off."""
         return [self.row(self.tokens(prompt)[: self.length - 2]) for prompt in prompts]
+
+    def save(self, folder: Path) -> None:
+        """Write vocab.json and merges.txt, and as tokenizer.json the whole way from a prompt to a row of `length` ids.
+
+        The settings of transformers' CLIPTokenizer are beside them.
+        """
+        folder.mkdir(parents=True)
+        self._tokenizer.model.save(str(folder))
+        pad = self._tokenizer.id_to_token(self.pad) or "!"
+        whole = Tokenizer.from_str(self._tokenizer.to_str())
+        begin, end = ("<|startoftext|>", self.begin), ("<|endoftext|>", self.end)
+        whole.post_processor = processors.TemplateProcessing(
+            single=f"{begin[0]} $A {end[0]}", special_tokens=[begin, end]
+        )
+        whole.enable_truncation(self.length)
+        whole.enable_padding(length=self.length, pad_id=self.pad, pad_token=pad)
+        whole.save(str(folder / "tokenizer.json"))
+        for name, data in _settings(pad, self.length).items():
+            (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _settings(pad: str, length: int) -> dict[str, dict[str, Any]]:
+    """tokenizer_config.json and special_tokens_map.json of transformers' CLIPTokenizer that pads with `pad`."""
+    end = "<|endoftext|>"
+    special = {"bos_token": "<|startoftext|>", "eos_token": end, "pad_token": pad, "unk_token": end}
+    settings = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": length}
+    return {
+        "tokenizer_config.json": {**special, **settings, "tokenizer_class": "CLIPTokenizer"},
+        "special_tokens_map.json": special,
+    }
 
 
 def pad_token(encoder: TextEncoderConfig) -> int:

@@ -2,45 +2,160 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import nativesd
 from conftest import Run
 from nativesd.checkpoints.export import Static, export_onnx, export_tensorrt
+from nativesd.checkpoints.manifest import scheduler_json
 from nativesd.errors import NativesdError, UsageError
 from nativesd.export import check, library
 from nativesd.export.store import MANIFEST, Store
+from nativesd.sampling.schedule import SchedulerConfig
+from nativesd.text.tokenizer import ClipTokenizer, pad_id
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model's text encoder and VAE decoder."""
+    """What the embedded model needs to make a picture of a prompt."""
     dest = tmp_path_factory.mktemp("onnx") / "graphs"
-    done = export_onnx("tiny", dest, components=["text_encoder", "vae_decoder"])
-    assert [each.name for each in done] == ["text_encoder", "vae_decoder"]
+    names = ["text_encoder", "unet", "vae_decoder"]
+    done = export_onnx("tiny", dest, components=names, slots=False)
+    assert [each.name for each in done] == names
     assert all(each.path.is_file() and 0 < each.details["error"] <= 1e-5 for each in done)
     return dest
 
 
 def test_files_have_the_published_folders_names(exported: Path) -> None:
-    assert sorted(path.relative_to(exported).as_posix() for path in exported.rglob("*.onnx*")) == [
-        "text_encoder/model.onnx",
-        "text_encoder/model.onnx.data",
-        "vae_decoder/model.onnx",
-        "vae_decoder/model.onnx.data",
-    ]
+    files = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
+    assert files == {
+        *(f"{name}/model.onnx{end}" for name in ("text_encoder", "unet", "vae_decoder") for end in ("", ".data")),
+        *(f"tokenizer/{name}" for name in TOKENIZER),
+        "scheduler/scheduler_config.json", "manifest.json",
+    }  # fmt: skip
     metadata = {entry.key: entry.value for entry in onnx.load(exported / "vae_decoder" / "model.onnx").metadata_props}
     assert metadata["component"] == "vae_decoder"
     assert metadata["nativesd"] == nativesd.__version__
     assert metadata["source"] == "tiny"
+
+
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def read_manifest(folder: Path) -> Any:
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def test_the_manifest_says_what_the_files_are(exported: Path) -> None:
+    manifest = read_manifest(exported)
+    assert (manifest["schema"], manifest["nativesd"], manifest["model"]["family"]) == (1, nativesd.__version__, "sd2")
+    others = [path for path in exported.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    assert manifest["files"] == {
+        path.relative_to(exported).as_posix(): {
+            "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()
+        }
+        for path in others
+    }  # fmt: skip
+    types = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
+    for name, component in manifest["components"].items():
+        graph = onnx.load(exported / component["file"], load_external_data=False).graph
+        for said, there in ((component["inputs"], graph.input), (component["outputs"], graph.output)):
+            assert said == [
+                {
+                    "name": value.name,
+                    "shape": [side.dim_param or side.dim_value for side in value.type.tensor_type.shape.dim],
+                    "dtype": next(k for k, v in types.items() if v == value.type.tensor_type.elem_type),
+                }
+                for value in there
+            ], name
+    axes = {axis for each in manifest["components"].values() for slot in each["inputs"] for axis in slot["shape"]}
+    assert {axis for axis in axes if isinstance(axis, str)} == set(manifest["axes"])
+
+
+def test_the_folder_is_enough_for_another_runtime(exported: Path) -> None:
+    """A picture by ONNX Runtime, tokenizers and NumPy, from what is in the folder: by DDIM, as that says."""
+    manifest = read_manifest(exported)
+    [text] = manifest["conditioning"]["encoder_hidden_states"]
+
+    def run(name: str, **inputs: np.ndarray) -> list[np.ndarray]:
+        component = manifest["components"][name]
+        session = ort.InferenceSession(exported / component["file"], providers=["CPUExecutionProvider"])
+        out: list[np.ndarray] = session.run([slot["name"] for slot in component["outputs"]], inputs)
+        return out
+
+    prompt, steps, scale = "a fox on a yellow background", 4, manifest["model"]["guidance_scale"]
+    tokenizer = Tokenizer.from_file(str(exported / text["tokenizer"] / "tokenizer.json"))
+    ids = np.array([encoding.ids for encoding in tokenizer.encode_batch(["", prompt])])
+    context = run(text["component"], input_ids=ids)[0][text["layer"]]
+    scheduler = json.loads((exported / manifest["scheduler"]["file"]).read_text())
+    assert (scheduler["_class_name"], scheduler["set_alpha_to_one"]) == ("DDIMScheduler", False)
+    alphas = 1 / (1 + np.array(manifest["scheduler"]["sigmas"]) ** 2)
+    side = manifest["model"]["size"] // manifest["vae"]["factor"]
+    shape = (1, manifest["vae"]["latent_channels"], side, side)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(5)).numpy()
+    stride = len(alphas) // steps
+    assert manifest["prediction"] == "v"
+    for step in range((steps - 1) * stride + scheduler["steps_offset"], 0, -stride):
+        answer = run(
+            "unet",
+            sample=np.repeat(latents, 2, 0),
+            timestep=np.full(2, step, np.float32),
+            encoder_hidden_states=context,
+        )[0]
+        velocity = answer[:1] + scale * (answer[1:] - answer[:1])
+        now, then = alphas[step], alphas[max(step - stride, 0)]
+        clean = now**0.5 * latents - (1 - now) ** 0.5 * velocity
+        noise = now**0.5 * velocity + (1 - now) ** 0.5 * latents
+        latents = (then**0.5 * clean + (1 - then) ** 0.5 * noise).astype(np.float32)
+    pixels = run("vae_decoder", latent_sample=latents / np.float32(manifest["vae"]["scaling_factor"]))[0]
+    found = (np.clip(pixels[0].transpose(1, 2, 0) / 2 + 0.5, 0, 1) * 255).round()
+    expected = nativesd.load("tiny", device="cpu")(prompt, steps=steps, seed=5, sampler="DDIM").images[0]
+    assert np.abs(found - np.asarray(expected, np.float32)).max() <= 1
+
+
+@pytest.mark.parametrize("pad", [0, 49407])
+def test_tokenizers_are_written_whole(pad: int, tmp_path: Path) -> None:
+    """Rows of ids by `tokenizers` alone, by transformers, and by nativesd again."""
+    from transformers import CLIPTokenizer
+
+    ours, folder = ClipTokenizer(pad=pad), tmp_path / "tokenizer"
+    ours.save(folder)
+    prompts = ["", "A Fox,  on a yellow\nbackground", "fox " * 100]
+    expected = ours.encode(prompts)
+    assert [each.ids for each in Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(prompts)] == expected
+    theirs = CLIPTokenizer.from_pretrained(folder)(prompts, padding="max_length", truncation=True)["input_ids"]
+    assert theirs == expected
+    assert ClipTokenizer(folder, pad=pad_id(folder, 1)).encode(prompts) == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SchedulerConfig(),
+        SchedulerConfig("EulerDiscreteScheduler", prediction="v", spacing="trailing", zero_snr=True),
+        SchedulerConfig("PNDMScheduler", set_alpha_to_one=True, steps_offset=0),
+        SchedulerConfig("DPMSolverMultistepScheduler[sde-dpmsolver++]", order=3, solver="heun", euler_at_final=True,
+                        lower_order_final=False, final_sigma_zero=False, kind="karras"),
+        SchedulerConfig("LCMScheduler", prediction="sample", original_steps=100, timestep_scaling=5.0,
+                        trained_betas=(0.1, 0.2), train_steps=2, beta_schedule="linear"),
+    ],
+    ids=lambda config: config.class_name,
+)  # fmt: skip
+def test_scheduler_configs_are_read_back(config: SchedulerConfig) -> None:
+    assert SchedulerConfig.from_published(scheduler_json(config)) == config
 
 
 def test_a_static_file_from_the_command_line(run: Run, tmp_path: Path) -> None:

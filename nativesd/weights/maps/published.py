@@ -23,8 +23,6 @@ from nativesd.errors import UsageError
 
 DIFFUSERS_VERSION = "0.38.0"  # the oldest that the tests open these folders with
 
-END_OF_TEXT = "<|endoftext|>"
-
 
 def unet_json(config: UNetConfig, sample_size: int) -> dict[str, Any]:
     """UNet2DConditionModel's config.json. Raises UsageError where diffusers cannot express the UNet."""
@@ -234,16 +232,6 @@ def picture_size(family: str, prediction: Prediction, config: UNetConfig) -> int
     if config.added is not None:
         return 128
     return 96 if family == "sd2" and prediction == "v" else 64
-
-
-def tokenizer_json(pad: str, length: int) -> dict[str, dict[str, Any]]:
-    """tokenizer_config.json and special_tokens_map.json of a CLIPTokenizer that pads with `pad`."""
-    special = {"bos_token": "<|startoftext|>", "eos_token": END_OF_TEXT, "pad_token": pad, "unk_token": END_OF_TEXT}
-    settings = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": length}
-    return {
-        "tokenizer_config.json": {**special, **settings, "tokenizer_class": "CLIPTokenizer"},
-        "special_tokens_map.json": special,
-    }
 
 
 def model_index(family: str, encoders: Mapping[str, TextEncoderConfig], scheduler: str) -> dict[str, Any]:
