@@ -10,6 +10,7 @@ that they and another prompt make; every sampler, with its own steps and Karras.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from PIL import Image
 
@@ -50,20 +51,24 @@ def controlled(pipe: nativesd.Pipeline, subject: int) -> tuple[Image.Image, Imag
     return edges, pipe(PROMPT, control=[nativesd.Control("tiny", edges)], seed=3).images[0]
 
 
-def main() -> None:
-    """Write the sheet to the path on the command line."""
-    pictures = rows()
+def sheet(pictures: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of pictures on white, one below the other."""
     width = max(sum(picture.width + GAP for picture in row) for row in pictures)
     heights = [max(picture.height for picture in row) + GAP for row in pictures]
-    sheet = Image.new("RGB", (width, sum(heights)), "white")
+    out = Image.new("RGB", (width, sum(heights)), "white")
     y = 0
     for row, height in zip(pictures, heights, strict=True):
         x = 0
         for picture in row:
-            sheet.paste(picture, (x, y))
+            out.paste(picture, (x, y))
             x += picture.width + GAP
         y += height
-    sheet.save(sys.argv[1])
+    return out
+
+
+def main() -> None:
+    """Write the sheet to the path on the command line."""
+    sheet(rows()).save(sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ SHOWN = 20  # findings of a kind, unless all are asked for
 @click.argument("source")
 @click.option("--keys", is_flag=True, help="List the whole mapping.")
 @click.option("--trace", metavar="NAME", help="Show how a key, or a parameter of ours, is mapped.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON (schema 1: see the README).")
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON (schema 1: see docs/models-and-files.md).")
 @click.option("--as", "believed", metavar="FAMILY/LAYOUT", help="Compare with what you take it for: such as sdxl/ldm.")
 @click.option("--diff", "other", metavar="OTHER", help="Compare two checkpoints, whatever their layouts.")
 @click.option("--values", is_flag=True, help="With --diff: compare the tensors too.")

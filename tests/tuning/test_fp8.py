@@ -184,7 +184,7 @@ def test_a_control_net_that_is_a_difference_needs_the_weights(unet: UNet) -> Non
 @torch.inference_mode()
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_published_widths(family: str) -> None:
-    """What the README and smoke's limit say, by the rest in float32."""
+    """What docs/performance.md and smoke's limit say, by the rest in float32."""
     torch.set_num_threads(os.cpu_count() or 1)
     (subject,) = (each for each in smoke.subjects({family: FAMILIES[family]}, "small") if each.name == "UNet")
     reference = build(subject.config)

@@ -1,0 +1,82 @@
+"""The README and the pages of docs/ as the tests read them: blocks of code, links, headings, and code in sentences.
+
+A fenced block names its language first. Blocks of `sh`, `console` and `python` are run, unless the rest of that line
+says "not run: REASON", which readers of the source see; "exits with N" says how the last command ends.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+RUN, SHOWN = {"sh", "console", "python"}, {"text", "toml", "json", "cpp"}
+REASONS = ("it installs packages", "it needs a GPU", "it takes", "it downloads", "it exports", "a build takes",
+           "the test suite runs it", "another page runs it")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page; `line` counts from 1."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    skipped: str | None
+    """Why it is not run."""
+    exit_code: int
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}, line {self.line}"
+
+
+def tokens(page: Path) -> list[Token]:
+    """The page as markdown-it reads it, with tables as GitHub has them."""
+    return MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The page's fenced blocks, in order."""
+    for token in tokens(page):
+        if token.type == "code_block":
+            raise AssertionError(f"{page}: indented code, which cannot say what it is: {token.content[:60]!r}")
+        if token.type == "fence":
+            language, _, rest = token.info.partition(" ")
+            skipped = rest.removeprefix("not run: ") if rest.startswith("not run: ") else None
+            ends = re.fullmatch(r"exits with (\d)", rest)
+            if rest and skipped is None and ends is None:
+                raise AssertionError(f"{page}: {token.info!r} is neither 'not run: REASON' nor 'exits with N'")
+            assert token.map is not None
+            yield Block(page, token.map[0] + 1, language, token.content, skipped, int(ends[1]) if ends else 0)
+
+
+def inline(page: Path) -> Iterator[Token]:
+    """What sentences, headings and cells are made of."""
+    for token in tokens(page):
+        yield from token.children or ()
+
+
+def spans(page: Path) -> list[str]:
+    """Code inside sentences."""
+    return [token.content for token in inline(page) if token.type == "code_inline"]
+
+
+def links(page: Path) -> list[str]:
+    """The targets of the page's links and pictures."""
+    targets = (token.attrs.get("href", token.attrs.get("src")) for token in inline(page))
+    return [str(target) for target in targets if target]
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which GitHub links to the page's headings."""
+    read = tokens(page)
+    titles = [after.content for before, after in pairwise(read) if before.type == "heading_open"]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

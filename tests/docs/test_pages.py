@@ -1,0 +1,234 @@
+"""The README and docs/: every command and block runs, in the order of its page; links and names exist."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import os
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from reading import PAGES, REASONS, ROOT, RUN, SHOWN, Block, anchors, blocks, links, spans
+from safetensors.torch import save_file
+
+import nativesd
+from conftest import Done, Run
+from nativesd.cli.common import main
+from oracles import published_manifests, sparse
+
+BY_NAME = [page.relative_to(ROOT).as_posix() for page in PAGES]
+pytestmark = pytest.mark.filterwarnings("ignore:.* of no published form")
+pages = pytest.mark.parametrize("page", PAGES, ids=BY_NAME)
+
+
+# --- blocks
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that pages speak of.
+
+    The embedded model as a single file, a LoRA for it, the header of a published LoRA, and that of a UNet of SDXL with
+    two faults.
+    """
+    folder = tmp_path_factory.mktemp("stand-ins")
+    nativesd.convert("tiny", folder / "model.safetensors", layout="ldm")
+    generator = torch.Generator().manual_seed(0)
+    key, width = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", 144
+    save_file(
+        {
+            f"{key}.lora_down.weight": torch.randn(4, width, generator=generator),
+            f"{key}.lora_up.weight": torch.randn(width, 4, generator=generator) / width,
+            f"{key}.alpha": torch.tensor(4.0),
+        },
+        folder / "style.safetensors",
+    )
+    published = published_manifests()
+    sparse(published["lora-sd15.kohya"], folder / "published-lora.safetensors")
+    sdxl = published["sdxl-base.checkpoint.sgm"]
+    unet = {key: shape for key, shape in sdxl.shapes.items() if key.startswith("model.diffusion_model.")}
+    key = "model.diffusion_model.input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight"
+    unet[key.replace("weight", "wieght")] = unet.pop(key)
+    unet["model.diffusion_model.surprise"] = (2, 3)
+    sparse(replace(sdxl, shapes=unet), folder / "broken.safetensors")
+    return folder
+
+
+@pytest.fixture
+def workplace(stand_ins: Path, tmp_path: Path) -> Path:
+    """An empty folder but for the stand-ins, the one that `run` goes to."""
+    for file in stand_ins.iterdir():
+        os.link(file, tmp_path / file.name)
+    return tmp_path
+
+
+@pages
+def test_blocks_run(
+    page: Path, workplace: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for block in blocks(page):
+        if block.skipped is not None or block.language not in RUN:
+            continue
+        if block.language == "python":
+            exec(compile(block.text, str(block), "exec"), namespace)
+            capsys.readouterr()
+            continue
+        commands = list(_commands(block))
+        for number, (command, wanted) in enumerate(commands):
+            done = _run(command, run, capsys, monkeypatch)
+            expected = block.exit_code if number == len(commands) - 1 else 0
+            assert done.returncode == expected, f"{block}: {command}\n{done.stdout}{done.stderr}"
+            if block.language == "console":
+                same = doctest.OutputChecker().check_output(wanted, done.stdout, doctest.ELLIPSIS)
+                assert same, f"{block}: {command} prints\n{done.stdout}"
+
+
+def _commands(block: Block) -> Iterator[tuple[str, str]]:
+    """The block's commands, each with the output that is shown with it: in a console those behind "$ "."""
+    text = block.text.replace("\\\n", " ")
+    if block.language == "sh":
+        yield from ((line, "") for line in text.splitlines() if line.strip() and not line.startswith("#"))
+        return
+    for part in re.split(r"^\$ ", text, flags=re.M)[1:]:
+        command, _, wanted = part.partition("\n")
+        yield command, wanted
+
+
+def _run(command: str, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Done:
+    """A command of this package, or a script of this checkout, in this process."""
+    program, *arguments = shlex.split(command, comments=True)
+    if program == "nativesd":
+        return run(*arguments)
+    assert program == "python", f"only nativesd and python are run: {command}"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+    captured = capsys.readouterr()
+    return Done(0, captured.out, captured.err)
+
+
+@pages
+def test_blocks_say_what_they_are(page: Path) -> None:
+    for block in blocks(page):
+        assert block.language in RUN | SHOWN, f"{block}: a block of {block.language or 'no language'}"
+        if block.skipped is not None:
+            assert block.language in RUN, f"{block}: {block.language} is never run"
+            assert block.skipped.startswith(REASONS), f"{block}: {block.skipped!r} is no known reason"
+        if block.language in SHOWN:
+            assert not re.search(r"^(\$ |nativesd |python |pip )", block.text, re.M), f"{block}: holds a command"
+
+
+def test_most_blocks_run() -> None:
+    """A reason is for what cannot run here, not for what is a nuisance."""
+    every = [block for page in PAGES for block in blocks(page) if block.language in RUN]
+    assert sum(block.skipped is None for block in every) > len(every) / 2
+
+
+# --- what sentences name
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in links(page):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(there), f"{page.name}: {target}: no such heading"
+
+
+@pages
+def test_files_exist(page: Path) -> None:
+    for span in spans(page):
+        if re.fullmatch(r"[\w.\-]+(/[\w.\-]+)*(/|\.py|\.toml|\.md)", span) and "/" in span:
+            places = [folder / span for folder in (ROOT, ROOT / "nativesd", ROOT / "tests", ROOT / "nativesd/weights")]
+            assert any(place.exists() for place in places), f"{page.name}: {span}"
+
+
+def commands(group: click.Group = main) -> dict[str, click.Command]:
+    """Every command by its words."""
+    out: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        inner = commands(command) if isinstance(command, click.Group) else {"": command}
+        out |= {f"{name} {rest}".strip(): each for rest, each in inner.items()} | {name: command}
+    return out
+
+
+def options(command: click.Command) -> set[str]:
+    names = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    return names | {"--help", "--version"}
+
+
+@pages
+def test_commands_and_options_exist(page: Path) -> None:
+    known = commands()
+    tools = {match for file in ROOT.glob("tools/*.py") for match in re.findall(r'"(--[\w-]+)"', file.read_text())}
+    every = {"--no-deps"}.union(tools, *(options(command) for command in known.values()))
+    text = [*spans(page), *(line for block in blocks(page) if block.language in ("sh", "console")
+                            for line, _ in _commands(block))]  # fmt: skip
+    for span in text:
+        words = span.split()
+        flags = {word.partition("=")[0] for word in words if re.fullmatch(r"--?[a-z][\w-]*(=.*)?", word)}
+        if words[:1] != ["nativesd"] or len(words) == 1:
+            if span.startswith("--"):
+                assert flags <= every, f"{page.name}: {span}"
+            continue
+        name = next((" ".join(words[1 : 1 + n]) for n in (2, 1) if " ".join(words[1 : 1 + n]) in known), None)
+        if name is None and words[1].startswith("-"):
+            continue
+        assert name is not None, f"{page.name}: {span}: no such command"
+        assert flags <= options(known[name]), f"{page.name}: {span}: {flags - options(known[name])}"
+
+
+def arguments() -> set[str]:
+    """The names of arguments that the public functions and records take."""
+    public = [getattr(nativesd, name) for name in nativesd.__all__]
+    functions = [each for each in public if callable(each)]
+    functions += [nativesd.Pipeline.__call__, nativesd.Pipeline.accelerate, nativesd.Pipeline.load_embedding]
+    out: set[str] = set()
+    for function in functions:
+        try:
+            out |= set(inspect.signature(function).parameters)
+        except ValueError:  # an exception class
+            continue
+    return out
+
+
+@pages
+def test_arguments_and_public_names_exist(page: Path) -> None:
+    known = arguments()
+    for span in spans(page):
+        if match := re.match(r"(\w+)=", span):
+            assert match[1] in known, f"{page.name}: {span}"
+        for name in re.findall(r"\bnativesd\.(\w+)", span):
+            there = name in nativesd.__all__ or (ROOT / "nativesd" / name).exists()
+            assert there or (ROOT / f"nativesd/{name}.py").exists(), f"{page.name}: {span}"
+
+
+# --- the README's bounds
+
+
+def test_the_readme_is_short_and_in_order() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 250
+    headings = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    assert headings[:6] == [
+        "Two commands", "Will it run here?", "Your own model", "What is in that file?", "What it does",
+        "Where to read on",
+    ]  # fmt: skip
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    found = {(ROOT / target.partition("#")[0]).resolve() for target in links(PAGES[0])}
+    assert set(PAGES[1:]) <= found
