@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 import nativesd
 from nativesd.checkpoints.export import export_tensorrt
 from nativesd.export.library import BackendName
-from nativesd.export.tensorrt import backend_for, device_target
+from nativesd.export.tensorrt.product import backend_for, device_target
 from nativesd.pipeline.pipeline import Pipeline
 
 SUBJECT = "a strawberry on a blue background"  # its edges steer

@@ -15,7 +15,9 @@ from nativesd.export.graphs import FILE
 from nativesd.export.library import Part, build, default_store, numbered, write_onnx
 from nativesd.export.slots import CHUNK, Component, Convention, Request
 from nativesd.export.store import Entry, Store
-from nativesd.export.tensorrt import Backend, Progress, backend_for, device_target, ready_profile
+from nativesd.export.tensorrt.build import Progress
+from nativesd.export.tensorrt.product import Backend, backend_for, device_target
+from nativesd.export.tensorrt.profiles import ready_profile
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.vae import VAE
 from nativesd.pipeline.loading import load

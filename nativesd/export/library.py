@@ -18,23 +18,17 @@ from nativesd.cache import cache_folder
 from nativesd.errors import SourceError, UsageError
 from nativesd.export.capture import CudaQueue
 from nativesd.export.check import SIZES, compare, require
-from nativesd.export.engine import Arena, load_engine
 from nativesd.export.graphs import FILE, OPSETS, Graph, graph_of
 from nativesd.export.runner import Runner
 from nativesd.export.sessions import OnnxRunner, OpenVinoRunner
 from nativesd.export.sessions import backend as package
 from nativesd.export.slots import Component, Convention, Request
 from nativesd.export.store import Entry, Key, Store, unfinished, verify
-from nativesd.export.tensorrt import (
-    ENGINE,
-    Backend,
-    Profile,
-    Progress,
-    backend_for,
-    backend_version,
-    build_engine,
-    device_target,
-)
+from nativesd.export.tensorrt.build import Progress, build_engine
+from nativesd.export.tensorrt.engine import Arena
+from nativesd.export.tensorrt.loading import load_engine
+from nativesd.export.tensorrt.product import ENGINE, Backend, backend_for, backend_version, device_target
+from nativesd.export.tensorrt.profiles import Profile
 from nativesd.tuning.tune import untuned
 
 BackendName = Literal["cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]

@@ -16,11 +16,11 @@ from nativesd.errors import UsageError
 from nativesd.export import library
 from nativesd.export.accelerate import Delegate, accelerate_module
 from nativesd.export.capture import CapturedRunner, CudaQueue
-from nativesd.export.engine import Arena
 from nativesd.export.library import BACKENDS, BackendName, Part, default_store
 from nativesd.export.runner import Runner
 from nativesd.export.slots import Component
 from nativesd.export.store import Store
+from nativesd.export.tensorrt.engine import Arena
 from nativesd.models.controlnet import ControlNet
 from nativesd.models.vae import VAE
 from nativesd.pipeline.control import ControlModel

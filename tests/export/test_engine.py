@@ -20,12 +20,14 @@ from torch import Tensor
 
 from nativesd.config import Level, UNetConfig
 from nativesd.errors import SourceError, UsageError
-from nativesd.export import engine as module
 from nativesd.export.capture import CudaQueue
-from nativesd.export.engine import Arena, EngineRunner, RuntimeCache, load_engine
 from nativesd.export.slots import Request, Schema, unet_schema
 from nativesd.export.store import RUNTIME_CACHE, Entry, Key, Store
-from nativesd.export.tensorrt import DTYPES, ENGINE, Profile, slot_dtype
+from nativesd.export.tensorrt import loading as module
+from nativesd.export.tensorrt.engine import Arena, EngineRunner
+from nativesd.export.tensorrt.loading import RuntimeCache, load_engine
+from nativesd.export.tensorrt.product import DTYPES, ENGINE, slot_dtype
+from nativesd.export.tensorrt.profiles import Profile
 
 SCHEMA = unet_schema(
     UNetConfig((Level(8, (1,), (1, 1), 2), Level(16, (None,), (None, None), 2)), mid=(1, None), context=12)

@@ -25,31 +25,29 @@ from nativesd.config import (
     VAEConfig,
 )
 from nativesd.errors import SourceError, UsageError
-from nativesd.export import engine
-from nativesd.export import tensorrt as module
 from nativesd.export.capture import CudaQueue
-from nativesd.export.engine import Arena, load_engine
 from nativesd.export.graphs import graph_of
 from nativesd.export.onnx import export_onnx
 from nativesd.export.slots import Component, Request, Schema, unet_schema
 from nativesd.export.store import Key, Store
-from nativesd.export.tensorrt import (
+from nativesd.export.tensorrt import build as building_module
+from nativesd.export.tensorrt import loading, product
+from nativesd.export.tensorrt.build import Built, Progress, build_engine
+from nativesd.export.tensorrt.engine import Arena
+from nativesd.export.tensorrt.loading import load_engine
+from nativesd.export.tensorrt.product import (
     DTYPES,
     ENGINE,
     MODULES,
     RTX_TARGETS,
-    Built,
-    Profile,
-    Progress,
     backend_for,
     backend_version,
-    build_engine,
     device_target,
     load_backend,
-    ready_profile,
     slot_dtype,
     targets_of,
 )
+from nativesd.export.tensorrt.profiles import Profile, ready_profile
 from nativesd.pipeline.build import build
 from oracles import draw
 
@@ -308,7 +306,7 @@ def test_a_full_disk_is_one_sentence(exported: Export, tmp_path: Path, monkeypat
         make(*exported(*SMALLEST), tmp_path)
     assert list(tmp_path.iterdir()) == []
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(building_module.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(rtx, "Builder", None)  # it is said before anything is built
     with pytest.raises(SourceError, match=r"0.0 GB are free there, and the weights alone have 0.0"):
         make(*exported(*SMALLEST), tmp_path)
@@ -337,7 +335,7 @@ def test_what_tensorrt_does_not_load_is_one_sentence(
     with store.building(replace(KEY, slots=schema.digest)) as building:
         building.details |= make(path, schema, building.folder).details()
     [entry] = store.entries()
-    monkeypatch.setattr(engine, "device_target", lambda device: "sm120")
+    monkeypatch.setattr(loading, "device_target", lambda device: "sm120")
     queue = SimpleNamespace(device=torch.device("cpu"), handle=0)
     with pytest.raises(
         SourceError, match=r"model.engine cannot be loaded by tensorrt_rtx .*CUDA driver version is insuff"
@@ -388,7 +386,7 @@ def test_packages_that_are_not_there_are_one_sentence(monkeypatch: pytest.Monkey
     def broken(name: str) -> None:
         raise RuntimeError("libnvinfer.so.10: cannot open shared object file\nmore")
 
-    monkeypatch.setattr(module.importlib, "import_module", broken)
+    monkeypatch.setattr(product.importlib, "import_module", broken)
     with pytest.raises(
         UsageError, match=r"cannot be imported \(libnvinfer.so.10: cannot open shared object file\): pip"
     ):
@@ -398,9 +396,10 @@ def test_packages_that_are_not_there_are_one_sentence(monkeypatch: pytest.Monkey
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """TensorRT-RTX in TensorRT's place, whose builder has the same calls, and a GPU of the right kind."""
-    monkeypatch.setattr(module, "load_backend", lambda backend: rtx)
-    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(module, "device_target", lambda device: "sm90")
+    monkeypatch.setattr(building_module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(building_module, "load_backend", lambda backend: rtx)
+    for each in (building_module, product):
+        monkeypatch.setattr(each, "device_target", lambda device: "sm90")
     with pytest.warns(DeprecationWarning, match="Timing cache"):
         yield
 

@@ -5,32 +5,18 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from nativesd.cache import keep
 from nativesd.errors import SourceError, UsageError
 from nativesd.export.capture import GRAPHS, Capture, Captures, Queue
 from nativesd.export.slots import Request, Schema, Slot
-from nativesd.export.store import RUNTIME_CACHE, Entry, verify, why_not
-from nativesd.export.tensorrt import (
-    DTYPES,
-    ENGINE,
-    PRODUCTS,
-    Backend,
-    Profile,
-    device_target,
-    load_backend,
-    make_log,
-    reason,
-    slot_dtype,
-)
+from nativesd.export.tensorrt.product import DTYPES, reason, slot_dtype
+from nativesd.export.tensorrt.profiles import Profile, distance, within
 
 ALIGNMENT = 256  # bytes, of every address that is bound: NvInferRuntime.h, IExecutionContext::setInputTensorAddress
 
@@ -172,7 +158,7 @@ class EngineRunner:
         fitting = self._fitting(request)
         if not fitting:
             raise UsageError(str(self.refusal(request)))
-        profile = min(fitting, key=lambda index: _distance(self.schema, request, self.profiles[index]))
+        profile = min(fitting, key=lambda index: distance(self.schema, request, self.profiles[index]))
         self._follow_arena()
         key = (request, frozenset(inputs))
 
@@ -227,7 +213,7 @@ class EngineRunner:
 
     def _fitting(self, request: Request) -> list[int]:
         """The profiles that a request is within."""
-        return [i for i, profile in enumerate(self.profiles) if _within(self.schema, request, profile)]
+        return [i for i, profile in enumerate(self.profiles) if within(self.schema, request, profile)]
 
     def _context(self, profile: int) -> Context:
         """A new context, which keeps its profile."""
@@ -308,97 +294,6 @@ class EngineRunner:
             raise SourceError(f"TensorRT did not take {what}: {reason(self._errors[-1:])}")
 
 
-class RuntimeCache:
-    """TensorRT-RTX's cache of the kernels that it compiled, in a file beside the engine."""
-
-    def __init__(self, cache: Any, path: Path) -> None:
-        self._cache = cache
-        self._path = path
-        self._size = -1
-        try:
-            cache.deserialize(path.read_bytes())  # False where it is of another GPU or driver: it is made anew
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
-
-    def save(self) -> None:
-        """See `Cache`. A folder that cannot be written means compiling again next time, not a failed picture."""
-        data = bytes(self._cache.serialize() or b"")
-        if len(data) in (0, self._size):
-            return
-        keep(self._path, data)
-        self._size = len(data)
-
-
-def load_engine(
-    entry: Entry,
-    schema: Schema,
-    *,
-    dtype: torch.dtype,
-    arena: Arena,
-    graphs: int = GRAPHS,
-    weight_budget: int | None = None,
-) -> EngineRunner:
-    """An engine of the store on the arena's GPU.
-
-    schema         its inputs and outputs
-    arena          its activation memory, and the queue that it runs on; engines that take turns share one
-    weight_budget  bytes of weights that stay on the GPU, for an engine that was built with weight streaming
-
-    Raises SourceError for an engine that is damaged, of another version or for another GPU, and says which; UsageError
-    where its backend is not installed.
-    """
-    problem = verify(entry)
-    if problem is not None or entry.key is None:
-        raise SourceError(f"{entry.path} cannot be used: {problem}")
-    backend = cast("Backend", entry.key.backend)
-    if backend not in PRODUCTS or ENGINE not in entry.files:
-        raise SourceError(f"{entry.path} has no {ENGINE}: it is for {backend}")
-    trt = load_backend(backend)
-    target = device_target(arena.queue.device)
-    here = replace(entry.key, version=str(trt.__version__), device=target, slots=schema.digest)
-    problem = why_not(entry, here)
-    if problem is not None:
-        raise SourceError(f"{entry.path} cannot be used: {problem}")
-    engine, log = _deserialize(trt, entry.path / ENGINE)
-    if weight_budget is not None:
-        engine.weight_streaming_budget_v2 = min(weight_budget, engine.streamable_weights_size)
-    cache: RuntimeCache | None = None
-    config = None
-    if backend == "tensorrt-rtx":
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if graphs:  # which would keep the slower kernels that are used until those for the shape are ready
-            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        theirs = config.create_runtime_cache()
-        cache = RuntimeCache(theirs, entry.path / RUNTIME_CACHE)
-        config.set_runtime_cache(theirs)
-
-    def new_context() -> Context:
-        context = engine.create_execution_context(config or trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if context is None:
-            raise SourceError(f"{entry.path} cannot be run by {PRODUCTS[backend]}: {reason(log.errors[-1:])}")
-        return cast("Context", context)
-
-    weights = entry.files[ENGINE].size if weight_budget is None else weight_budget
-    return EngineRunner(
-        engine, new_context, schema, arena, dtype=dtype, graphs=graphs, names=entry.key.profiles, weights=weights,
-        cache=cache, errors=log.errors,
-    )  # fmt: skip
-
-
-def _deserialize(trt: Any, path: Path) -> tuple[Any, Any]:
-    """An engine and its log. Raises SourceError where TensorRT does not take it."""
-    log = make_log(trt)
-    runtime = trt.Runtime(log)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise SourceError(f"{path} cannot be loaded by {trt.__name__} {trt.__version__}: {reason(log.errors)}")
-    return engine, log
-
-
 def _profiles(engine: Engine, schema: Schema, dtype: torch.dtype, names: Sequence[str]) -> tuple[Profile, ...]:
     """The profiles of an engine. Raises SourceError where its inputs, outputs or profiles are not the schema's."""
     wanted = {slot.name: DTYPES[slot_dtype(slot, dtype)] for slot in (*schema.inputs, *schema.outputs)}
@@ -426,25 +321,6 @@ def _bounds(engine: Engine, name: str, profile: int) -> Sequence[Sequence[int]]:
     """The smallest, best and largest shape of an input, which has only one where no axis is dynamic."""
     shape = tuple(engine.get_tensor_shape(name))
     return engine.get_tensor_profile_shape(name, profile) if -1 in shape else (shape,) * 3
-
-
-def _within(schema: Schema, request: Request, profile: Profile) -> bool:
-    return all(
-        least <= size <= most
-        for slot in schema.inputs
-        for size, least, most in zip(
-            slot.shape(request), slot.shape(profile.min), slot.shape(profile.max), strict=True
-        )
-    )  # fmt: skip
-
-
-def _distance(schema: Schema, request: Request, profile: Profile) -> float:
-    """How far a request is from what a profile is fastest at: the sum over the axes of the logarithms' differences."""
-    return sum(
-        abs(math.log(size / best))
-        for slot in schema.inputs
-        for size, best in zip(slot.shape(request), slot.shape(profile.opt), strict=True)
-    )
 
 
 def _closed() -> Context:

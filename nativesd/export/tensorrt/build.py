@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from nativesd.errors import SourceError, UsageError
-from nativesd.export.slots import CHUNK, Component, Request, Schema, Slot
-
-Backend = Literal["tensorrt", "tensorrt-rtx"]
-PRODUCTS: Mapping[Backend, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-MODULES: Mapping[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""What TensorRT-RTX 1.7 builds for: its enumeration ComputeCapability, which is asked when it is installed."""
-DTYPES = {torch.float16: "HALF", torch.bfloat16: "BF16", torch.float32: "FLOAT", torch.int64: "INT64"}
-"""dtype -> its name in TensorRT's enumeration DataType."""
-ENGINE = "model.engine"  # the file in an entry of the store
-CHUNKS = 3  # of a prompt, that ready profiles allow
-_DRIVER = "checkMacros.cpp::catchCudaError"  # TensorRT-RTX looks for a GPU after every other error, and logs that too
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The requests that an engine serves: from `min` to `max`, fastest at `opt`."""
-
-    name: str
-    min: Request
-    opt: Request
-    max: Request
-
-    def shapes(self, slot: Slot) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The smallest, best and largest shape of a slot."""
-        return slot.shape(self.min), slot.shape(self.opt), slot.shape(self.max)
+from nativesd.export.slots import Schema, Slot
+from nativesd.export.tensorrt.product import (
+    DTYPES,
+    PRODUCTS,
+    Backend,
+    device_target,
+    load_backend,
+    make_log,
+    reason,
+    slot_dtype,
+    targets_of,
+)
+from nativesd.export.tensorrt.profiles import Profile, check_profiles
 
 
 @dataclass(frozen=True)
@@ -66,85 +52,6 @@ class Built:
     def details(self) -> dict[str, Any]:
         """As JSON."""
         return {"build_seconds": round(self.seconds, 1), "profiles": [asdict(profile) for profile in self.profiles]}
-
-
-def load_backend(backend: Backend) -> Any:
-    """The module `tensorrt` or `tensorrt_rtx`. Raises UsageError where it, or what it consists of, is not installed."""
-    try:
-        return importlib.import_module(MODULES[backend])
-    except Exception as error:  # of whatever kind: the packages look for their libraries in several ways
-        missing = isinstance(error, ModuleNotFoundError) and error.name == MODULES[backend]
-        problem = "is not installed" if missing else f"cannot be imported ({reason([str(error)])})"
-        raise UsageError(f"{PRODUCTS[backend]} {problem}: pip install 'nativesd[{backend}]'") from error
-
-
-def backend_version(backend: Backend) -> str:
-    """The installed version, which an engine's has to equal. Raises UsageError where it is not installed."""
-    return str(load_backend(backend).__version__)
-
-
-def targets_of(backend: Backend) -> tuple[str, ...]:
-    """The compute capabilities that engines can be built for here: all that TensorRT-RTX knows, or the GPU's own."""
-    if backend == "tensorrt-rtx":
-        names = load_backend(backend).ComputeCapability.__members__
-        return tuple(sorted((name.lower() for name in names if name.startswith("SM")), key=lambda name: int(name[2:])))
-    return (device_target(torch.device("cuda")),) if torch.cuda.is_available() else ()
-
-
-def device_target(device: torch.device) -> str:
-    """A GPU's compute capability: "sm120"."""
-    return "sm{}{}".format(*torch.cuda.get_device_capability(device))
-
-
-def backend_for(target: str) -> Backend:
-    """The module for a GPU: TensorRT-RTX for the consumer cards that it knows, TensorRT for the others."""
-    return "tensorrt-rtx" if target in RTX_TARGETS else "tensorrt"
-
-
-def ready_profile(name: str, component: Component, *, native: int, factor: int = 8) -> Profile:
-    """A profile by a name that says everything: SIZE[-bIMAGES][-cCHUNKS], such as "512", "768x512-b2", "dynamic-c4".
-
-    SIZE     pixels: one size ("1024" is square, "768x512" width and height), any sides in a range ("512to1024"), or
-             "dynamic", which is half to one and a half times the native size
-    IMAGES   how many pictures at once, 1 by default; UNets and ControlNets take as many rows, or twice as many for
-             guidance
-    CHUNKS   of a prompt, 3 by default
-    native   the side in pixels that the model was trained on, for which ranges are fastest
-    factor   pixels per latent cell along one side
-
-    Raises UsageError for a name that says nothing, and sizes that have no whole number of cells.
-    """
-    found = re.fullmatch(r"(?:dynamic|(\d+)(?:(x|to)(\d+))?)(?:-b(\d+))?(?:-c(\d+))?", name)
-    if found is None:
-        raise UsageError(
-            f"{name!r} is not a profile: such as 512, 768x512, 512to1024 or dynamic, then -b2 for 2 pictures and "
-            "-c4 for 4 chunks of a prompt"
-        )
-    first, kind, second, images, chunks = found.groups()
-    least, most = (int(first or native // 2),) * 2, (int(second or first or native * 3 // 2),) * 2
-    best = (min(max(native, least[0]), most[0]),) * 2
-    if kind == "x":
-        least = best = most = (int(first), int(second))
-    if least[0] > most[0]:
-        raise UsageError(f"profile {name}: there is no side from {least[0]} to {most[0]} pixels")
-    for pixels in (*least, *best, *most):
-        if pixels < factor or pixels % factor:
-            raise UsageError(f"profile {name}: sides are multiples of {factor} pixels, and {pixels} is not")
-    count, longest = int(images or 1), int(chunks or CHUNKS)
-    if count < 1 or longest < 1:
-        raise UsageError(f"profile {name}: at least one picture and one chunk")
-    rows = {"unet": 2, "controlnet": 2, "text_encoder": 2 * longest}.get(component, 1)
-    tokens = CHUNK if component == "text_encoder" else longest * CHUNK
-
-    def request(batch: int, sides: tuple[int, int], length: int) -> Request:
-        return Request(batch, sides[1] // factor, sides[0] // factor, length)
-
-    return Profile(
-        name,
-        request(1, least, CHUNK),
-        request(min(2, rows * count), best, CHUNK),
-        request(rows * count, most, tokens),
-    )
 
 
 def build_engine(
@@ -177,7 +84,7 @@ def build_engine(
     trt = load_backend(backend)
     product = PRODUCTS[backend]
     targets = _checked_targets(backend, targets)
-    _check_profiles(schema, profiles)
+    check_profiles(schema, profiles)
     if timing_cache is not None and backend == "tensorrt-rtx":
         raise UsageError("TensorRT-RTX times nothing when it builds, so it has no timing cache: leave it out")
     _check_space(onnx, destination)
@@ -220,21 +127,6 @@ def build_engine(
             timing_cache.write_bytes(cache.serialize())
     size, seconds = plan.nbytes, time.monotonic() - began
     return Built(destination, size, seconds, str(trt.__version__), targets, tuple(profiles))
-
-
-def make_log(trt: Any) -> Any:
-    """A logger that keeps what went wrong in `errors`, and prints nothing."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]  # one of two modules', neither of which has types
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR and _DRIVER not in message:
-                self.errors.append(message)
-
-    return Log()
 
 
 def _make_monitor(trt: Any, on_progress: Callable[[Progress], None] | None) -> Any:
@@ -287,21 +179,6 @@ def _checked_targets(backend: Backend, targets: Sequence[str]) -> tuple[str, ...
     return tuple(sorted(set(targets), key=lambda name: int(name[2:])))
 
 
-def _check_profiles(schema: Schema, profiles: Sequence[Profile]) -> None:
-    """Raises UsageError where there is none, two have one name, or one is not min <= opt <= max throughout."""
-    names = [profile.name for profile in profiles]
-    if not names or len({*names}) < len(names):
-        raise UsageError(f"an engine needs profiles with names of their own, not {', '.join(names) or 'none'}")
-    for profile in profiles:
-        for slot in schema.inputs:
-            for least, best, most in zip(*profile.shapes(slot), strict=True):
-                if not 0 < least <= best <= most:
-                    raise UsageError(
-                        f"profile {profile.name}: {slot.name} would be from {least} to {most} and best at {best}, "
-                        "which is not in order"
-                    )
-
-
 def _check_space(onnx: Path, destination: Path) -> None:
     """Raises SourceError where there is not even room for the weights: a build takes minutes."""
     data = onnx.with_name(f"{onnx.name}.data")
@@ -347,11 +224,6 @@ def _check_axes(slot: Slot, shape: tuple[int, ...], profiles: Sequence[Profile],
         raise SourceError(f"{onnx}: {slot.name} is {list(shape)}, and not {list(dynamic)}")
 
 
-def slot_dtype(slot: Slot, weights: torch.dtype) -> torch.dtype:
-    """A slot's dtype where the weights have that one."""
-    return {"weights": weights, "float32": torch.float32, "int64": torch.int64}[slot.kind]
-
-
 def _add_profiles(builder: Any, config: Any, schema: Schema, profiles: Sequence[Profile], log: Any) -> None:
     """Give the builder the profiles, and read them back. Raises UsageError where it does not take one as it is."""
     for i, profile in enumerate(profiles):
@@ -382,12 +254,6 @@ def _build_error(log: Any, refit: bool) -> str:
     if refit and not torch.cuda.is_available():
         return f"engines to be refitted need a GPU where they are built ({reason(log.errors)})"
     return reason(log.errors)
-
-
-def reason(errors: Sequence[str]) -> str:
-    """The first line of the first of a library's messages, without the source file that it ends with."""
-    lines = "\n".join(errors).strip().splitlines() or ["it gives no reason"]
-    return re.sub(r" In \w+ at /_src/\S+", "", lines[0]).rstrip(". ")[:300]
 
 
 def _read(path: Path) -> bytes:

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: engines built from ONNX graphs, loaded onto a GPU and run."""

@@ -1,0 +1,117 @@
+"""Engines of a store, loaded onto a GPU."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from nativesd.cache import keep
+from nativesd.errors import SourceError
+from nativesd.export.capture import GRAPHS
+from nativesd.export.slots import Schema
+from nativesd.export.store import RUNTIME_CACHE, Entry, verify, why_not
+from nativesd.export.tensorrt.engine import Arena, Context, EngineRunner
+from nativesd.export.tensorrt.product import (
+    ENGINE,
+    PRODUCTS,
+    Backend,
+    device_target,
+    load_backend,
+    make_log,
+    reason,
+)
+
+
+class RuntimeCache:
+    """TensorRT-RTX's cache of the kernels that it compiled, in a file beside the engine."""
+
+    def __init__(self, cache: Any, path: Path) -> None:
+        self._cache = cache
+        self._path = path
+        self._size = -1
+        try:
+            cache.deserialize(path.read_bytes())  # False where it is of another GPU or driver: it is made anew
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+
+    def save(self) -> None:
+        """See `Cache`. A folder that cannot be written means compiling again next time, not a failed picture."""
+        data = bytes(self._cache.serialize() or b"")
+        if len(data) in (0, self._size):
+            return
+        keep(self._path, data)
+        self._size = len(data)
+
+
+def load_engine(
+    entry: Entry,
+    schema: Schema,
+    *,
+    dtype: torch.dtype,
+    arena: Arena,
+    graphs: int = GRAPHS,
+    weight_budget: int | None = None,
+) -> EngineRunner:
+    """An engine of the store on the arena's GPU.
+
+    schema         its inputs and outputs
+    arena          its activation memory, and the queue that it runs on; engines that take turns share one
+    weight_budget  bytes of weights that stay on the GPU, for an engine that was built with weight streaming
+
+    Raises SourceError for an engine that is damaged, of another version or for another GPU, and says which; UsageError
+    where its backend is not installed.
+    """
+    problem = verify(entry)
+    if problem is not None or entry.key is None:
+        raise SourceError(f"{entry.path} cannot be used: {problem}")
+    backend = cast("Backend", entry.key.backend)
+    if backend not in PRODUCTS or ENGINE not in entry.files:
+        raise SourceError(f"{entry.path} has no {ENGINE}: it is for {backend}")
+    trt = load_backend(backend)
+    target = device_target(arena.queue.device)
+    here = replace(entry.key, version=str(trt.__version__), device=target, slots=schema.digest)
+    problem = why_not(entry, here)
+    if problem is not None:
+        raise SourceError(f"{entry.path} cannot be used: {problem}")
+    engine, log = _deserialize(trt, entry.path / ENGINE)
+    if weight_budget is not None:
+        engine.weight_streaming_budget_v2 = min(weight_budget, engine.streamable_weights_size)
+    cache: RuntimeCache | None = None
+    config = None
+    if backend == "tensorrt-rtx":
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if graphs:  # which would keep the slower kernels that are used until those for the shape are ready
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        theirs = config.create_runtime_cache()
+        cache = RuntimeCache(theirs, entry.path / RUNTIME_CACHE)
+        config.set_runtime_cache(theirs)
+
+    def new_context() -> Context:
+        context = engine.create_execution_context(config or trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise SourceError(f"{entry.path} cannot be run by {PRODUCTS[backend]}: {reason(log.errors[-1:])}")
+        return cast("Context", context)
+
+    weights = entry.files[ENGINE].size if weight_budget is None else weight_budget
+    return EngineRunner(
+        engine, new_context, schema, arena, dtype=dtype, graphs=graphs, names=entry.key.profiles, weights=weights,
+        cache=cache, errors=log.errors,
+    )  # fmt: skip
+
+
+def _deserialize(trt: Any, path: Path) -> tuple[Any, Any]:
+    """An engine and its log. Raises SourceError where TensorRT does not take it."""
+    log = make_log(trt)
+    runtime = trt.Runtime(log)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise SourceError(f"{path} cannot be loaded by {trt.__name__} {trt.__version__}: {reason(log.errors)}")
+    return engine, log

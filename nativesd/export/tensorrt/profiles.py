@@ -1,0 +1,108 @@
+"""Optimization profiles: the requests that an engine serves, by name, checked, and matched to a request."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nativesd.errors import UsageError
+from nativesd.export.slots import CHUNK, Component, Request, Schema, Slot
+
+CHUNKS = 3  # of a prompt, that ready profiles allow
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The requests that an engine serves: from `min` to `max`, fastest at `opt`."""
+
+    name: str
+    min: Request
+    opt: Request
+    max: Request
+
+    def shapes(self, slot: Slot) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The smallest, best and largest shape of a slot."""
+        return slot.shape(self.min), slot.shape(self.opt), slot.shape(self.max)
+
+
+def ready_profile(name: str, component: Component, *, native: int, factor: int = 8) -> Profile:
+    """A profile by a name that says everything: SIZE[-bIMAGES][-cCHUNKS], such as "512", "768x512-b2", "dynamic-c4".
+
+    SIZE     pixels: one size ("1024" is square, "768x512" width and height), any sides in a range ("512to1024"), or
+             "dynamic", which is half to one and a half times the native size
+    IMAGES   how many pictures at once, 1 by default; UNets and ControlNets take as many rows, or twice as many for
+             guidance
+    CHUNKS   of a prompt, 3 by default
+    native   the side in pixels that the model was trained on, for which ranges are fastest
+    factor   pixels per latent cell along one side
+
+    Raises UsageError for a name that says nothing, and sizes that have no whole number of cells.
+    """
+    found = re.fullmatch(r"(?:dynamic|(\d+)(?:(x|to)(\d+))?)(?:-b(\d+))?(?:-c(\d+))?", name)
+    if found is None:
+        raise UsageError(
+            f"{name!r} is not a profile: such as 512, 768x512, 512to1024 or dynamic, then -b2 for 2 pictures and "
+            "-c4 for 4 chunks of a prompt"
+        )
+    first, kind, second, images, chunks = found.groups()
+    least, most = (int(first or native // 2),) * 2, (int(second or first or native * 3 // 2),) * 2
+    best = (min(max(native, least[0]), most[0]),) * 2
+    if kind == "x":
+        least = best = most = (int(first), int(second))
+    if least[0] > most[0]:
+        raise UsageError(f"profile {name}: there is no side from {least[0]} to {most[0]} pixels")
+    for pixels in (*least, *best, *most):
+        if pixels < factor or pixels % factor:
+            raise UsageError(f"profile {name}: sides are multiples of {factor} pixels, and {pixels} is not")
+    count, longest = int(images or 1), int(chunks or CHUNKS)
+    if count < 1 or longest < 1:
+        raise UsageError(f"profile {name}: at least one picture and one chunk")
+    rows = {"unet": 2, "controlnet": 2, "text_encoder": 2 * longest}.get(component, 1)
+    tokens = CHUNK if component == "text_encoder" else longest * CHUNK
+
+    def request(batch: int, sides: tuple[int, int], length: int) -> Request:
+        return Request(batch, sides[1] // factor, sides[0] // factor, length)
+
+    return Profile(
+        name,
+        request(1, least, CHUNK),
+        request(min(2, rows * count), best, CHUNK),
+        request(rows * count, most, tokens),
+    )
+
+
+def check_profiles(schema: Schema, profiles: Sequence[Profile]) -> None:
+    """Raises UsageError where there is none, two have one name, or one is not min <= opt <= max throughout."""
+    names = [profile.name for profile in profiles]
+    if not names or len({*names}) < len(names):
+        raise UsageError(f"an engine needs profiles with names of their own, not {', '.join(names) or 'none'}")
+    for profile in profiles:
+        for slot in schema.inputs:
+            for least, best, most in zip(*profile.shapes(slot), strict=True):
+                if not 0 < least <= best <= most:
+                    raise UsageError(
+                        f"profile {profile.name}: {slot.name} would be from {least} to {most} and best at {best}, "
+                        "which is not in order"
+                    )
+
+
+def within(schema: Schema, request: Request, profile: Profile) -> bool:
+    """Whether a profile takes a request."""
+    return all(
+        least <= size <= most
+        for slot in schema.inputs
+        for size, least, most in zip(
+            slot.shape(request), slot.shape(profile.min), slot.shape(profile.max), strict=True
+        )
+    )  # fmt: skip
+
+
+def distance(schema: Schema, request: Request, profile: Profile) -> float:
+    """How far a request is from what a profile is fastest at: the sum over the axes of the logarithms' differences."""
+    return sum(
+        abs(math.log(size / best))
+        for slot in schema.inputs
+        for size, best in zip(slot.shape(request), slot.shape(profile.opt), strict=True)
+    )
