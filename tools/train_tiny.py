@@ -31,7 +31,8 @@ from nativesd.models.controlnet import ControlNet
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
 from nativesd.pictures.preprocess import canny
-from nativesd.sampling.schedule import SchedulerConfig, alphas_cumprod
+from nativesd.sampling.published import SchedulerConfig
+from nativesd.sampling.schedule import alphas_cumprod
 from nativesd.text.tokenizer import ClipTokenizer
 from nativesd.weights.checkpoint import unmap
 from nativesd.weights.maps.keymap import load_table

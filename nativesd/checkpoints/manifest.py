@@ -15,7 +15,8 @@ from nativesd.export.library import numbered
 from nativesd.export.store import MANIFEST, files_in
 from nativesd.pipeline.diffusion import EDITING, INPAINTING, PipelineConfig
 from nativesd.pipeline.pipeline import Pipeline
-from nativesd.sampling.schedule import PREDICTIONS, SchedulerConfig, trained_sigmas
+from nativesd.sampling.published import PREDICTIONS, SchedulerConfig
+from nativesd.sampling.schedule import trained_sigmas
 from nativesd.text.tokenizer import ClipTokenizer
 from nativesd.version import __version__
 

@@ -25,10 +25,12 @@ from nativesd.pictures.images import mask_to_latents, mask_to_tensor
 from nativesd.pipeline import autoencoder
 from nativesd.pipeline.control import Control, ControlModel, make_hint, steer
 from nativesd.pipeline.denoiser import Conditioning, Guidance, guidance_embedding, keep_known, make_denoiser, watch
+from nativesd.sampling.names import Choice
 from nativesd.sampling.noise import BrownianNoise, NoiseKind, NoiseSource, move_noise, noise_source
+from nativesd.sampling.published import Kind, SchedulerConfig
 from nativesd.sampling.samplers import Noise
-from nativesd.sampling.schedule import Kind, Schedule, SchedulerConfig, make_schedule
-from nativesd.sampling.table import Call, Choice
+from nativesd.sampling.schedule import Schedule
+from nativesd.sampling.table import Call
 from nativesd.text.embedding import Embedding
 from nativesd.text.encode import encode_prompts
 from nativesd.text.tokenizer import ClipTokenizer
@@ -227,9 +229,7 @@ class Diffusion:
         """
         config, factor = self.config, self.config.vae.factor
         job = self._within_memory(job, size)
-        plan = make_schedule(
-            config.scheduler, job.choice.sampler.rule, steps, job.kind, sdxl=config.unet.added is not None
-        )
+        plan = job.choice.schedule(config.scheduler, steps, job.kind, sdxl=config.unet.added is not None)
         source = noise_source(job.noise, job.seeds)
         shape = (config.vae.latent_channels, size[1] // factor, size[0] // factor)
         if start is None:
@@ -313,7 +313,9 @@ class Diffusion:
             denoise = watch(denoise, part.sigmas[:-1].tolist(), partial(self._report, job, begin, total))
             networks = [] if steering is None else [hint.model.module for hint in steering.networks]
             with model._visiting(model.unet, *networks):
-                x = job.choice.sampler.run(denoise, x, Call(part, noise, model.config.scheduler, job.eta))
+                x = job.choice.sampler.run(
+                    denoise, x, Call(part, noise, job.choice.settings(model.config.scheduler), job.eta)
+                )
         return x / plan.end
 
     def _report(self, job: Job, begin: int, total: int, index: int, sigma: float, x: Tensor, denoised: Tensor) -> None:

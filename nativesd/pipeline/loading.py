@@ -32,7 +32,7 @@ from nativesd.pipeline.build import build
 from nativesd.pipeline.control import ControlModel
 from nativesd.pipeline.diffusion import PipelineConfig
 from nativesd.pipeline.pipeline import Pipeline
-from nativesd.sampling.schedule import SchedulerConfig
+from nativesd.sampling.published import SchedulerConfig
 from nativesd.shipped import TINY
 from nativesd.text.tokenizer import DEFAULT, ClipTokenizer, pad_id, pad_token
 from nativesd.tuning.fp8 import is_fp8, use_fp8, why_not_fp8
@@ -289,6 +289,13 @@ def settle_scheduler(
         inferred["prediction"] = f"{found}, as the UNet answers pure noise with {share:.0%} of that noise"
     elif not model.prediction_known:
         inferred["prediction"] = f"{scheduler.prediction}, as nothing in the file says otherwise"
+    if scheduler.zero_snr and scheduler.prediction == "epsilon":
+        inferred["zero_snr"] = "the first step's noise hides the picture, and epsilon says nothing of it there"
+        warnings.warn(
+            "scheduler_config.json asks for zero terminal SNR of a model that predicts epsilon: at the first step that "
+            "says nothing of the picture. Such models predict v: pass prediction= if the file says it wrong",
+            stacklevel=2,
+        )
     steps = None
     words = [word for word in FEW_STEPS if word in name.lower()]
     if words:

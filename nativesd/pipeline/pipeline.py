@@ -22,9 +22,9 @@ from nativesd.pictures.result import Result
 from nativesd.pipeline.control import Control, ControlModel
 from nativesd.pipeline.denoiser import Guidance
 from nativesd.pipeline.diffusion import EDITING, INPAINTING, PLAIN, Diffusion, Job, Start, Step
+from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedule
 from nativesd.sampling.noise import NoiseKind
-from nativesd.sampling.schedule import Kind
-from nativesd.sampling.table import Choice, find_sampler, find_schedule
+from nativesd.sampling.published import Kind
 from nativesd.text.embedding import read_embedding
 from nativesd.tuning.fp8 import is_fp8
 from nativesd.weights.lora.file import Use, read_lora
@@ -338,14 +338,17 @@ class Pipeline(Diffusion):
         """The sampler and the schedule: as asked for, else the model's own."""
         own = self.config.scheduler
         kind = None if schedule is None else find_schedule(schedule)
-        try:
-            choice = find_sampler(name or own.class_name, schedule)
-        except UsageError:
-            if name is not None:
-                raise
+        published = find_own(own)
+        if name is None and published is None:
             raise UsageError(
                 f"{self.config.name} names the scheduler {own.class_name}, which is not supported: pass sampler="
-            ) from None
+            )
+        choice = find_sampler(name or own.class_name, schedule)
+        if choice.by_class and published is not None and choice.sampler is published.sampler and own.unsupported:
+            raise UsageError(
+                f"{self.config.name}: its scheduler_config.json has {', '.join(own.unsupported)}, with which "
+                f"{own.class_name} cannot be run here: pass another sampler="
+            )
         kind = choice.kind or kind or own.kind
         return choice, own.kind if kind == "automatic" else kind
 

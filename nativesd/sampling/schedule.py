@@ -1,160 +1,20 @@
-"""Noise schedules: the published scheduler configs, and the timesteps and sigmas that each sampler visits.
+"""Noise schedules: the timesteps and sigmas that each sampler visits.
 
 Everything is in the variance-exploding form of Karras et al. 2022: x = latents + sigma * noise.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nativesd.config import Prediction
-from nativesd.errors import SourceError, UsageError
+from nativesd.errors import UsageError
+from nativesd.sampling.published import Kind, SchedulerConfig, Spacing
 
-Spacing = Literal["leading", "trailing", "linspace", "skipping"]
-"""The spacings of Lin et al. 2023, table 2, and LCM's, which skips through the distilled model's own steps."""
-
-Kind = Literal[
-    "automatic", "normal", "karras", "exponential", "sgm uniform", "simple", "beta", "align your steps", "trailing",
-    "leading", "linspace",
-]  # fmt: skip
-"""A schedule by name. "automatic" is the model's own."""
-
-PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 LARGEST_SIGMA_ALPHA = 2**-24  # in place of zero terminal SNR's alpha of 0 (EulerDiscreteScheduler of diffusers)
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """What a published scheduler_config.json says of the noise. The defaults are Stable Diffusion's own values.
-
-    `set_alpha_to_one` false means that DDIM and PNDM end at the smallest trained sigma, not at zero.
-    """
-
-    class_name: str = "DDIMScheduler"
-    train_steps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    beta_schedule: str = "scaled_linear"
-    trained_betas: tuple[float, ...] | None = None
-    prediction: Prediction = "epsilon"
-    spacing: Spacing | None = None
-    """None: absent from the file, so each sampler's own default holds."""
-    steps_offset: int = 1
-    set_alpha_to_one: bool = False
-    final_sigma_zero: bool = True
-    kind: Kind = "automatic"
-    """"karras", "exponential" or "beta" where the file asks for these."""
-    zero_snr: bool = False
-    """Betas rescaled so that the last timestep is noise alone (Lin et al. 2023, algorithm 1)."""
-    order: int = 2
-    solver: str | None = None
-    lower_order_final: bool = True
-    euler_at_final: bool = False
-    original_steps: int = 50
-    timestep_scaling: float = 10.0
-
-    @classmethod
-    def from_published(cls, data: Mapping[str, Any]) -> SchedulerConfig:
-        """Read scheduler_config.json; absent fields take the published classes' defaults.
-
-        Raises SourceError for a value that is not supported; warns of a field that is not understood.
-        """
-        name = data.get("_class_name", "DDIMScheduler")
-        for field, allowed in _ONLY.items():
-            if data.get(field, allowed[0]) not in allowed:
-                raise SourceError(f"scheduler_config.json: {field} = {data[field]!r} is not supported")
-        if unknown := sorted(data.keys() - _READ - _ONLY.keys() - _HARMLESS):
-            warnings.warn(f"scheduler_config.json: not understood and not used: {', '.join(unknown)}", stacklevel=2)
-        prediction = data.get("prediction_type", "epsilon")
-        if prediction not in PREDICTIONS:
-            raise SourceError(
-                f"scheduler_config.json: prediction_type = {prediction!r} is not one of {', '.join(PREDICTIONS)}"
-            )
-        spacing = data.get("timestep_spacing")
-        if spacing not in (None, "leading", "trailing", "linspace"):
-            raise SourceError(
-                f"scheduler_config.json: timestep_spacing = {spacing!r} is not leading, trailing or linspace"
-            )
-        if name == "PNDMScheduler" and not data.get("skip_prk_steps", False):
-            raise SourceError("scheduler_config.json: PNDM with skip_prk_steps = false is not supported")
-        betas = data.get("trained_betas")
-        defaults = _DEFAULTS.get(name, {})
-        kinds = [kind for kind in ("karras", "exponential", "beta") if data.get(f"use_{kind}_sigmas")]
-        if len(kinds) > 1:
-            raise SourceError(f"scheduler_config.json asks for {' and '.join(kinds)} sigmas at once")
-        if (algorithm := data.get("algorithm_type")) is not None and algorithm != "dpmsolver++":
-            name = f"{name}[{algorithm}]"
-        return cls(
-            class_name=name,
-            train_steps=data.get("num_train_timesteps", 1000),
-            beta_start=data.get("beta_start", defaults.get("beta_start", 0.0001)),
-            beta_end=data.get("beta_end", defaults.get("beta_end", 0.02)),
-            beta_schedule=data.get("beta_schedule", defaults.get("beta_schedule", "linear")),
-            trained_betas=None if betas is None else tuple(betas),
-            prediction=PREDICTIONS[prediction],
-            spacing=cast("Spacing | None", spacing),
-            steps_offset=data.get("steps_offset", 0),
-            set_alpha_to_one=data.get("set_alpha_to_one", name != "PNDMScheduler"),
-            final_sigma_zero=data.get("final_sigmas_type", "zero") == "zero",
-            kind=cast("Kind", kinds[0]) if kinds else "automatic",
-            zero_snr=bool(data.get("rescale_betas_zero_snr", False)),
-            order=data.get("solver_order", 2),
-            solver=data.get("solver_type"),
-            lower_order_final=data.get("lower_order_final", True),
-            euler_at_final=data.get("euler_at_final", False),
-            original_steps=data.get("original_inference_steps", 50),
-            timestep_scaling=data.get("timestep_scaling", 10.0),
-        )
-
-
-_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
-         "DPMSolverSDEScheduler"), _SD_BETAS),
-    **dict.fromkeys(("LCMScheduler", "TCDScheduler"), _SD_BETAS | {"beta_schedule": "scaled_linear"}),
-}  # fmt: skip
-"""Where a published class's defaults are not DDPM's."""
-
-_READ = {
-    "_class_name", "num_train_timesteps", "beta_start", "beta_end", "trained_betas", "prediction_type",
-    "timestep_spacing", "steps_offset", "set_alpha_to_one", "final_sigmas_type", "use_karras_sigmas",
-    "use_exponential_sigmas", "use_beta_sigmas", "rescale_betas_zero_snr", "lower_order_final", "euler_at_final",
-    "original_inference_steps", "timestep_scaling", "algorithm_type", "skip_prk_steps",
-}  # fmt: skip
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "beta_schedule": ("scaled_linear", "linear"),
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "thresholding": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "use_dynamic_shifting": (False, None),
-    "final_sigmas_type": ("zero", "sigma_min"),
-    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
-    "solver_type": ("midpoint", "heun", "bh1", "bh2"),
-    "solver_order": (2, 3),
-    "variance_type": ("fixed_small", "fixed_small_log", None),
-    "predict_x0": (True,),
-    "disable_corrector": ([],),
-    "solver_p": (None,),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
-    "shift_terminal": (None,),
-    "noise_sampler_seed": (None,),
-}
-"""Fields that would change the picture in a way this version does not know, with the values it does."""
-_HARMLESS = {
-    "_diffusers_version", "dynamic_thresholding_ratio", "sample_max_value", "clip_sample_range", "flow_shift",
-    "time_shift_type", "lambda_min_clipped",
-    "clip_sample",  # the published pipelines switch it off, whatever the file says
-}  # fmt: skip
 
 
 def alphas_cumprod(config: SchedulerConfig) -> Tensor:
@@ -227,7 +87,11 @@ class Schedule:
     def part(self, first: int, last: int | None = None) -> Schedule:
         """Steps `first` up to and without `last`; x starts wherever the step before it left it."""
         end = len(self.timesteps) if last is None else last
-        return Schedule(self.timesteps[first:end], self.sigmas[first : end + 1], self.start, self.end, self.trained)
+        return replace(self, timesteps=self.timesteps[first:end], sigmas=self.sigmas[first : end + 1])
+
+    def without_penultimate(self) -> Schedule:
+        """Without the last sigma but one: a step less (`discard_next_to_last_sigma` of A1111's samplers)."""
+        return replace(self, timesteps=self.timesteps[:-1], sigmas=torch.cat([self.sigmas[:-2], self.sigmas[-1:]]))
 
 
 def timestep_of(sigmas: Tensor, trained: Tensor) -> Tensor:
@@ -330,7 +194,7 @@ def make_schedule(
     match kind:
         case "karras":
             sigmas = karras_sigmas(steps, smallest, largest)
-        case "exponential":
+        case "exponential" | "lu":  # even in log sigma, where "lu" has whole timesteps (Lu et al. 2022)
             sigmas = exponential_sigmas(steps, smallest, largest)
         case "beta":
             sigmas = beta_sigmas(steps, smallest, largest)
@@ -345,7 +209,7 @@ def make_schedule(
             sigmas = aligned_sigmas(steps, sdxl=sdxl)
     if kind not in ("automatic", "leading", "trailing", "linspace"):
         timesteps = timestep_of(sigmas, trained)
-        if kind == "karras" and rule.whole_karras:
+        if kind == "lu" or (kind == "karras" and rule.whole_karras):
             timesteps = timesteps.round()
         elif kind in ("exponential", "beta") and rule.whole_steps:
             timesteps = timesteps.floor()

@@ -1,19 +1,20 @@
-"""The samplers and schedules by the names that people type: A1111's, ComfyUI's and the published classes'."""
+"""The samplers and schedules: a row for each, with what is known of it. A new one is a row here."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from nativesd.errors import UsageError
-from nativesd.sampling import samplers as s
+from nativesd.sampling import distilled, multistep, samplers
+from nativesd.sampling.published import Kind, SchedulerConfig
 from nativesd.sampling.samplers import Denoiser, Noise
-from nativesd.sampling.schedule import Kind, SamplerRule, Schedule, SchedulerConfig, timestep_of
+from nativesd.sampling.schedule import SamplerRule, Schedule, timestep_of
 
+Of = Literal["clean", "noise"]
 TCD_ETA = 0.3  # TCDScheduler's default of gamma, the share of every step that is noise
 
 
@@ -48,20 +49,22 @@ class Sampler:
     name: str
     run: Run
     rule: SamplerRule
-    published: str | None
-    """diffusers' class, and in brackets its algorithm_type where it is not the class's own"""
-    aliases: tuple[str, ...]
+    source: str
     order: int
     """of convergence, of the deterministic part"""
-    noisy: bool
+    published: str | None = None
+    """diffusers' class, and in brackets its algorithm_type and order where these are not the class's own"""
+    aliases: tuple[str, ...] = ()
+    noisy: bool = False
     """Draws noise at every step: ancestral, or on the reverse SDE."""
-    source: str
     brownian: bool = False
     """The noise is that of one Brownian path, so more steps refine the same picture."""
     evaluations: int = 1
     """of the model per step"""
     few_steps: bool = False
     """Made for distilled models, with their own steps and without guidance."""
+    drops: bool = False
+    """A1111 leaves the last sigma but one out (`discard_next_to_last_sigma` of modules/sd_samplers_kdiffusion.py)."""
 
 
 _DDIM = SamplerRule("leading", whole_steps=True, last="alpha", unit_variance=True)
@@ -71,35 +74,67 @@ _DPM_2 = SamplerRule("linspace", whole_karras=True)
 _DPM = SamplerRule(
     "linspace", whole_steps=True, whole_karras=True, extra_step=True, unit_variance=True, full_range=True
 )
+_DEIS = replace(_DPM, last="trained")
 _LCM = SamplerRule("skipping", unit_variance=True)
 _TCD = SamplerRule("skipping", unit_variance=True, last="trained")
 
 
 def _ddim(denoise: Denoiser, x: Tensor, call: Call) -> Tensor:
     if call.eta:
-        return s.sample_euler_ancestral(denoise, x, call.sigmas, call.noise, call.eta)
-    return s.sample_euler(denoise, x, call.sigmas)
+        return samplers.sample_euler_ancestral(denoise, x, call.sigmas, call.noise, call.eta)
+    return samplers.sample_euler(denoise, x, call.sigmas)
+
+
+def _ends_low(call: Call) -> bool:
+    """`lower_order_final` of diffusers' multistep schedulers, which is for less than 15 steps."""
+    return call.config.lower_order_final and len(call.sigmas) <= 15
 
 
 def _dpmpp_2m(denoise: Denoiser, x: Tensor, call: Call, *, solver: str | None = None, sde: bool = False) -> Tensor:
-    config, sigmas = call.config, call.sigmas
-    lower = config.euler_at_final or (config.lower_order_final and len(sigmas) <= 15)
-    return s.sample_dpmpp_2m(
-        denoise, x, sigmas, solver=solver or ("heun" if config.solver == "heun" else "midpoint"),
+    lower = call.config.euler_at_final or _ends_low(call)
+    return multistep.sample_dpmpp_2m(
+        denoise, x, call.sigmas, solver=solver or _solver(call),
         noise=call.noise if sde else None, eta=call.full_noise, final_order=1 if lower else 2,
     )  # fmt: skip
 
 
+def _dpm(denoise: Denoiser, x: Tensor, call: Call, *, order: int | None = None, of: Of = "clean") -> Tensor:
+    orders = multistep.final_orders(
+        len(call.sigmas) - 1,
+        order or call.config.order,
+        low_end=_ends_low(call),
+        euler_end=call.config.euler_at_final or call.sigmas[-1] == 0,
+    )
+    return multistep.sample_dpm_multistep(denoise, x, call.sigmas, orders, solver=_solver(call), of=of)
+
+
+def _dpm_single(denoise: Denoiser, x: Tensor, call: Call, *, of: Of = "clean") -> Tensor:
+    order, steps = call.config.order, len(call.sigmas) - 1
+    low = call.config.lower_order_final or steps % order > 0 or call.sigmas[-1] == 0
+    return multistep.sample_dpm_singlestep(denoise, x, call.sigmas, order, solver=_solver(call), of=of, low_end=low)
+
+
+def _deis(denoise: Denoiser, x: Tensor, call: Call) -> Tensor:
+    orders = multistep.final_orders(
+        len(call.sigmas) - 1, call.config.order, low_end=_ends_low(call), euler_end=call.sigmas[-1] == 0
+    )
+    return multistep.sample_deis(denoise, x, call.sigmas, orders)
+
+
+def _solver(call: Call) -> str:
+    return "heun" if call.config.solver == "heun" else "midpoint"
+
+
 def _unipc(denoise: Denoiser, x: Tensor, call: Call) -> Tensor:
     solver = "bh1" if call.config.solver == "bh1" else "bh2"
-    return s.sample_unipc(denoise, x, call.sigmas, order=call.config.order, solver=solver)
+    return multistep.sample_unipc(denoise, x, call.sigmas, order=call.config.order, solver=solver)
 
 
 def _lcm(denoise: Denoiser, x: Tensor, call: Call) -> Tensor:
     # sigma_data of the boundary condition is 0.5 (Luo et al. 2023, appendix)
     times = call.schedule.timesteps * call.config.timestep_scaling
     skips: list[float] = (0.25 / (times**2 + 0.25)).tolist()
-    return s.sample_lcm(denoise, x, call.sigmas, call.noise, skips)
+    return distilled.sample_lcm(denoise, x, call.sigmas, call.noise, skips)
 
 
 def _tcd(denoise: Denoiser, x: Tensor, call: Call) -> Tensor:
@@ -107,81 +142,86 @@ def _tcd(denoise: Denoiser, x: Tensor, call: Call) -> Tensor:
     eta = TCD_ETA if call.eta is None else call.eta
     following = timestep_of(call.schedule.sigmas[1:].clamp(min=float(trained[0])), trained)
     between: list[float] = trained[((1 - eta) * following.round()).floor().long()].tolist()
-    return s.sample_tcd(denoise, x, call.sigmas, call.noise, between)
+    return distilled.sample_tcd(denoise, x, call.sigmas, call.noise, between)
 
 
 _KARRAS22 = "Karras et al. 2022, arXiv 2206.00364"
 _DPMPP = "Lu et al. 2022, arXiv 2211.01095"
+_DPM_SOLVER = "Lu et al. 2022, arXiv 2206.00927"
 _CROWSON = "k-diffusion sampling.py"
 
 SAMPLERS = (
+    Sampler("DDIM", _ddim, _DDIM, "Song et al. 2020, arXiv 2010.02502", 1, "DDIMScheduler"),
     Sampler(
-        "DDIM", _ddim, _DDIM, "DDIMScheduler", (), 1, False, "Song et al. 2020, arXiv 2010.02502",
+        "DDPM", lambda d, x, c: samplers.sample_euler_ancestral(d, x, c.sigmas, c.noise, c.full_noise), _DDPM,
+        "Ho et al. 2020, arXiv 2006.11239", 1, "DDPMScheduler", noisy=True,
     ),
     Sampler(
-        "DDPM", lambda d, x, c: s.sample_euler_ancestral(d, x, c.sigmas, c.noise, c.full_noise), _DDPM,
-        "DDPMScheduler", (), 1, True, "Ho et al. 2020, arXiv 2006.11239",
+        "PLMS", lambda d, x, c: multistep.sample_plms(d, x, c.sigmas, c.config.prediction), _DDIM,
+        "Liu et al. 2022, arXiv 2202.09778", 4, "PNDMScheduler", ("PNDM",),
     ),
     Sampler(
-        "PLMS", lambda d, x, c: s.sample_plms(d, x, c.sigmas, c.config.prediction), _DDIM, "PNDMScheduler",
-        ("PNDM",), 4, False, "Liu et al. 2022, arXiv 2202.09778",
+        "Euler", lambda d, x, c: samplers.sample_euler(d, x, c.sigmas), _EULER, _KARRAS22, 1, "EulerDiscreteScheduler",
     ),
     Sampler(
-        "Euler", lambda d, x, c: s.sample_euler(d, x, c.sigmas), _EULER, "EulerDiscreteScheduler", (), 1, False,
-        _KARRAS22,
+        "Euler a", lambda d, x, c: samplers.sample_euler_ancestral(d, x, c.sigmas, c.noise, c.full_noise), _EULER,
+        _CROWSON, 1, "EulerAncestralDiscreteScheduler", ("Euler ancestral",), noisy=True,
     ),
     Sampler(
-        "Euler a", lambda d, x, c: s.sample_euler_ancestral(d, x, c.sigmas, c.noise, c.full_noise), _EULER,
-        "EulerAncestralDiscreteScheduler", ("Euler ancestral",), 1, True, _CROWSON,
-    ),
-    Sampler(
-        "Heun", lambda d, x, c: s.sample_heun(d, x, c.sigmas), _EULER, "HeunDiscreteScheduler", (), 2, False,
-        _KARRAS22, evaluations=2,
-    ),
-    Sampler(
-        "LMS", lambda d, x, c: s.sample_lms(d, x, c.sigmas), _EULER, "LMSDiscreteScheduler", (), 4, False, _CROWSON,
-    ),
-    Sampler(
-        "DPM2", lambda d, x, c: s.sample_dpm_2(d, x, c.sigmas), _DPM_2, "KDPM2DiscreteScheduler", ("dpm_2",), 2,
-        False, _KARRAS22, evaluations=2,
-    ),
-    Sampler(
-        "DPM2 a", lambda d, x, c: s.sample_dpm_2(d, x, c.sigmas, c.noise, c.full_noise), _EULER,
-        "KDPM2AncestralDiscreteScheduler", ("DPM2 ancestral", "dpm_2_ancestral", "dpm_2 a"), 2, True, _CROWSON,
+        "Heun", lambda d, x, c: samplers.sample_heun(d, x, c.sigmas), _EULER, _KARRAS22, 2, "HeunDiscreteScheduler",
         evaluations=2,
     ),
     Sampler(
-        "DPM++ 2S a", lambda d, x, c: s.sample_dpmpp_2s_ancestral(d, x, c.sigmas, c.noise, c.full_noise), _EULER, None,
-        ("dpmpp_2s_ancestral", "dpmpp 2s a"), 2, True, _DPMPP, evaluations=2,
+        "LMS", lambda d, x, c: multistep.sample_lms(d, x, c.sigmas), _EULER, _CROWSON, 4, "LMSDiscreteScheduler",
     ),
     Sampler(
-        "DPM++ SDE", lambda d, x, c: s.sample_dpmpp_sde(d, x, c.sigmas, c.noise, c.full_noise), _EULER,
-        "DPMSolverSDEScheduler", ("dpmpp_sde",), 2, True, _DPMPP, brownian=True, evaluations=2,
+        "DPM2", lambda d, x, c: samplers.sample_dpm_2(d, x, c.sigmas), _DPM_2, _KARRAS22, 2, "KDPM2DiscreteScheduler",
+        ("dpm_2",), evaluations=2, drops=True,
     ),
     Sampler(
-        "DPM++ 2M", _dpmpp_2m, _DPM, "DPMSolverMultistepScheduler", ("dpmpp_2m",), 2, False, _DPMPP,
+        "DPM2 a", lambda d, x, c: samplers.sample_dpm_2(d, x, c.sigmas, c.noise, c.full_noise), _EULER, _CROWSON, 2,
+        "KDPM2AncestralDiscreteScheduler", ("DPM2 ancestral", "dpm_2_ancestral", "dpm_2 a"), noisy=True, evaluations=2,
+        drops=True,
     ),
     Sampler(
-        "DPM++ 2M SDE", lambda d, x, c: _dpmpp_2m(d, x, c, sde=True), _DPM,
-        "DPMSolverMultistepScheduler[sde-dpmsolver++]", ("dpmpp_2m_sde",), 2, True, _DPMPP, brownian=True,
+        "DPM++ 2S a", lambda d, x, c: samplers.sample_dpmpp_2s_ancestral(d, x, c.sigmas, c.noise, c.full_noise),
+        _EULER, _DPMPP, 2, None, ("dpmpp_2s_ancestral", "dpmpp 2s a"), noisy=True, evaluations=2,
     ),
     Sampler(
-        "DPM++ 2M SDE Heun", lambda d, x, c: _dpmpp_2m(d, x, c, solver="heun", sde=True), _DPM, None,
-        ("dpmpp_2m_sde_heun",), 2, True, _DPMPP, brownian=True,
+        "DPM++ SDE", lambda d, x, c: samplers.sample_dpmpp_sde(d, x, c.sigmas, c.noise, c.full_noise), _EULER, _DPMPP,
+        2, "DPMSolverSDEScheduler", ("dpmpp_sde",), noisy=True, brownian=True, evaluations=2,
+    ),
+    Sampler("DPM++ 2M", _dpmpp_2m, _DPM, _DPMPP, 2, "DPMSolverMultistepScheduler", ("dpmpp_2m",)),
+    Sampler("DPM++ 3M", partial(_dpm, order=3), _DPM, _DPMPP, 2, "DPMSolverMultistepScheduler[order 3]"),
+    Sampler("DPM++ 1M", partial(_dpm, order=1), _DPM, _DPMPP, 1, "DPMSolverMultistepScheduler[order 1]"),
+    Sampler("DPM-Solver", partial(_dpm, of="noise"), _DPM, _DPM_SOLVER, 2, "DPMSolverMultistepScheduler[dpmsolver]"),
+    Sampler("DPM++ 2S", _dpm_single, _DPM, _DPMPP, 2, "DPMSolverSinglestepScheduler", ("DPM++ 2S singlestep",)),
+    Sampler(
+        "DPM-Solver 2S", partial(_dpm_single, of="noise"), _DPM, _DPM_SOLVER, 2,
+        "DPMSolverSinglestepScheduler[dpmsolver]",
     ),
     Sampler(
-        "DPM++ 3M SDE", lambda d, x, c: s.sample_dpmpp_3m_sde(d, x, c.sigmas, c.noise, c.full_noise), _DPM, None,
-        ("dpmpp_3m_sde",), 2, True, _CROWSON, brownian=True,
+        "DPM++ 2M SDE", partial(_dpmpp_2m, sde=True), _DPM, _DPMPP, 2,
+        "DPMSolverMultistepScheduler[sde-dpmsolver++]", ("dpmpp_2m_sde",), noisy=True, brownian=True,
     ),
     Sampler(
-        "UniPC", _unipc, _DPM, "UniPCMultistepScheduler", ("uni_pc", "uni_pc_bh2"), 3, False,
-        "Zhao et al. 2023, arXiv 2302.04867",
+        "DPM++ 2M SDE Heun", partial(_dpmpp_2m, solver="heun", sde=True), _DPM, _DPMPP, 2, None,
+        ("dpmpp_2m_sde_heun",), noisy=True, brownian=True,
     ),
     Sampler(
-        "LCM", _lcm, _LCM, "LCMScheduler", (), 1, True, "Luo et al. 2023, arXiv 2310.04378", few_steps=True,
+        "DPM++ 3M SDE", lambda d, x, c: multistep.sample_dpmpp_3m_sde(d, x, c.sigmas, c.noise, c.full_noise), _DPM,
+        _CROWSON, 2, None, ("dpmpp_3m_sde",), noisy=True, brownian=True, drops=True,
+    ),
+    Sampler("DEIS", _deis, _DEIS, "Zhang and Chen 2023, arXiv 2204.13902", 2, "DEISMultistepScheduler"),
+    Sampler(
+        "UniPC", _unipc, _DPM, "Zhao et al. 2023, arXiv 2302.04867", 3, "UniPCMultistepScheduler",
+        ("uni_pc", "uni_pc_bh2"),
     ),
     Sampler(
-        "TCD", _tcd, _TCD, "TCDScheduler", (), 1, True, "Zheng et al. 2024, arXiv 2402.19159", few_steps=True,
+        "LCM", _lcm, _LCM, "Luo et al. 2023, arXiv 2310.04378", 1, "LCMScheduler", noisy=True, few_steps=True,
+    ),
+    Sampler(
+        "TCD", _tcd, _TCD, "Zheng et al. 2024, arXiv 2402.19159", 1, "TCDScheduler", noisy=True, few_steps=True,
     ),
 )  # fmt: skip
 
@@ -207,55 +247,6 @@ SCHEDULES = (
     ScheduleName("trailing", (), "Lin et al. 2023, arXiv 2305.08891, table 2"),
     ScheduleName("leading", (), "Lin et al. 2023, arXiv 2305.08891, table 2"),
     ScheduleName("linspace", (), "Lin et al. 2023, arXiv 2305.08891, table 2"),
+    ScheduleName("lu", ("lu lambdas",), "Lu et al. 2022, arXiv 2206.00927: even in log sigma, at whole timesteps"),
 )
 assert tuple(schedule.name for schedule in SCHEDULES) == get_args(Kind)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A sampler as somebody named it. `kind` is None where the name says nothing of the schedule."""
-
-    sampler: Sampler
-    kind: Kind | None
-    by_class: bool
-    """Named by its published class, whose noise is never Brownian but for DPMSolverSDEScheduler's."""
-
-    @property
-    def brownian(self) -> bool:
-        """Whether the noise is that of one Brownian path."""
-        return self.sampler.brownian and (not self.by_class or self.sampler.published == "DPMSolverSDEScheduler")
-
-
-def _key(name: str) -> str:
-    return re.sub(r"[\s_-]+", "", name.lower()).replace("++", "pp")
-
-
-def _names(sampler: Sampler) -> tuple[str, ...]:
-    return (sampler.name, *filter(None, [sampler.published]), *sampler.aliases)
-
-
-_SAMPLERS = {_key(name): sampler for sampler in SAMPLERS for name in _names(sampler)}
-_SCHEDULES = {_key(name): schedule.name for schedule in SCHEDULES for name in (schedule.name, *schedule.aliases)}
-
-
-def find_sampler(name: str, schedule: str | None = None) -> Choice:
-    """The sampler of a name, in any case, and its schedule: fused ("DPM++ 2M Karras") or split. Raises UsageError."""
-    key, kind = _key(name), None if schedule is None else find_schedule(schedule)
-    if key not in _SAMPLERS:
-        for suffix, fused in _SCHEDULES.items():
-            if key.endswith(suffix) and key.removesuffix(suffix) in _SAMPLERS:
-                if kind not in (None, fused):
-                    raise UsageError(f"sampler {name!r} and schedule {schedule!r} contradict each other")
-                key, kind = key.removesuffix(suffix), fused
-                break
-        else:
-            raise UsageError(f"there is no sampler {name!r}: choose one of {', '.join(each.name for each in SAMPLERS)}")
-    sampler = _SAMPLERS[key]
-    return Choice(sampler, kind, by_class=sampler.published is not None and key == _key(sampler.published))
-
-
-def find_schedule(name: str) -> Kind:
-    """The schedule of a name, in any case. Raises UsageError."""
-    if _key(name) not in _SCHEDULES:
-        raise UsageError(f"there is no schedule {name!r}: choose one of {', '.join(each.name for each in SCHEDULES)}")
-    return _SCHEDULES[_key(name)]

@@ -20,9 +20,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import nativesd
+from nativesd.errors import UsageError
 from nativesd.pipeline.diffusion import Step
 from nativesd.sampling import noise
-from nativesd.sampling.table import SAMPLERS, Choice, find_sampler
+from nativesd.sampling.names import Choice, find_sampler
+from nativesd.sampling.table import SAMPLERS
 from nativesd.text.tokenizer import DEFAULT
 
 TOLERANCE = 2e-3  # of full scale, before rounding to bytes
@@ -262,3 +264,36 @@ def test_no_step_waits_for_the_device(name: str, options: dict[str, Any], monkey
     with pytest.raises(AllStepsTakenError):
         pipe("a red apple", sampler=name, steps=5, **options)
     assert crossings.calls == []
+
+
+def scheduled(folder: Path, **fields: Any) -> Path:
+    """An SD1.5 model whose scheduler_config.json has these fields, too."""
+    save_model("sd15", folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"_class_name": "DPMSolverMultistepScheduler", "thresholding": True},
+        {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "rk"},
+        {"_class_name": "SomethingNewScheduler"},
+        {"skip_prk_steps": False},
+        {"timestep_spacing": "cosine"},
+    ],
+    ids=str,
+)
+def test_what_a_sampler_overrides_does_not_stop_the_load(tmp_path: Path, fields: dict[str, Any]) -> None:
+    pipe = nativesd.load(scheduled(tmp_path / "model", **fields), device="cpu")
+    name = next(iter(fields.keys() - {"_class_name"}), "SomethingNewScheduler")
+    with pytest.raises(UsageError, match=f"{name}.*pass (another )?sampler="):
+        pipe("a cat", steps=2, seed=1)
+    assert pipe("a cat", steps=2, seed=1, sampler="Euler").parameters["sampler"] == "Euler"
+
+
+def test_epsilon_with_zero_snr_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="zero terminal SNR of a model that predicts epsilon"):
+        pipe = nativesd.load(scheduled(tmp_path / "model", rescale_betas_zero_snr=True), device="cpu")
+    assert "zero_snr" in pipe.config.inferred

@@ -10,7 +10,8 @@ from PIL import Image
 import nativesd
 import tiny_scenes as scenes
 from nativesd.pipeline.loading import probe_prediction
-from nativesd.sampling.schedule import SchedulerConfig, alphas_cumprod
+from nativesd.sampling.published import SchedulerConfig
+from nativesd.sampling.schedule import alphas_cumprod
 
 PICTURES = 200
 PALETTE = np.array(list(scenes.BACKGROUNDS.values()), np.float32) / 255

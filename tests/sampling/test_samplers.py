@@ -15,9 +15,11 @@ from torch import Tensor
 import kdiffusion
 from nativesd.errors import SourceError, UsageError
 from nativesd.pipeline.denoiser import to_clean
-from nativesd.sampling import samplers as s
-from nativesd.sampling.schedule import SchedulerConfig, make_schedule, timestep_of, trained_sigmas
-from nativesd.sampling.table import SAMPLERS, SCHEDULES, Call, find_sampler, find_schedule
+from nativesd.sampling import multistep, samplers
+from nativesd.sampling.names import find_sampler, find_schedule
+from nativesd.sampling.published import Kind, SchedulerConfig
+from nativesd.sampling.schedule import make_schedule, timestep_of, trained_sigmas
+from nativesd.sampling.table import SAMPLERS, SCHEDULES, Call
 
 STEPS = 20
 TOLERANCE = 1e-4  # of the largest value
@@ -64,7 +66,9 @@ def draws(seed: int) -> Callable[[], Tensor]:
 
 def theirs(scheduler: Any, steps: int, *, eta: float | None = None) -> Tensor:
     """What diffusers' pipelines do with a scheduler."""
-    answer = model(scheduler.config.prediction_type, trained_sigmas(SchedulerConfig.from_published(scheduler.config)))
+    answer = model(
+        scheduler.config.prediction_type, trained_sigmas(SchedulerConfig.from_published(config_of(scheduler)))
+    )
     scheduler.set_timesteps(steps)
     x = draws(1)() * scheduler.init_noise_sigma
     options: dict[str, Any] = {}
@@ -79,18 +83,26 @@ def theirs(scheduler: Any, steps: int, *, eta: float | None = None) -> Tensor:
     return x
 
 
+def config_of(scheduler: Any) -> dict[str, Any]:
+    """As in scheduler_config.json."""
+    data = {**scheduler.config, "_class_name": type(scheduler).__name__}
+    data.pop("_use_default_values", None)
+    return data
+
+
 def ours(name: str, data: dict[str, Any], steps: int, *, eta: float | None = None) -> Tensor:
     """What the pipeline does with a sampler, on the latents as it leaves them."""
     config = SchedulerConfig.from_published(data)
-    choice = find_sampler(name)
-    plan = make_schedule(config, choice.sampler.rule, steps, choice.kind or config.kind)
+    choice = find_sampler(config.class_name)
+    assert choice.sampler.name == name
+    plan = choice.schedule(config, steps, choice.kind or config.kind)
     answer = model({"v": "v_prediction"}.get(config.prediction, config.prediction), plan.trained)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         return to_clean(answer(x / math.hypot(1, sigma), plan.timestep(sigma)), x, sigma, config.prediction)
 
     draw = draws(2)
-    call = Call(plan, lambda sigma, sigma_next: draw(), config, eta)
+    call = Call(plan, lambda sigma, sigma_next: draw(), choice.settings(config), eta)
     return choice.sampler.run(denoise, draws(1)() * plan.start, call) / plan.end
 
 
@@ -116,7 +128,17 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "DPM2 a": [{}],  # Karras: k-diffusion's, below, does not round timesteps
     "DPM++ 2M": [{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True},
                  {"timestep_spacing": "trailing"}, {"timestep_spacing": "leading"}, {"solver_type": "heun"},
+                 {"use_lu_lambdas": True},
                  {"final_sigmas_type": "sigma_min"}, {"euler_at_final": True, "final_sigmas_type": "sigma_min"}],
+    "DPM++ 3M": [{}, {"use_karras_sigmas": True}, {"euler_at_final": True}, {"final_sigmas_type": "sigma_min"}],
+    "DPM++ 1M": [{}],
+    "DPM-Solver": [{"final_sigmas_type": "sigma_min"}, {"final_sigmas_type": "sigma_min", "solver_order": 3},
+                   {"final_sigmas_type": "sigma_min", "solver_type": "heun"}],
+    "DPM++ 2S": [{}, {"solver_order": 3}, {"solver_order": 1}, {"solver_order": 3, "solver_type": "heun"},
+                 {"use_karras_sigmas": True, "solver_type": "heun"},
+                 {"final_sigmas_type": "sigma_min", "lower_order_final": False}],
+    "DPM-Solver 2S": [{"final_sigmas_type": "sigma_min"}, {"final_sigmas_type": "sigma_min", "solver_order": 3}],
+    "DEIS": [{}, {"solver_order": 3}, {"solver_order": 1}, {"use_karras_sigmas": True}],
     "DPM++ 2M SDE": [{}, {"use_karras_sigmas": True}, {"solver_type": "heun"}],
     "UniPC": [{}, {"use_karras_sigmas": True}, {"solver_order": 3},
               {"solver_type": "bh1", "final_sigmas_type": "sigma_min"},  # NaN there where the last sigma is zero
@@ -128,21 +150,31 @@ NO_DIFFUSERS = {"DPM++ 2S a", "DPM++ SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE"}
 """DPM++ SDE has a class there, but its noise begins at another sigma: k-diffusion is its oracle."""
 
 
+def form(brackets: str) -> dict[str, Any]:
+    """The options that a published name has in brackets."""
+    if brackets.startswith("order"):
+        return {"solver_order": int(brackets.split()[1])}
+    final = {"final_sigmas_type": "sigma_min"} if brackets == "dpmsolver" else {}  # the class refuses zero there
+    return {"algorithm_type": brackets, **final} if brackets else {}
+
+
 def published(name: str, options: dict[str, Any]) -> Any:
     cls, _, algorithm = (find_sampler(name).sampler.published or "").rstrip("]").partition("[")
-    fixed = {"skip_prk_steps": True} if name == "PLMS" else {"algorithm_type": algorithm} if algorithm else {}
+    fixed: dict[str, Any] = {"skip_prk_steps": True} if name == "PLMS" else form(algorithm)
     if name in ("DDIM", "DDPM", "LCM", "TCD"):
         fixed["clip_sample"] = False
-    return getattr(diffusers, cls)(**{**BETAS, "steps_offset": 1, **fixed, **options})
+    offset = {} if cls == "DPMSolverSinglestepScheduler" else {"steps_offset": 1}
+    return getattr(diffusers, cls)(**{**BETAS, **offset, **fixed, **options})
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("name", "options"), [(name, options) for name in CASES for options in CASES[name]], ids=str)
 def test_against_diffusers(name: str, options: dict[str, Any], prediction: str) -> None:
     scheduler = published(name, {"prediction_type": prediction, **options})
-    for steps in (STEPS, 4) if name in ("LCM", "TCD") else (STEPS,):
+    short = {"LCM": 4, "TCD": 4, "DPM++ 3M": 9, "DEIS": 9, "DPM++ 2S": 8, "DPM-Solver": 9}
+    for steps in (STEPS, short.get(name, STEPS)):
         expected = theirs(scheduler, steps)
-        found = ours(name, dict(scheduler.config), steps)
+        found = ours(name, config_of(scheduler), steps)
         worst = difference(found, expected)
         print(f"\n{name} {options} {prediction} {steps} steps: {worst:.1e}")
         assert worst <= TOLERANCE
@@ -151,9 +183,7 @@ def test_against_diffusers(name: str, options: dict[str, Any], prediction: str) 
 @pytest.mark.parametrize(("name", "eta"), [("DDIM", 0.5), ("DDIM", 1.0), ("TCD", 0.0), ("TCD", 0.8)])
 def test_eta(name: str, eta: float) -> None:
     scheduler = published(name, {})
-    assert (
-        difference(ours(name, dict(scheduler.config), STEPS, eta=eta), theirs(scheduler, STEPS, eta=eta)) <= TOLERANCE
-    )
+    assert difference(ours(name, config_of(scheduler), STEPS, eta=eta), theirs(scheduler, STEPS, eta=eta)) <= TOLERANCE
 
 
 K_DIFFUSION = {
@@ -205,11 +235,15 @@ def test_every_sampler_has_an_oracle() -> None:
 
 
 ORDERS = {
-    "Euler": 1, "DDIM": 1, "Heun": 2, "DPM2": 2, "DPM++ 2M": 2, "DPM++ 3M": 2, "UniPC": 3, "LMS": 4,
+    "Euler": 1, "DDIM": 1, "Heun": 2, "DPM2": 2, "DPM++ 2M": 2, "DPM++ 3M": 2, "UniPC": 3, "LMS": 4, "DEIS": 3,
 }  # fmt: skip
-RUNS: dict[str, Callable[[s.Denoiser, Tensor, list[float]], Tensor]] = {
-    "Euler": s.sample_euler, "DDIM": s.sample_euler, "Heun": s.sample_heun, "DPM2": s.sample_dpm_2,
-    "DPM++ 2M": s.sample_dpmpp_2m, "DPM++ 3M": s.sample_dpmpp_3m_sde, "UniPC": s.sample_unipc, "LMS": s.sample_lms,
+RUNS: dict[str, Callable[[samplers.Denoiser, Tensor, list[float]], Tensor]] = {
+    "DEIS": lambda denoise, x, sigmas: multistep.sample_deis(
+        denoise, x, sigmas, multistep.final_orders(len(sigmas) - 1, 3, low_end=False, euler_end=False)
+    ),
+    "Euler": samplers.sample_euler, "DDIM": samplers.sample_euler, "Heun": samplers.sample_heun,
+    "DPM2": samplers.sample_dpm_2, "DPM++ 2M": multistep.sample_dpmpp_2m, "DPM++ 3M": multistep.sample_dpmpp_3m_sde,
+    "UniPC": multistep.sample_unipc, "LMS": multistep.sample_lms,
 }  # fmt: skip
 
 
@@ -293,7 +327,11 @@ def test_zero_terminal_snr() -> None:
     ("typed", "name", "kind"),
     [
         ("DPM++ 2M Karras", "DPM++ 2M", "karras"), ("dpmpp_2m_karras", "DPM++ 2M", "karras"),
-        ("euler_ancestral", "Euler a", None), ("Euler a", "Euler a", None), ("k_euler", None, None),
+        ("euler_ancestral", "Euler a", None), ("Euler a", "Euler a", None), ("k_eulerr", None, None),
+        ("k_euler", "Euler", None), ("k_euler_a", "Euler a", None), ("k_euler_ancestral", "Euler a", None),
+        ("k_dpm_2_a", "DPM2 a", None), ("k_dpmpp_2m", "DPM++ 2M", None), ("sample_dpmpp_2m", "DPM++ 2M", None),
+        ("dpmpp_2m_sde_gpu", "DPM++ 2M SDE", None), ("dpmpp_3m_sde_gpu", "DPM++ 3M SDE", None),
+        ("dpmpp_2m_sde_heun_gpu", "DPM++ 2M SDE Heun", None), ("dpmpp_sde_gpu", "DPM++ SDE", None),
         ("DPM++ 2M SDE Exponential", "DPM++ 2M SDE", "exponential"), ("DPMSolverMultistepScheduler", "DPM++ 2M", None),
         ("dpmpp_3m_sde", "DPM++ 3M SDE", None), ("uni_pc", "UniPC", None), ("LMS Karras", "LMS", "karras"),
         ("lcm", "LCM", None), ("ddim", "DDIM", None), ("DPM2 a Karras", "DPM2 a", "karras"),
@@ -310,6 +348,32 @@ def test_names(typed: str, name: str | None, kind: str | None) -> None:
         assert (choice.sampler.name, choice.kind) == (name, kind)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "ends"),
+    [
+        ("DPM2", "karras", [0.0744, 0.0473, 0]), ("DPM2 a", "karras", [0.0744, 0.0473, 0]),
+        ("dpm_2", "karras", [0.0744, 0.0473, 0]), ("DPM++ 3M SDE", "karras", [0.0744, 0.0473, 0]),
+        ("uni_pc_bh2", "karras", [0.0744, 0.0473, 0]), ("k_dpm_2_a", "karras", [0.0744, 0.0473, 0]),
+        ("dpmpp_3m_sde", "karras", [0.0485, 0.0292, 0]), ("DPM++ 2M", "karras", [0.0485, 0.0292, 0]),
+        ("KDPM2DiscreteScheduler", "karras", [0.0485, 0.0292, 0]), ("UniPC", "karras", [0.0485, 0.0292, 0]),
+    ],
+)  # fmt: skip
+def test_the_last_sigma_but_one_is_left_out_as_the_program_of_the_name_does(
+    name: str, kind: Kind, ends: list[float]
+) -> None:
+    """A1111's `cat(sigmas[:-2], sigmas[-1:])` of n + 1 steps, ComfyUI's the same for others."""
+    plan = find_sampler(name).schedule(SchedulerConfig(), 20, kind)
+    assert len(plan.timesteps) == len(plan.sigmas) - 1 == 20
+    assert plan.sigmas[-3:].tolist() == pytest.approx(ends, abs=6e-5)
+
+
+def test_options_of_a_solver_hold_for_the_one_that_they_are_of() -> None:
+    third = SchedulerConfig.from_published({**BETAS, "_class_name": "DPMSolverMultistepScheduler", "solver_order": 3})
+    assert find_sampler(third.class_name).sampler.name == "DPM++ 3M"
+    assert find_sampler(third.class_name).settings(third).order == 3
+    assert find_sampler("DEIS").settings(third).order == find_sampler("UniPC").settings(third).order == 2
+
+
 def test_names_that_contradict() -> None:
     assert find_sampler("DPM++ 2M", "ays").kind == "align your steps"
     with pytest.raises(UsageError, match="contradict"):
@@ -322,13 +386,14 @@ def test_scheduler_fields() -> None:
     """What is not understood is named; what would change the picture and is not supported stops."""
     with pytest.warns(UserWarning, match="not understood and not used: some_new_field"):
         SchedulerConfig.from_published({**BETAS, "some_new_field": 3})
-    for field, value in (("timestep_spacing", "cosine"), ("prediction_type", "flow"), ("beta_schedule", "sigmoid"),
-                         ("thresholding", True), ("use_flow_sigmas", True),
-                         ("algorithm_type", "dpmsolver")):  # fmt: skip
+    for field, value in (("prediction_type", "flow"), ("beta_schedule", "sigmoid"), ("use_flow_sigmas", True)):
         with pytest.raises(SourceError, match=field):
             SchedulerConfig.from_published({**BETAS, field: value})
-    with pytest.raises(SourceError, match="karras and beta"):
-        SchedulerConfig.from_published({"use_karras_sigmas": True, "use_beta_sigmas": True})
+    for field, value in (("timestep_spacing", "cosine"), ("thresholding", True), ("solver_order", 4),
+                         ("interpolation_type", "log_linear"), ("solver_type", "euler")):  # fmt: skip
+        assert SchedulerConfig.from_published({**BETAS, field: value}).unsupported == (f"{field} = {value!r}",)
+    both = SchedulerConfig.from_published({"use_karras_sigmas": True, "use_beta_sigmas": True})
+    assert both.unsupported == ("karras and beta sigmas at once",)
     betas = torch.linspace(0.001, 0.01, 10).tolist()
     assert len(trained_sigmas(SchedulerConfig.from_published({"trained_betas": betas}))) == 10
 
@@ -336,7 +401,7 @@ def test_scheduler_fields() -> None:
 @pytest.mark.parametrize("name", [sampler.published for sampler in SAMPLERS if sampler.published])
 def test_every_field_of_a_published_config_is_known(name: str, recwarn: pytest.WarningsRecorder) -> None:
     cls, _, algorithm = name.rstrip("]").partition("[")
-    options = {"algorithm_type": algorithm} if algorithm else {"skip_prk_steps": True} if "PNDM" in name else {}
+    options = {"skip_prk_steps": True} if "PNDM" in name else form(algorithm)
     data = dict(getattr(diffusers, cls)(**options).config) | {"_class_name": cls}
     data.pop("_use_default_values", None)
     recwarn.clear()

@@ -1,0 +1,97 @@
+"""The names that people type for samplers and schedules: of A1111, ComfyUI, k-diffusion and the published classes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from nativesd.errors import UsageError
+from nativesd.sampling.published import Kind, SchedulerConfig
+from nativesd.sampling.schedule import Schedule, make_schedule
+from nativesd.sampling.table import SAMPLERS, SCHEDULES, Sampler
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A sampler as somebody named it. `kind` is None where the name says nothing of the schedule."""
+
+    sampler: Sampler
+    kind: Kind | None
+    by_class: bool
+    """Named by its published class, whose noise is never Brownian but for DPMSolverSDEScheduler's."""
+    drops_penultimate: bool = False
+    """The program that has this name leaves the last sigma but one out."""
+
+    @property
+    def brownian(self) -> bool:
+        """Whether the noise is that of one Brownian path."""
+        return self.sampler.brownian and (not self.by_class or self.sampler.published == "DPMSolverSDEScheduler")
+
+    def schedule(self, config: SchedulerConfig, steps: int, kind: Kind, *, sdxl: bool = False) -> Schedule:
+        """`make_schedule` of `steps` steps as the program that has this name lays them out."""
+        if not self.drops_penultimate:
+            return make_schedule(config, self.sampler.rule, steps, kind, sdxl=sdxl)
+        return make_schedule(config, self.sampler.rule, steps + 1, kind, sdxl=sdxl).without_penultimate()
+
+    def settings(self, config: SchedulerConfig) -> SchedulerConfig:
+        """`config` as far as it concerns this sampler: the options of a solver hold for the one that they are of."""
+        own = find_own(config)
+        if own is not None and own.sampler is self.sampler:
+            return config
+        plain = SchedulerConfig()
+        return replace(
+            config, order=plain.order, solver=plain.solver, lower_order_final=plain.lower_order_final,
+            euler_at_final=plain.euler_at_final,
+        )  # fmt: skip
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name.lower()).replace("++", "pp")
+
+
+def _names(sampler: Sampler) -> tuple[str, ...]:
+    return (sampler.name, *filter(None, [sampler.published]), *sampler.aliases)
+
+
+_SAMPLERS = {_key(name): sampler for sampler in SAMPLERS for name in _names(sampler)}
+_SCHEDULES = {_key(name): schedule.name for schedule in SCHEDULES for name in (schedule.name, *schedule.aliases)}
+_COMFYUI_DIFFERS = re.compile(r"(dpmpp_3m_sde|uni_pc)(_|$)")
+"""Names of samplers that leave the last sigma but one out in A1111 and not in ComfyUI, or the other way round: see
+DISCARD_PENULTIMATE_SIGMA_SAMPLERS of ComfyUI's comfy/samplers.py."""
+_ABOUT_THE_NAME = re.compile(r"^(k|sample)_|_gpu$")
+"""What k-diffusion's functions, the programs that call them so, and ComfyUI's samplers with the card's noise add."""
+
+
+def find_sampler(name: str, schedule: str | None = None) -> Choice:
+    """The sampler of a name, in any case, and its schedule: fused ("DPM++ 2M Karras") or split. Raises UsageError."""
+    kind = None if schedule is None else find_schedule(schedule)
+    bare = _ABOUT_THE_NAME.sub("", name.strip())
+    key = _key(bare)
+    if key not in _SAMPLERS:
+        for suffix, fused in _SCHEDULES.items():
+            if key.endswith(suffix) and key.removesuffix(suffix) in _SAMPLERS:
+                if kind not in (None, fused):
+                    raise UsageError(f"sampler {name!r} and schedule {schedule!r} contradict each other")
+                key, kind = key.removesuffix(suffix), fused
+                break
+        else:
+            raise UsageError(f"there is no sampler {name!r}: choose one of {', '.join(each.name for each in SAMPLERS)}")
+    sampler = _SAMPLERS[key]
+    by_class = sampler.published is not None and key == _key(sampler.published)
+    drops = sampler.drops != bool(_COMFYUI_DIFFERS.match(bare))
+    return Choice(sampler, kind, by_class, drops_penultimate=drops and not by_class)
+
+
+def find_own(config: SchedulerConfig) -> Choice | None:
+    """The sampler of a published config; None where it has no equal here."""
+    try:
+        return find_sampler(config.class_name)
+    except UsageError:
+        return None
+
+
+def find_schedule(name: str) -> Kind:
+    """The schedule of a name, in any case. Raises UsageError."""
+    if _key(name) not in _SCHEDULES:
+        raise UsageError(f"there is no schedule {name!r}: choose one of {', '.join(each.name for each in SCHEDULES)}")
+    return _SCHEDULES[_key(name)]
