@@ -191,7 +191,14 @@ def report_components(
             for key in identity.unrecognised
         )
         ignored = tuple(Ignored(key, reason) for key, reason in identity.ignored.items())
-        rest = _sums(keys, tensors) | {"mapped": (), "missing": (), "wrong_shape": (), "duplicate": (), "expected": 0}
+        sums = _sums((key for key in keys if key in tensors), tensors)
+        rest = sums | {
+            "mapped": (),
+            "missing": (),
+            "wrong_shape": (),
+            "duplicate": (),
+            "expected": 0,
+        }
         name = "beside the components" if reports else "unrecognised"
         reports.append(ComponentReport(name, "", "", "", ignored=ignored, unexpected=unexpected, **rest))
     return reports

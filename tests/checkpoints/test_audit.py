@@ -156,7 +156,7 @@ def test_what_cannot_be_audited(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for source, code, words in (
         ("nothing.safetensors", 3, "does not exist"),
-        ("model.ckpt", 3, "weights_only=True"),
+        ("model.ckpt", 3, "no readable zip archive"),
         ("empty", 3, "neither model_index.json nor safetensors"),
     ):
         done = run("audit", str(tmp_path / source))

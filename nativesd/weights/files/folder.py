@@ -23,7 +23,8 @@ from nativesd.config import (
     VAEConfig,
 )
 from nativesd.errors import SourceError
-from nativesd.weights.files.header import merge_headers, quote, read_header, read_index
+from nativesd.weights.files.container import read_file
+from nativesd.weights.files.header import merge_headers, quote, read_index
 
 Json = Mapping[str, Any]
 T = TypeVar("T")
@@ -295,7 +296,7 @@ def shards(index: Path) -> list[Path]:
     for name, path in files.items():
         if not path.is_file():
             raise SourceError(f"{index} names the shard {name}, which is missing: download it too, into {index.parent}")
-    tensors = merge_headers({path: read_header(path) for path in files.values()})
+    tensors = merge_headers({path: read_file(path) for path in files.values()})
     for key, name in weight_map.items():
         if key not in tensors or tensors[key][0] != files[name]:
             raise SourceError(f"{index} places {quote(key)} in {name}, which lacks it: download index and shards anew")

@@ -19,10 +19,11 @@ import re
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nativesd.errors import SourceError, WeightsError
 
@@ -47,6 +48,10 @@ HEAD = 256
 FIELDS = {"dtype", "shape", "data_offsets"}
 SOURCE = "the program that wrote it is at fault, or it was tampered with; get it from its original source"
 AGAIN = "the download or copy was interrupted; download it again"
+
+
+class FormatError(ValueError):
+    """What is wrong with a file, as the end of a sentence that begins with its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,28 +84,41 @@ class Header:
     metadata: Mapping[str, str]
     data_start: int
     file_size: int
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """What the file has beside tensors and metadata, and why it is not read"""
 
 
 def read_header(path: Path) -> Header:
     """The header of a safetensors file; of its data, no more than the first 256 bytes are read. Raises SourceError."""
+    with opened(path) as (file, size):
+        return read_safetensors(file, size, str(path))
+
+
+def read_safetensors(file: BinaryIO, size: int, name: str) -> Header:
+    """`read_header` of a file of `size` bytes that is open at its beginning and that messages call `name`."""
+    head = file.read(HEAD)
+    length = header_length(head, size, name)
+    raw = head[8 : 8 + length] + file.read(max(0, 8 + length - len(head)))
+    if len(raw) != length:
+        raise SourceError(f"{name} changed while it was read: wait until it is written, then try again")
+    return parse_header(raw, size, name)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A file of weights, open to be read, and its size. Raises SourceError for what cannot be read, then or later."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             what = "a folder" if stat.S_ISDIR(mode) else "a device or pipe"
-            raise SourceError(f"{path} is {what}, not a safetensors file: name the file itself")
+            raise SourceError(f"{path} is {what}, not a file of weights: name the file itself")
         with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(HEAD)
-            length = header_length(head, size, str(path))
-            raw = head[8 : 8 + length] + file.read(max(0, 8 + length - len(head)))
+            yield file, os.fstat(file.fileno()).st_size
     except FileNotFoundError as error:
         hint = "it is a link to nothing; download it again" if path.is_symlink() else "check the name and the folder"
         raise SourceError(f"{path} is missing: {hint}") from error
     except (OSError, ValueError) as error:
         raise SourceError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if len(raw) != length:
-        raise SourceError(f"{path} changed while it was read: wait until it is written, then try again")
-    return parse_header(raw, size, str(path))
 
 
 def header_length(head: bytes, file_size: int, name: str) -> int:
@@ -138,10 +156,7 @@ def header_length(head: bytes, file_size: int, name: str) -> int:
 def _other_format(head: bytes) -> str | None:
     """What a file is that begins with `head` and no safetensors header, with what to do, as the end of a sentence."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    pickle = (
-        "which can run code when it is opened: if you trust where it came from, convert it elsewhere, with "
-        "safetensors.torch.save_file(torch.load(file, weights_only=True), ...), and use the result"
-    )
+    local = "which is read from a local file only: download it, and name the file"
     if head.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the weights: run 'git lfs pull' in its folder, or download the file itself"
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<body", b"<!--")):
@@ -149,11 +164,11 @@ def _other_format(head: bytes) -> str | None:
     if text.startswith((b'{"', b"{'", b"[")):
         return "plain JSON (an error answer or a config under this name), not weights: download it again"
     if head.startswith(b"PK\x03\x04"):
-        return f"a zip archive as torch.save writes it, renamed: it holds a pickle, {pickle}"
+        return f"a zip archive as torch.save writes it, {local}"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and any(head[2:8]):
-        return f"a pickle as torch.save writes it, renamed, {pickle}"
+        return f"a pickle as torch.save writes it, {local}"
     if head.startswith(b"GGUF"):
-        return "a GGUF file, renamed: it is for other programs; take the model's safetensors files"
+        return f"a GGUF file, {local}"
     return None
 
 

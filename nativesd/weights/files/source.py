@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nativesd.config import Config
 from nativesd.errors import SourceError
+from nativesd.weights.files.container import read_file
 from nativesd.weights.files.folder import component_config, local_weights, read_json, shards
-from nativesd.weights.files.header import Header, TensorInfo, merge_headers, read_header
+from nativesd.weights.files.header import Header, TensorInfo, merge_headers
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Member:
     """file -> where its tensors' offsets count from"""
     metadata: Mapping[str, str]
     config: Config | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """What the files have beside tensors and metadata, and why it is not read"""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -54,7 +57,7 @@ def open_source(source: str | Path, *, half: bool = False) -> list[Member]:
 
 def member(name: str, files: list[Path], config: Config | None = None) -> Member:
     """A checkpoint from its file, or its shards. Raises SourceError."""
-    headers = {path: read_header(path) for path in files}
+    headers = {path: read_file(path) for path in files}
     return from_headers(name, headers, config)
 
 
@@ -71,6 +74,7 @@ def from_headers(
         data_starts={path: header.data_start for path, header in headers.items()},
         metadata=metadata,
         config=config,
+        left_out={key: reason for header in headers.values() for key, reason in header.left_out.items()},
     )
 
 

@@ -185,6 +185,7 @@ def identify_all(
         identity = identify(
             member.shapes, tables, config=member.config, name=member.name or None, family=family, believed=believed
         )
+        identity.ignored |= member.left_out
         family = family or identity.family
         out.append((member, identity))
     return out

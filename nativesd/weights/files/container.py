@@ -1,0 +1,32 @@
+"""The header of a file of weights of any kind: which kind it is, its first bytes say, not its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nativesd.errors import SourceError
+from nativesd.weights.files.archive import read_archive, read_pickles
+from nativesd.weights.files.header import MAX_HEADER, Header, opened, read_safetensors
+
+FIRST = 512
+"""Bytes: a tar file is known by those from 257 on."""
+
+
+def read_file(path: Path) -> Header:
+    """The tensors of a file: safetensors, or what torch.save and torch.jit.save write. Nothing in it is executed.
+
+    Raises SourceError for what cannot be read.
+    """
+    with opened(path) as (file, size):
+        head = file.read(FIRST)
+        file.seek(0)
+        safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER
+        if not safetensors and head.startswith(b"PK\x03\x04"):
+            return read_archive(file, size, str(path))
+        if not safetensors and head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+            return read_pickles(file, size, str(path))
+        if head[257:262] == b"ustar":
+            raise SourceError(
+                f"{path} is a tar file: unpack it; if torch.save of PyTorch 0.1 wrote it, save it anew with a newer one"
+            )
+        return read_safetensors(file, size, str(path))
