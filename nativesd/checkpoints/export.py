@@ -125,7 +125,6 @@ def export_tensorrt(
     dtype: str | torch.dtype = "float16",
     slots: bool = True,
     weight_streaming: bool = False,
-    refit: bool = False,
     again: bool = False,
     maps: str | Path | None = None,
     on_part: Callable[[str], None] | None = None,
@@ -158,7 +157,7 @@ def export_tensorrt(
         ready = [ready_profile(name, part.component, native=config.size, factor=config.vae.factor) for name in profiles]
         entry: Entry = build(
             part, store, ready, backend=kind, targets=targets, control=slots, weight_streaming=weight_streaming,
-            refit=refit, again=again, on_progress=on_progress,
+            again=again, on_progress=on_progress,
         )  # fmt: skip
         done.append(Exported(part.name, entry.path, dict(entry.details)))
     return done

@@ -84,7 +84,6 @@ def export_onnx(
               help="SIZE: 512, 768x512, 512to1024 or dynamic; repeatable [default: dynamic].")  # fmt: skip
 @click.option("--dtype", default="float16", show_default=True, help="float16, bfloat16 or float32.")
 @click.option("--weight-streaming", is_flag=True, help="The weights may stay in main memory.")
-@click.option("--refit", is_flag=True, help="The weights can be exchanged later.")
 @click.option("--again", is_flag=True, help="Build in place of an engine that is there.")
 def export_tensorrt(source: str, no_slots: bool, **given: Any) -> None:
     """See the command's help."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -95,8 +96,9 @@ class Captures:
     `seen` has what came at least once.
     """
 
-    def __init__(self, queue: Queue, limit: int = GRAPHS) -> None:
+    def __init__(self, queue: Queue, limit: int = GRAPHS, *, name: str = "") -> None:
         self.seen: set[Hashable] = set()
+        self._name = name
         self._queue = queue
         self._limit = limit
         self._kept: OrderedDict[Hashable, Capture] = OrderedDict()
@@ -113,7 +115,7 @@ class Captures:
 
         What is computed once for a shape is thus done in a call, and never recorded. Graphs hold on to the memory that
         they work in: where there is too little, all of them are given up, and a key for which that is not enough is not
-        recorded.
+        recorded. Where recording fails otherwise, nothing is recorded from then on, and a warning says why.
         """
         if key not in self._kept:
             if key not in self.seen or key in self._too_large or not self._limit:
@@ -124,6 +126,15 @@ class Captures:
                 self._kept[key] = self._within_memory(capture)
             except torch.OutOfMemoryError:
                 self._too_large.add(key)
+                return call()
+            except RuntimeError as error:
+                self.forget()
+                self._limit = 0
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                warnings.warn(
+                    f"{self._name} runs without CUDA graphs, which is slower: recording one fails ({reason})",
+                    stacklevel=2,
+                )
                 return call()
             while len(self._kept) > self._limit:
                 self._kept.popitem(last=False)
@@ -170,7 +181,7 @@ class CapturedRunner:
         self.schema = graph.schema
         self._module = graph.module
         self._queue = queue
-        self._captures = Captures(queue, graphs)
+        self._captures = Captures(queue, graphs, name=graph.schema.component)
         self._addresses: tuple[int, ...] = ()
 
     def refusal(self, request: Request) -> str | None:

@@ -180,7 +180,6 @@ def build(
     targets: Sequence[str],
     control: bool = True,
     weight_streaming: bool = False,
-    refit: bool = False,
     again: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Entry:
@@ -200,10 +199,10 @@ def build(
             cache = store.root / f"timing-{key.version}-{key.device}.cache" if backend == "tensorrt" else None
             built = build_engine(
                 onnx, building.folder / ENGINE, graph.schema, profiles, backend=backend, dtype=graph.dtype,
-                targets=targets, weight_streaming=weight_streaming, refit=refit, timing_cache=cache,
+                targets=targets, weight_streaming=weight_streaming, timing_cache=cache,
                 on_progress=on_progress,
             )  # fmt: skip
-        building.details.update({"onnx": details, **built.details()})
+        building.details.update({"onnx": details, "weight_streaming": weight_streaming, **built.details()})
         if torch.cuda.is_available() and device_target(torch.device("cuda")) in targets:
             building.details["error"] = _check_engine(graph, unfinished(key, building), profiles)
     entry = store.find(key)

@@ -82,6 +82,7 @@ class OnnxRunner:
         ort = backend("onnxruntime", "onnx")
         if dtype not in NUMPY:
             raise UsageError(f"ONNX Runtime does not compute in {dtype}: load with dtype='float32' or 'float16'")
+        place = {"device_id": str(device.index or 0)} if device.type == "cuda" else {}
         provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
         if provider not in ort.get_available_providers():
             raise UsageError("this onnxruntime has no CUDA provider: pip install onnxruntime-gpu, or use device='cpu'")
@@ -89,7 +90,7 @@ class OnnxRunner:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
         try:
-            self.session: Any = ort.InferenceSession(str(path), options, providers=[provider])
+            self.session: Any = ort.InferenceSession(str(path), options, providers=[(provider, place)])
         except Exception as error:  # the runtime has no base class of its own that is public
             raise SourceError(f"ONNX Runtime cannot read {path}: {str(error).splitlines()[0]}") from error
         self.schema = schema

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -57,6 +59,7 @@ class FakeEngine:
         self.slots = {slot.name: slot for slot in (*self.schema.inputs, *self.schema.outputs)}
         self.num_io_tensors = len(self.slots)
         self.num_optimization_profiles = len(self.profiles)
+        self.device_memory_size_v2 = 2000
         self.contexts: list[FakeContext] = []
 
     def get_tensor_name(self, index: int) -> str:
@@ -70,9 +73,6 @@ class FakeEngine:
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         return list(self.profiles[profile].shapes(self.slots[name]))
-
-    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
-        return 1000 * (profile + 1)
 
     def context(self) -> FakeContext:
         self.contexts.append(FakeContext(self))
@@ -89,6 +89,8 @@ class FakeContext:
     profiles: list[int] = field(default_factory=list)
     memory: tuple[int, int] = (0, 0)
     works: bool = True
+    known: bool = True
+    """Whether it says how much memory a shape needs"""
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profiles.append(profile)
@@ -103,7 +105,7 @@ class FakeContext:
         return True
 
     def update_device_memory_size_for_shapes(self) -> int:
-        return 10 * math.prod(self.shapes["sample"])
+        return 10 * math.prod(self.shapes["sample"]) if self.known else 0
 
     def set_device_memory(self, address: int, size: int) -> None:
         self.memory = (address, size)
@@ -125,9 +127,15 @@ class FakeQueue:
     captured = 0
     works = True
 
+    used = False
+
     @contextmanager
     def use(self) -> Iterator[None]:
-        yield
+        self.used = True  # and its device is the current one
+        try:
+            yield
+        finally:
+            self.used = False
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         if not self.works:
@@ -358,12 +366,52 @@ def test_graphs_are_captured_again_when_their_zeros_are_too_few_for_another() ->
     }
 
 
-def test_what_cannot_be_captured_is_said() -> None:
-    rig = Rig(graphs=8)
-    rig.queue.works = False
-    rig.runner.run(inputs())
-    with pytest.raises(UsageError, match=r"makes no CUDA graph .*: load it with graphs=0"):
+def test_what_cannot_be_captured_runs_plainly_and_is_said_once() -> None:
+    """Where the capture fails, and where TensorRT-RTX's context says beforehand that it would."""
+
+    class Unable(FakeContext):
+        def is_stream_capturable(self, stream: int) -> bool:
+            return False
+
+    for reason in ("operation not permitted when stream is capturing", "this engine allocates while it runs"):
+        rig = Rig(graphs=8)
+        rig.queue.works = "allocates" in reason
+        if rig.queue.works:
+            rig.engine.context = lambda engine=rig.engine: Unable(engine)  # type: ignore[method-assign]
+            rig.runner = rig.another(SCHEMA)
+        sentence = rf"the unet engine runs without CUDA graphs, which is slower: recording one fails \(.*{reason}\)"
         rig.runner.run(inputs())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for seed in range(4):
+                given = inputs(ODD if seed else Request(1, 4, 4, 77), seed=seed)
+                torch.testing.assert_close(rig.runner.run(given)["out_sample"], expected(given))
+        assert re.search(sentence, str(caught[0].message))
+        assert (len(caught), rig.queue.captured) == (1, 0)
+
+
+def test_contexts_that_do_not_know_their_need_get_the_engines() -> None:
+    """What TensorRT 10.7 crashes at (get_device_memory_size_for_profile_v2) is not called: the engine has no such."""
+    rig = Rig()
+    context = FakeContext(rig.engine, known=False)
+    rig.engine.context = lambda: context  # type: ignore[method-assign]
+    rig.another(SCHEMA).run(inputs())
+    assert context.memory[1] == rig.engine.device_memory_size_v2
+
+
+def test_contexts_are_made_on_the_queues_device() -> None:
+    rig, made = Rig(graphs=1), []
+    plainly = rig.engine.context
+
+    def context() -> FakeContext:
+        made.append(rig.queue.used)
+        return plainly()
+
+    rig.engine.context = context  # type: ignore[method-assign]
+    runner = rig.another(SCHEMA)
+    for _ in range(2):
+        runner.run(inputs())
+    assert made == [True, True]  # one for calls, one for the graph
 
 
 def test_engines_share_activation_memory_and_the_last_one_frees_it() -> None:
@@ -469,6 +517,52 @@ def load(entry: Entry, monkeypatch: pytest.MonkeyPatch, *, target: str = "sm120"
     with pytest.raises(SourceError) as error:
         load_engine(entry, SCHEMA, dtype=DTYPE, arena=Arena(FakeQueue()))
     return str(error.value)
+
+
+class StreamingEngine(FakeEngine):
+    """An engine of 20 bytes, of which 12 can be streamed."""
+
+    streamable_weights_size = 12
+    weight_streaming_budget_v2 = 12
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return 5
+
+    def create_execution_context(self, strategy: object) -> FakeContext:
+        return self.context()
+
+
+def test_an_engine_is_loaded_on_its_device_and_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, engine, used = FakeQueue(), StreamingEngine(), []
+
+    def deserialize(plan: object) -> StreamingEngine:
+        used.append(queue.used)
+        return engine
+
+    trt = SimpleNamespace(
+        __name__="tensorrt", __version__="10.14.1", ILogger=type("ILogger", (), {"ERROR": 1}),
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=1),
+        Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=deserialize),
+    )  # fmt: skip
+    monkeypatch.setattr(module, "load_backend", lambda backend: trt)
+    monkeypatch.setattr(module, "device_target", lambda device: "sm120")
+    for streams in (True, False):
+        store = Store(tmp_path / str(streams))
+        with store.building(replace(KEY, backend="tensorrt", version="10.14.1")) as building:
+            (building.folder / ENGINE).write_bytes(b"not really an engine")
+            building.details["weight_streaming"] = streams
+        [entry] = store.entries()
+        for budget, kept in ((None, 5), (7, 7), (100, 12)) if streams else ((None, 12),):
+            engine.weight_streaming_budget_v2 = 12
+            runner = load_engine(entry, SCHEMA, dtype=DTYPE, arena=Arena(queue), weight_budget=budget)
+            assert engine.weight_streaming_budget_v2 == kept
+            for _ in range(3):
+                runner.run(inputs())
+            assert queue.captured == 0 or not streams
+            assert runner.close() >= 20 - 12 + kept
+    with pytest.raises(UsageError, match=r"cannot stream its weights, .* build it with --weight-streaming"):
+        load_engine(entry, SCHEMA, dtype=DTYPE, arena=Arena(queue), weight_budget=7)
+    assert used == [True] * 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is refused where there is no GPU")

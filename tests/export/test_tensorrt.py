@@ -130,7 +130,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             ):
                 tensors.update({get(i).name: (get(i).dtype.name, tuple(get(i).shape)) for i in range(count)})
             seen.flags = {
-                name for name in ("WEIGHT_STREAMING", "REFIT") if config.get_flag(getattr(rtx.BuilderFlag, name))
+                name for name in rtx.BuilderFlag.__members__ if config.get_flag(getattr(rtx.BuilderFlag, name))
             }
             seen.targets = [config.get_compute_capability(i).name for i in range(config.num_compute_capabilities)]
             return super().build_serialized_network(network, config)
@@ -182,7 +182,19 @@ def test_one_engine_for_several_cards_and_profiles(exported: Export, seen: Simpl
 
 def test_weights_can_stay_on_the_host(exported: Export, seen: SimpleNamespace, tmp_path: Path) -> None:
     make(*exported(*SMALLEST), tmp_path, weight_streaming=True)
-    assert seen.flags == {"WEIGHT_STREAMING"}
+    assert "WEIGHT_STREAMING" in seen.flags
+    assert "REQUIRE_USER_ALLOCATION" not in seen.flags  # TensorRT-RTX refuses both
+
+
+def test_graphs_can_be_captured_and_float32_is_exact_unless_asked(
+    exported: Export, seen: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Nothing is allocated while an engine runs; and TF32, which the builder allows by default, is not used."""
+    make(*exported(*SMALLEST), tmp_path)
+    assert "REQUIRE_USER_ALLOCATION" in seen.flags
+    assert not seen.flags & {"TF32", "WEIGHT_STREAMING"}
+    make(*exported(*SMALLEST), tmp_path, tf32=True)
+    assert "TF32" in seen.flags
 
 
 def test_a_static_export_builds_for_its_one_size(seen: SimpleNamespace, tmp_path: Path) -> None:
@@ -251,7 +263,6 @@ def test_what_cannot_be_built_is_one_sentence(case: str, exported: Export, tmp_p
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"refit": True}, "engines to be refitted need a GPU where they are built"),
         ({"targets": ()}, "no GPU here to build for: say for which, of sm75"),
     ],
 )

@@ -64,7 +64,7 @@ def build_engine(
     dtype: torch.dtype,
     targets: Sequence[str] = (),
     weight_streaming: bool = False,
-    refit: bool = False,
+    tf32: bool = False,
     timing_cache: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Built:
@@ -73,8 +73,8 @@ def build_engine(
     dtype             of the weights, and of the slots that have it
     targets           compute capabilities, such as "sm120"; TensorRT-RTX takes several and needs no GPU, TensorRT
                       builds for the one that is here, which is the default of both
-    weight_streaming  the weights may stay in the host's memory when it runs
-    refit             the weights can be exchanged later; TensorRT-RTX needs a GPU to build such an engine
+    weight_streaming  the weights may stay in the host's memory when it runs, which no CUDA graph can record then
+    tf32              products of float32 may be computed in TF32, with 10 bits of each factor
     timing_cache      a file that is read, where it is there, and written (TensorRT)
     on_progress       called from the builder's threads; what it raises stops the build
 
@@ -101,9 +101,14 @@ def build_engine(
         config.num_compute_capabilities = len(targets)
         for i, target in enumerate(targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), i)
-    for wanted, flag in ((weight_streaming, "WEIGHT_STREAMING"), (refit, "REFIT")):
-        if wanted:
-            config.set_flag(getattr(trt.BuilderFlag, flag))
+    if weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if not tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)  # which is on by default
+    # without it TensorRT-RTX may allocate while it runs, which no CUDA graph can record (release notes of 1.2); engines
+    # that stream their weights have to
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not weight_streaming:
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     _add_profiles(builder, config, schema, profiles, log)
     cache = None
     if timing_cache is not None:
@@ -119,7 +124,7 @@ def build_engine(
     if monitor.raised is not None:
         raise monitor.raised
     if plan is None:
-        raise UsageError(f"{product} could not build {onnx.name} for {'+'.join(targets)}: {_build_error(log, refit)}")
+        raise UsageError(f"{product} could not build {onnx.name} for {'+'.join(targets)}: {_build_error(log)}")
     with _writing(destination):
         destination.write_bytes(plan)
     if timing_cache is not None and cache is not None:
@@ -247,12 +252,10 @@ def _parser_error(parser: Any, log: Any) -> str:
     return where + reason([error.desc().removeprefix(f"Invalid Node - {error.node_name()}")])
 
 
-def _build_error(log: Any, refit: bool) -> str:
+def _build_error(log: Any) -> str:
     """Why a build failed."""
     if re.search("bad_alloc|out ?of ?memory", " ".join(log.errors), re.IGNORECASE):
         return "it ran out of memory, so free some, or build fewer profiles"
-    if refit and not torch.cuda.is_available():
-        return f"engines to be refitted need a GPU where they are built ({reason(log.errors)})"
     return reason(log.errors)
 
 

@@ -32,7 +32,8 @@ class Engine(Protocol):
     def get_tensor_dtype(self, name: str, /) -> Any: ...
     def get_tensor_shape(self, name: str, /) -> Sequence[int]: ...
     def get_tensor_profile_shape(self, name: str, profile: int, /) -> Sequence[Sequence[int]]: ...
-    def get_device_memory_size_for_profile_v2(self, profile: int, /) -> int: ...
+    @property
+    def device_memory_size_v2(self) -> int: ...
 
 
 class Context(Protocol):
@@ -137,7 +138,7 @@ class EngineRunner:
         self._errors = errors
         self._contexts: dict[int, Context] = {}
         self._zeros: Tensor | None = None
-        self._captures = Captures(arena.queue, graphs)
+        self._captures = Captures(arena.queue, graphs, name=f"the {schema.component} engine")
         self._generation = arena.generation
         arena.attach()
 
@@ -217,8 +218,8 @@ class EngineRunner:
 
     def _context(self, profile: int) -> Context:
         """A new context, which keeps its profile."""
-        context = self._new_context()
-        with self._queue.use():
+        with self._queue.use():  # which makes its device the current one: contexts are made on that
+            context = self._new_context()
             self._must(context.set_optimization_profile_async(profile, self._queue.handle), "the profile")
         return context
 
@@ -240,7 +241,8 @@ class EngineRunner:
             self._must(context.set_tensor_address(name, tensor.data_ptr()), f"{name}'s address")
         assert self._engine is not None
         size = context.update_device_memory_size_for_shapes()  # 0 where it is not known
-        size = size or self._engine.get_device_memory_size_for_profile_v2(profile)
+        # not of the profile alone: TensorRT 10.7 crashes when asked (NVIDIA/TensorRT#4302)
+        size = size or self._engine.device_memory_size_v2
         address = self._arena.reserve(size)
         self._follow_arena()
         context.set_device_memory(address, self._arena.size)
@@ -280,12 +282,10 @@ class EngineRunner:
             for name, tensor in inputs.items():
                 mine[name].copy_(tensor)
             self._execute(context)  # whatever is done once for a shape is not to be captured
-        try:
-            replay = self._queue.capture(lambda: self._execute(context))
-        except RuntimeError as error:
-            raise UsageError(
-                f"the {self.schema.component} engine makes no CUDA graph ({error}): load it with graphs=0"
-            ) from error
+            capturable = getattr(context, "is_stream_capturable", None)  # TensorRT-RTX's own
+            if capturable is not None and not capturable(self._queue.handle):
+                raise RuntimeError("TensorRT-RTX says that this engine allocates while it runs")
+        replay = self._queue.capture(lambda: self._execute(context))
         return Capture(mine, outputs, replay, needs=context)
 
     def _must(self, done: bool, what: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from nativesd.cache import keep
-from nativesd.errors import SourceError
+from nativesd.errors import SourceError, UsageError
 from nativesd.export.capture import GRAPHS
 from nativesd.export.slots import Schema
 from nativesd.export.store import RUNTIME_CACHE, Entry, verify, why_not
@@ -62,7 +62,8 @@ def load_engine(
 
     schema         its inputs and outputs
     arena          its activation memory, and the queue that it runs on; engines that take turns share one
-    weight_budget  bytes of weights that stay on the GPU, for an engine that was built with weight streaming
+    weight_budget  bytes of weights that stay on the GPU, for an engine that was built with weight streaming; default:
+                   what TensorRT finds room for
 
     Raises SourceError for an engine that is damaged, of another version or for another GPU, and says which; UsageError
     where its backend is not installed.
@@ -79,19 +80,13 @@ def load_engine(
     problem = why_not(entry, here)
     if problem is not None:
         raise SourceError(f"{entry.path} cannot be used: {problem}")
-    engine, log = _deserialize(trt, entry.path / ENGINE)
-    if weight_budget is not None:
-        engine.weight_streaming_budget_v2 = min(weight_budget, engine.streamable_weights_size)
-    cache: RuntimeCache | None = None
-    config = None
-    if backend == "tensorrt-rtx":
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if graphs:  # which would keep the slower kernels that are used until those for the shape are ready
-            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        theirs = config.create_runtime_cache()
-        cache = RuntimeCache(theirs, entry.path / RUNTIME_CACHE)
-        config.set_runtime_cache(theirs)
+    if entry.details.get("weight_streaming"):
+        graphs = 0  # weights come while it runs
+    torch.cuda.empty_cache()  # TensorRT allocates by itself, and cannot have what torch holds in reserve
+    with arena.queue.use():  # which makes its device the current one: engines are loaded onto that
+        engine, log = _deserialize(trt, entry.path / ENGINE)
+        weights = _stream(engine, weight_budget, entry)
+        cache, config = _runtime_config(trt, engine, entry, graphs) if backend == "tensorrt-rtx" else (None, None)
 
     def new_context() -> Context:
         context = engine.create_execution_context(config or trt.ExecutionContextAllocationStrategy.USER_MANAGED)
@@ -99,11 +94,40 @@ def load_engine(
             raise SourceError(f"{entry.path} cannot be run by {PRODUCTS[backend]}: {reason(log.errors[-1:])}")
         return cast("Context", context)
 
-    weights = entry.files[ENGINE].size if weight_budget is None else weight_budget
     return EngineRunner(
         engine, new_context, schema, arena, dtype=dtype, graphs=graphs, names=entry.key.profiles, weights=weights,
         cache=cache, errors=log.errors,
     )  # fmt: skip
+
+
+def _stream(engine: Any, budget: int | None, entry: Entry) -> int:
+    """Have an engine stream what of its weights does not fit a budget; returns the bytes that stay on the GPU.
+
+    Raises UsageError for a budget where the engine cannot stream.
+    """
+    size = entry.files[ENGINE].size
+    if not entry.details.get("weight_streaming"):
+        if budget is not None:
+            raise UsageError(
+                f"{entry.path} cannot stream its weights, so no weight_budget: build it with --weight-streaming"
+            )
+        return size
+    streamable = int(engine.streamable_weights_size)
+    kept = min(streamable, engine.get_weight_streaming_automatic_budget() if budget is None else budget)
+    engine.weight_streaming_budget_v2 = kept
+    return size - streamable + kept
+
+
+def _runtime_config(trt: Any, engine: Any, entry: Entry, graphs: int) -> tuple[RuntimeCache, Any]:
+    """TensorRT-RTX's settings of an engine's contexts, and its cache of compiled kernels."""
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    if graphs:  # which would keep the slower kernels that are used until those for the shape are ready
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    theirs = config.create_runtime_cache()
+    cache = RuntimeCache(theirs, entry.path / RUNTIME_CACHE)
+    config.set_runtime_cache(theirs)
+    return cache, config
 
 
 def _deserialize(trt: Any, path: Path) -> tuple[Any, Any]:
