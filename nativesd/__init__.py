@@ -6,7 +6,6 @@ nativesd.generate("a strawberry on a yellow background").save("strawberry.png")
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,9 @@ from nativesd.errors import NativesdError
 from nativesd.version import __version__
 
 if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Unpack
+
     from nativesd.checkpoints.audit import audit as audit
     from nativesd.checkpoints.audit import diff as diff
     from nativesd.checkpoints.convert import convert as convert
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
     from nativesd.checkpoints.export import export_tensorrt as export_tensorrt
     from nativesd.pictures.preprocess import canny as canny
     from nativesd.pictures.result import Result as Result
+    from nativesd.pipeline.arguments import GenerateOptions, Prompt
+    from nativesd.pipeline.arguments import Hires as Hires
     from nativesd.pipeline.control import Control as Control
+    from nativesd.pipeline.diffusion import Step as Step
     from nativesd.pipeline.loading import load as load
     from nativesd.pipeline.loading import load_control as load_control
-    from nativesd.pipeline.pipeline import Hires as Hires
     from nativesd.pipeline.pipeline import Pipeline as Pipeline
-    from nativesd.pipeline.pipeline import options_from as options_from
+    from nativesd.pipeline.repeat import options_from as options_from
 
 _HOMES = {
     "checkpoints.audit": ("audit", "diff"),
@@ -36,7 +40,10 @@ _HOMES = {
     "pictures.result": ("Result",),
     "pipeline.control": ("Control",),
     "pipeline.loading": ("load", "load_control"),
-    "pipeline.pipeline": ("Hires", "Pipeline", "options_from"),
+    "pipeline.arguments": ("Hires",),
+    "pipeline.diffusion": ("Step",),
+    "pipeline.pipeline": ("Pipeline",),
+    "pipeline.repeat": ("options_from",),
 }
 _LAZY = {name: f"nativesd.{module}" for module, names in _HOMES.items() for name in names}
 __all__ = [
@@ -45,6 +52,7 @@ __all__ = [
     "NativesdError",
     "Pipeline",
     "Result",
+    "Step",
     "__version__",
     "audit",
     "canny",
@@ -58,33 +66,25 @@ __all__ = [
     "options_from",
 ]
 
-LOAD_OPTIONS = (
-    "device",
-    "dtype",
-    "prediction",
-    "unet",
-    "vae",
-    "text_encoders",
-    "preview",
-    "offload",
-    "maps",
-    "backend",
-    "engines",
-    "fast",
-    "compile",
-    "fp8",
-)
 
+def generate(prompt: Prompt, model: str | Path = "tiny", **options: Unpack[GenerateOptions]) -> Result:
+    """Load `model` and make pictures of `prompt`: the options of `load` and of `Pipeline.__call__`, by name.
 
-def generate(prompt: str | Sequence[str], model: str = "tiny", **options: Any) -> Result:
-    """Load `model` and make pictures of `prompt`: the options of `load` and of `Pipeline.__call__`, by name."""
+    Those of the call are checked before anything is loaded. Raises what the two raise.
+    """
+    from nativesd.pipeline.arguments import check, split
     from nativesd.pipeline.loading import load
 
-    loading = {name: options.pop(name) for name in LOAD_OPTIONS if name in options}
-    return load(model, **loading)(prompt, **options)
+    loading, asked = split(options)
+    check(prompt, asked)
+    return load(model, **loading)(prompt, **asked)
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'nativesd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

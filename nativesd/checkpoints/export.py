@@ -20,8 +20,9 @@ from nativesd.export.tensorrt.product import Backend, backend_for, device_target
 from nativesd.export.tensorrt.profiles import ready_profile
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.vae import VAE
+from nativesd.pipeline.arguments import Lora
 from nativesd.pipeline.loading import load
-from nativesd.pipeline.pipeline import Lora, Pipeline
+from nativesd.pipeline.pipeline import Pipeline
 from nativesd.weights.writing import fresh
 
 EXPORTED = ("text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder")

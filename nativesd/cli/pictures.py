@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.console import Console
 from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Border, Size, lora_use, main
 
 if TYPE_CHECKING:
+    from nativesd.pipeline.arguments import GenerateOptions, LoadOptions
     from nativesd.pipeline.control import Control
 
 BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
@@ -85,8 +86,8 @@ def generate(
     from tqdm import tqdm
 
     import nativesd
+    from nativesd.pipeline.arguments import Hires, split
     from nativesd.pipeline.diffusion import Step
-    from nativesd.pipeline.pipeline import Hires
 
     options = {name: value for name, value in given.items() if value not in (None, ())}
     if size is not None:
@@ -112,12 +113,15 @@ def generate(
         options = {**repeated, **options}
     if "prompt" not in options:
         raise click.UsageError("pass a prompt, or a picture to repeat with --from")
-    loading = {name: options.pop(name) for name in nativesd.LOAD_OPTIONS if name in options}
-    pipeline = nativesd.load(options.pop("model", "tiny"), **loading)
+    model, prompt = options.pop("model", "tiny"), options.pop("prompt")
+    loading, asked = split(cast("GenerateOptions", options))
+    pipeline = nativesd.load(model, **loading)
     for embedding in embeddings:
         pipeline.load_embedding(embedding)
     if "refiner" in options:
-        options["refiner"] = nativesd.load(options["refiner"], **{**loading, "unet": None, "vae": None})
+        asked["refiner"] = nativesd.load(
+            options["refiner"], **cast("LoadOptions", {**loading, "unet": None, "vae": None})
+        )
     with tqdm(file=sys.stderr, unit="step", leave=False, disable=None) as bar:
 
         def on_step(step: Step) -> None:
@@ -126,7 +130,8 @@ def generate(
             if preview is not None:
                 step.preview().save(preview)
 
-        result = pipeline(on_step=on_step, **options)
+        asked["on_step"] = on_step
+        result = pipeline(prompt, **asked)
     for note in result.parameters["notes"]:
         click.echo(f"nativesd: {note}", err=True)
     if verbose:

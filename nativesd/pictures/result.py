@@ -71,8 +71,10 @@ class Result:
             "LoRAs": _loras(p.get("loras") or {}),
             "Version": f"nativesd {__version__}",
         }
-        prompt = p["prompt"] if isinstance(p["prompt"], str) else p["prompt"][index]
-        return write_infotext(prompt, p["negative_prompt"], fields)
+        prompt, negative = (
+            p[name] if isinstance(p[name], str) else p[name][index] for name in ("prompt", "negative_prompt")
+        )
+        return write_infotext(prompt, negative, fields)
 
     def save(self, path: str | Path) -> list[Path]:
         """Write the pictures, several as -0, -1, ... before the suffix, and return the paths.

@@ -67,6 +67,11 @@ class PipelineConfig:
     """What was chosen at load without being told, and from what."""
 
     @property
+    def smallest(self) -> int:
+        """Pixels of the shortest side at which the UNet's deepest feature map is a cell wide."""
+        return self.vae.factor << len(self.unet.levels) - 1
+
+    @property
     def few_steps(self) -> bool:
         """A distilled model: LCM's or TCD's sampler, or trailing spacing on an Euler scheduler (turbo, Lightning)."""
         name = self.scheduler.class_name
@@ -110,9 +115,8 @@ class Job:
     """What a call asks of every pass: base, refiner and hires."""
 
     prompts: Sequence[str]
-    count: int
-    """Pictures of each prompt."""
-    negative: str
+    negatives: Sequence[str]
+    """One for all prompts, or one for each."""
     literal: bool
     clip_skip: int | None
     seeds: Sequence[int]
@@ -125,7 +129,7 @@ class Job:
     guess: bool
     refiner: Diffusion | None
     refiner_at: float
-    on_step: Callable[[Step], None] | None
+    on_step: Callable[[Step], object] | None
 
 
 @dataclass(frozen=True)
@@ -326,16 +330,17 @@ class Diffusion:
         """The conditionings that guidance combines, in the order that `Guidance.combine` takes."""
         config, unet = self.config, self.config.unet
         guided = job.guidance.scale > 1 and unet.guidance is None
-        prompts = [job.negative, *job.prompts] if guided else job.prompts
-        context, pooled = self.encode_prompt(prompts, literal=job.literal, clip_skip=job.clip_skip)
-        if guided and config.zero_empty_negative and job.negative == "":
-            context[0], pooled[0] = 0, 0
+        negatives = job.negatives if guided else ()
+        context, pooled = self.encode_prompt([*negatives, *job.prompts], literal=job.literal, clip_skip=job.clip_skip)
+        if config.zero_empty_negative:
+            for i, negative in enumerate(negatives):
+                if negative == "":
+                    context[i], pooled[i] = 0, 0
         total = len(job.seeds)
 
         def rows(tensor: Tensor, negative: bool) -> Tensor:
-            if negative:
-                return tensor[:1].expand(total, *tensor.shape[1:])
-            return tensor[-len(job.prompts) :].repeat_interleave(total // len(job.prompts), 0)
+            own = tensor[: len(negatives)] if negative else tensor[len(negatives) :]
+            return own.repeat_interleave(total // len(own), 0)  # (n, ...) -> (B, ...), picture by picture
 
         def side(*, negative: bool, channels: Tensor | None = channels) -> Conditioning:
             told = None if unet.guidance is None else guidance_embedding(job.guidance.scale, unet.guidance)

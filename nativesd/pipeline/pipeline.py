@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +14,12 @@ from torch import Tensor
 
 from nativesd.errors import UsageError
 from nativesd.pictures import images
-from nativesd.pictures.images import ImageSource
-from nativesd.pictures.infotext import generation_options, parse_infotext, read_infotext
 from nativesd.pictures.result import Result
+from nativesd.pipeline.arguments import CallOptions, Checked, Hires, Lora, Prompt, check, read_loras, signed
 from nativesd.pipeline.control import Control, ControlModel
 from nativesd.pipeline.denoiser import Guidance
-from nativesd.pipeline.diffusion import EDITING, INPAINTING, PLAIN, Diffusion, Job, Start, Step
+from nativesd.pipeline.diffusion import EDITING, INPAINTING, PLAIN, Diffusion, Job, Start
 from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedule
-from nativesd.sampling.noise import NoiseKind
 from nativesd.sampling.published import Kind
 from nativesd.text.embedding import read_embedding
 from nativesd.tuning.fp8 import is_fp8
@@ -33,51 +29,7 @@ from nativesd.weights.lora.merge import set_loras
 if TYPE_CHECKING:
     from nativesd.export.library import BackendName
 
-Lora = str | Path | tuple[str | Path, float] | tuple[str | Path, float, float]
-Upscaler = Literal["latent", "lanczos"]
 STRENGTH = 0.8  # of image-to-image where none is asked for, as in diffusers
-
-
-@dataclass(frozen=True)
-class Hires:
-    """A second pass at `scale` times the size ("hires fix"): `strength` of the noise, over `steps` (None: the same).
-
-    upscaler  "latent" (bilinear, on the latents) or "lanczos" (on the decoded pictures)
-    """
-
-    scale: float = 2.0
-    strength: float = 0.7
-    steps: int | None = None
-    upscaler: Upscaler = "latent"
-
-    def fields(self) -> dict[str, Any]:
-        """In the words of a picture's parameters."""
-        steps = {} if self.steps is None else {"steps": self.steps}
-        return {"upscale": self.scale, "strength": self.strength, "upscaler": self.upscaler.title(), **steps}
-
-
-def options_from(picture: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """The options that make a picture again, out of its own parameters, and the fields among these that are not heeded.
-
-    `model` among the options is a name, not a path. Raises SourceError for a picture without parameters, UsageError
-    for a value that cannot be.
-    """
-    info = parse_infotext(read_infotext(picture))
-    options, unheeded = generation_options(info)
-    options |= {"prompt": info.prompt, "negative_prompt": info.negative_prompt}
-    hires: Any = options.pop("hires", None)
-    if hires is not None:
-        if "upscale" not in hires:
-            sides = [hires.get(name, 0) / options[name] for name in ("width", "height") if options.get(name)]
-            hires["upscale"] = max(sides, default=1.0)
-        names = {upscaler: upscaler for upscaler in get_args(Upscaler)}
-        upscaler = names.get(str(hires.get("upscaler", "latent")).lower())
-        if upscaler is None:
-            unheeded.append(f"Hires upscaler {hires['upscaler']}")
-        options["hires"] = Hires(
-            hires["upscale"], hires.get("strength", Hires.strength), hires.get("steps") or None, upscaler or "latent"
-        )
-    return options, unheeded
 
 
 @dataclass(frozen=True)
@@ -94,40 +46,9 @@ class Inputs:
 class Pipeline(Diffusion):
     """A loaded model that makes pictures when it is called. See `Diffusion` for what it consists of."""
 
+    @signed(CallOptions)
     @torch.inference_mode()
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str = "",
-        width: int | None = None,
-        height: int | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        sampler: str | None = None,
-        schedule: str | None = None,
-        seed: int | None = None,
-        num_images: int = 1,
-        image: ImageSource | None = None,
-        mask: ImageSource | None = None,
-        strength: float | None = None,
-        image_guidance_scale: float = 1.5,
-        resize: images.Fit = "resize",
-        outpaint: tuple[int, int, int, int] | None = None,
-        mask_blur: int = 4,
-        hires: Hires | float | None = None,
-        refiner: Diffusion | None = None,
-        refiner_at: float = 0.8,
-        loras: Sequence[Lora] = (),
-        control: Sequence[Control] = (),
-        guess_mode: bool = False,
-        guidance_rescale: float = 0.0,
-        eta: float | None = None,
-        clip_skip: int | None = None,
-        literal: bool = False,
-        noise: NoiseKind = "cpu",
-        on_step: Callable[[Step], None] | None = None,
-    ) -> Result:
+    def __call__(self, prompt: Prompt, **options: Unpack[CallOptions]) -> Result:
         """Make pictures of `prompt`, or of each of several.
 
         width, height   pixels, multiples of the VAE's factor (8 as published); default: the size of `image`, else what
@@ -136,8 +57,9 @@ class Pipeline(Diffusion):
         guidance_scale  classifier-free guidance; 1 and below: off. Default 7.5, SDXL 5, few-step models off, "tiny" 3
         sampler         such as "Euler a", "DPM++ 2M Karras" or a published class's name; default: the model's own
         schedule        such as "karras"; default: the model's own. `nativesd samplers` lists both
-        seed            of the first picture; picture i has seed + i. Default: a random one
-        num_images      pictures of each prompt; all are made as one batch
+        negative_prompt what the pictures should not show: a text, or one for each prompt
+        seed            of the first picture, picture i has seed + i; or one for each picture. Default, and -1: random
+        num_images      pictures of each prompt; all are made as one batch. Default 1, or as many as seeds are listed
         image           a picture to begin from (PIL, array, path): image-to-image, inpainting, an edit for an
                         instruct-pix2pix model
         mask            white where `image` is painted anew
@@ -147,7 +69,8 @@ class Pipeline(Diffusion):
         outpaint        pixels to add to `image` on the left, top, right and bottom
         mask_blur       pixels over which the repainted part fades into the picture
         hires           a second pass at a larger size: a `Hires`, or its scale
-        refiner         an SDXL refiner, which takes the last steps, from `refiner_at` of the way on
+        refiner         an SDXL refiner, loaded, which takes the last steps
+        refiner_at      from how far on it takes them, 0 to 1. Default 0.8
         loras           files, or (file, scale), or (file, scale of the UNet's part, of the text encoders'): merged into
                         the weights for this call and taken out, to the bit, when a later one does not name them
         control         ControlNets and T2I-Adapters with their pictures, as `Control`; they add up
@@ -159,106 +82,90 @@ class Pipeline(Diffusion):
         noise           "cpu", as diffusers, or "cuda": what an NVIDIA card would draw, as A1111
         on_step         called with a `Step` at every step
 
-        Raises UsageError for an option that cannot be.
+        None stands for the default of each. Raises UsageError for an option that cannot be.
         """
+        asked = check(prompt, options)
         config = self.config
         inferred = dict(config.inferred)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise UsageError("there is no prompt: pass a text, or several")
-        if num_images < 1:
-            raise UsageError(f"num_images must be at least 1, not {num_images}")
-        if noise not in get_args(NoiseKind):
-            raise UsageError(f"noise must be {' or '.join(get_args(NoiseKind))}, not {noise!r}")
-        for name, number, top in (
-            ("guidance_rescale", guidance_rescale, 1), ("eta", eta, 1), ("strength", strength, 1),
-            ("refiner_at", refiner_at, 1), ("guidance_scale", guidance_scale, math.inf),
-            ("image_guidance_scale", image_guidance_scale, math.inf),
-        ):  # fmt: skip
-            if number is not None and not (math.isfinite(number) and 0 <= number <= top):
-                raise UsageError(f"{name} must be between 0 and 1, not {number}" if top == 1 else f"{name} must be a "
-                                 f"finite number of at least 0, not {number}")  # fmt: skip
-        seed = secrets.randbits(32) if seed is None else seed
-        seeds = [seed + i for i in range(num_images * len(prompts))]
-        if not 0 <= seeds[0] <= seeds[-1] < 1 << 64:
-            raise UsageError(f"seeds must be between 0 and 2^64 - 1, not {seed}")
+        steps, guidance_scale = asked.steps, asked.guidance_scale
         if steps is None:
             steps = config.default_steps
             inferred.setdefault("steps", f"{steps}, the default of {'few-step ' if config.few_steps else ''}models")
         if guidance_scale is None:
             guidance_scale = config.default_guidance
             inferred.setdefault("guidance_scale", f"{guidance_scale:g}, the default of such models")
-        choice, kind = self._choose(sampler, schedule)
-        if sampler is None:
+        choice, kind = self._choose(asked.sampler, asked.schedule)
+        if asked.sampler is None:
             inferred.setdefault("sampler", f"{choice.sampler.name}, for the model's {config.scheduler.class_name}")
 
-        self.set_loras(loras)
-        inputs = self._inputs(image, mask, outpaint, width, height, resize, mask_blur)
+        inputs = self._inputs(asked)
         size = (inputs.width, inputs.height)
-        if isinstance(hires, float | int):
-            hires = Hires(hires)
+        for side in (*size, *(() if asked.hires is None else self._enlarged(size, asked.hires))):
+            if side < config.smallest:
+                raise UsageError(
+                    f"{config.name} makes pictures of {config.smallest} pixels a side and more, not of {side}"
+                )
+        self.set_loras(asked.loras)
         job = Job(
-            prompts=prompts,
-            count=num_images,
-            negative=negative_prompt,
-            literal=literal,
-            clip_skip=clip_skip,
-            seeds=seeds,
-            noise=noise,
-            guidance=Guidance(guidance_scale, guidance_rescale, image_guidance_scale, self.sequential),
+            prompts=asked.prompts,
+            negatives=asked.negative_prompt,
+            literal=asked.literal,
+            clip_skip=asked.clip_skip,
+            seeds=asked.seeds,
+            noise=asked.noise,
+            guidance=Guidance(guidance_scale, asked.guidance_rescale, asked.image_guidance_scale, self.sequential),
             choice=choice,
             kind=kind,
-            eta=eta,
-            control=[self._loaded(each) for each in control],
-            guess=guess_mode,
-            refiner=refiner,
-            refiner_at=refiner_at,
-            on_step=on_step,
+            eta=asked.eta,
+            control=[self._loaded(each) for each in asked.control],
+            guess=asked.guess_mode,
+            refiner=asked.refiner,
+            refiner_at=asked.refiner_at,
+            on_step=asked.on_step,
         )
 
         start = None
         if inputs.picture is not None:
-            if hires is not None:
-                raise UsageError("hires makes a picture larger that was made from a prompt: pass no image with it")
+            strength = asked.strength
             if strength is None:
                 strength = STRENGTH if inputs.mask is None else 1.0
             start = Start(strength, images.to_tensor([inputs.picture]).to(self.device), mask=inputs.mask)
         latents = self.run(job, steps, size, start)
-        if hires is not None:
-            latents = self._enlarge(job, steps, latents, hires)
+        if asked.hires is not None:
+            latents = self._enlarge(job, steps, latents, asked.hires)
         pictures = self.decode(latents)
         if inputs.picture is not None and inputs.mask is not None:
             pictures = [images.paste(inputs.picture, picture, inputs.mask) for picture in pictures]
         parameters = {
-            "prompt": prompt if isinstance(prompt, str) else [p for p in prompts for _ in range(num_images)],
-            "negative_prompt": negative_prompt,
+            "prompt": asked.prompts[0] if asked.one_prompt else asked.each(asked.prompts),
+            "negative_prompt": (asked.negative_prompt[0] if asked.one_negative else asked.each(asked.negative_prompt)),
             "steps": steps,
             "sampler": choice.sampler.name,
             "schedule": kind,
             "guidance_scale": guidance_scale,
-            "seed": seed,
+            "seed": asked.seeds[0],
             "width": inputs.width,
             "height": inputs.height,
             "model": config.name,
-            "noise": noise,
-            "strength": strength if start is not None else None,
-            "guidance_rescale": guidance_rescale or None,
-            "eta": eta,
-            "clip_skip": clip_skip,
-            "literal": literal or None,
-            "mask_blur": None if inputs.mask is None else mask_blur,
-            "image_guidance_scale": image_guidance_scale if config.unet.in_channels == EDITING else None,
-            "hires": None if hires is None else hires.fields(),
-            "refiner": None if refiner is None else refiner.config.name,
-            "refiner_at": None if refiner is None else refiner_at,
+            "noise": asked.noise,
+            "strength": None if start is None else start.strength,
+            "guidance_rescale": asked.guidance_rescale or None,
+            "eta": asked.eta,
+            "clip_skip": asked.clip_skip,
+            "literal": asked.literal or None,
+            "mask_blur": None if inputs.mask is None else asked.mask_blur,
+            "image_guidance_scale": asked.image_guidance_scale if config.unet.in_channels == EDITING else None,
+            "hires": None if asked.hires is None else asked.hires.fields(),
+            "refiner": None if asked.refiner is None else asked.refiner.config.name,
+            "refiner_at": None if asked.refiner is None else asked.refiner_at,
             "loras": {use.lora.path.stem: (use.unet, use.text_encoder) for use in self._uses()} or None,
-            "control": [str(getattr(each.model, "name", each.model)) for each in control] or None,
+            "control": [str(getattr(each.model, "name", each.model)) for each in asked.control] or None,
             "inferred": inferred,
             "notes": list(inputs.notes),
         }
         return Result(
             images=pictures,
-            seeds=seeds,
+            seeds=list(asked.seeds),
             latents=latents,
             parameters={name: value for name, value in parameters.items() if value is not None},
         )
@@ -303,21 +210,19 @@ class Pipeline(Diffusion):
         self.embeddings[embedding.name] = embedding
         return embedding.name
 
-    def set_loras(self, loras: Sequence[Lora]) -> None:
+    def set_loras(self, loras: Lora | Sequence[Lora]) -> None:
         """Make these the LoRAs in the weights. Raises WeightsError where one does not fit, or not as a whole."""
+        wanted = read_loras("loras", loras)
         if self.lora_state is None:
-            if loras:
+            if wanted:
                 raise UsageError("LoRAs are merged from the model's files: load it with nativesd.load()")
             return
-        if loras and is_fp8(self.unet):
+        if wanted and is_fp8(self.unet):
             raise UsageError("LoRAs cannot be merged into float8 weights: load the model without fp8=True")
-        uses = []
-        for lora in loras:
-            file, *scales = (lora,) if isinstance(lora, str | Path) else lora
-            if str(file) not in self._loras:
-                self._loras[str(file)] = read_lora(file)
-            unet = scales[0] if scales else 1.0
-            uses.append(Use(self._loras[str(file)], unet, scales[1] if len(scales) > 1 else unet))
+        for file, _, _ in wanted:
+            if file not in self._loras:
+                self._loras[file] = read_lora(file)
+        uses = [Use(self._loras[file], unet, text_encoder) for file, unet, text_encoder in wanted]
         set_loras(self.lora_state, uses)
 
     def _uses(self) -> tuple[Use, ...]:
@@ -352,17 +257,9 @@ class Pipeline(Diffusion):
         kind = choice.kind or kind or own.kind
         return choice, own.kind if kind == "automatic" else kind
 
-    def _inputs(
-        self,
-        image: ImageSource | None,
-        mask: ImageSource | None,
-        outpaint: tuple[int, int, int, int] | None,
-        width: int | None,
-        height: int | None,
-        resize: images.Fit,
-        mask_blur: int,
-    ) -> Inputs:
+    def _inputs(self, asked: Checked) -> Inputs:
         """The picture to begin from and its mask, brought to one size. Raises UsageError for what cannot be."""
+        width, height, image, mask, outpaint = asked.width, asked.height, asked.image, asked.mask, asked.outpaint
         factor, channels = self.config.vae.factor, self.config.unet.in_channels
         for pixels in (width, height):
             if pixels is not None and (pixels < factor or pixels % factor):
@@ -379,6 +276,8 @@ class Pipeline(Diffusion):
                     f"{'pass ' + kind[channels] if channels in kind else 'such models are not supported'}"
                 )
             return Inputs(width or self.config.size, height or self.config.size)
+        if asked.hires is not None:
+            raise UsageError("hires makes a picture larger that was made from a prompt: pass no image with it")
         if channels not in (PLAIN, INPAINTING, EDITING):
             raise UsageError(f"{self.config.name} takes {channels} input channels: such models are not supported")
         if channels == INPAINTING and mask is None and outpaint is None:
@@ -386,27 +285,34 @@ class Pipeline(Diffusion):
         if channels == EDITING and (mask is not None or outpaint is not None):
             raise UsageError(f"{self.config.name} edits whole pictures by instruction: it takes no mask")
         notes = []
-        picture, note = images.fit(images.read_image(image), width, height, resize, factor=factor)
+        picture, note = images.fit(images.read_image(image), width, height, asked.resize, factor=factor)
         notes += [note] if note else []
         painted = None
         if mask is not None:
-            painted = images.fit(images.read_mask(mask), picture.width, picture.height, resize, factor=factor).image
+            painted = images.fit(
+                images.read_mask(mask), picture.width, picture.height, asked.resize, factor=factor
+            ).image
         if outpaint is not None:
             left, top, right, bottom = outpaint
             picture, border, note = images.pad(picture, left, right, top, bottom, factor=factor)
             notes.append(note)
             painted = border if painted is None else images.add_border(painted, border, (left, right, top, bottom))
         if painted is not None:
-            painted = images.blur(painted, mask_blur)
+            painted = images.blur(painted, asked.mask_blur)
         return Inputs(picture.width, picture.height, picture, painted, tuple(notes))
+
+    def _enlarged(self, size: tuple[int, int], hires: Hires) -> tuple[int, int]:
+        """Width and height of the second pass's pictures, in pixels."""
+        factor = self.config.vae.factor
+        width, height = (round(side // factor * hires.scale) * factor for side in size)
+        return width, height
 
     def _enlarge(self, job: Job, steps: int, latents: Tensor, hires: Hires) -> Tensor:
         """The second pass: latents of the larger size."""
         factor = self.config.vae.factor
-        cells = [max(1, round(side * hires.scale)) for side in latents.shape[2:]]
-        size = (cells[1] * factor, cells[0] * factor)
+        size = self._enlarged((latents.shape[3] * factor, latents.shape[2] * factor), hires)
         if hires.upscaler == "latent":
-            larger = F.interpolate(latents, size=cells, mode="bilinear")
+            larger = F.interpolate(latents, size=(size[1] // factor, size[0] // factor), mode="bilinear")
         else:
             pictures = [picture.resize(size, Image.Resampling.LANCZOS) for picture in self.decode(latents)]
             larger = self.encode_tensor(images.to_tensor(pictures))[0]

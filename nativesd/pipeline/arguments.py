@@ -1,0 +1,475 @@
+"""What a call can be asked for: every option with its type, range and default, read from whatever plainly means it.
+
+`CallOptions` is what callers may pass, `Checked` what a call works with; a field of it is a row of the table: name,
+type, default, and the reader that takes a value or says why it cannot be. What depends on the model is checked by the
+pipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import reprlib
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from inspect import Parameter, Signature
+from os import PathLike, fspath
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypedDict,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import numpy as np
+import torch
+from PIL import Image
+
+from nativesd.config import Prediction
+from nativesd.errors import UsageError
+from nativesd.pictures.images import Fit, ImageSource
+from nativesd.pipeline.control import Control
+from nativesd.pipeline.diffusion import Diffusion, Step
+from nativesd.sampling.names import find_sampler, find_schedule
+from nativesd.sampling.noise import NoiseKind
+
+if TYPE_CHECKING:
+    from nativesd.export.library import BackendName
+
+Prompt = str | Sequence[str | None] | None
+Lora = str | Path | tuple[str | Path, float] | tuple[str | Path, float, float]
+Upscaler = Literal["latent", "lanczos"]
+Border = tuple[int, int, int, int]
+Reader = Callable[[str, Any], Any]
+"""From an argument's name and value to the value that a call works with; UsageError names the argument."""
+Function = TypeVar("Function", bound=Callable[..., object])
+
+SEEDS = 1 << 64
+SEEDING = ("seed", "num_images")  # the options that together are a seed for every picture
+MOST_HIRES = 16
+
+
+@dataclass(frozen=True)
+class Hires:
+    """A second pass at `scale` times the size ("hires fix"): `strength` of the noise, over `steps` (None: the same).
+
+    upscaler  "latent" (bilinear, on the latents) or "lanczos" (on the decoded pictures)
+    """
+
+    scale: float = 2.0
+    strength: float = 0.7
+    steps: int | None = None
+    upscaler: Upscaler = "latent"
+
+    def fields(self) -> dict[str, Any]:
+        """In the words of a picture's parameters."""
+        steps = {} if self.steps is None else {"steps": self.steps}
+        return {"upscale": self.scale, "strength": self.strength, "upscaler": self.upscaler.title(), **steps}
+
+
+class LoadOptions(TypedDict, total=False):
+    """The options of `nativesd.load`, where they are explained."""
+
+    device: str | torch.device | None
+    dtype: str | torch.dtype | None
+    prediction: Prediction | None
+    unet: str | Path | None
+    vae: str | Path | None
+    text_encoders: Sequence[str | Path]
+    preview: str | Path | None
+    offload: bool
+    maps: str | Path | None
+    backend: Literal["torch"] | BackendName
+    engines: str | Path | None
+    fast: bool
+    compile: bool | Literal["auto"]
+    fp8: bool
+
+
+class CallOptions(TypedDict, total=False):
+    """The options of `Pipeline.__call__`, where they are explained; None is the default of each."""
+
+    negative_prompt: Prompt
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance_scale: float | None
+    sampler: str | None
+    schedule: str | None
+    seed: int | Sequence[int] | None
+    num_images: int | None
+    image: ImageSource | None
+    mask: ImageSource | None
+    strength: float | None
+    image_guidance_scale: float | None
+    resize: Fit | None
+    outpaint: Border | None
+    mask_blur: int | None
+    hires: Hires | float | None
+    refiner: Diffusion | None
+    refiner_at: float | None
+    loras: Lora | Sequence[Lora] | None
+    control: Control | Sequence[Control] | None
+    guess_mode: bool | None
+    guidance_rescale: float | None
+    eta: float | None
+    clip_skip: int | None
+    literal: bool | None
+    noise: NoiseKind | None
+    on_step: Callable[[Step], object] | None
+
+
+class GenerateOptions(LoadOptions, CallOptions, total=False):
+    """The options of `nativesd.generate`."""
+
+
+ELSEWHERE = {
+    "num_inference_steps": "steps", "num_images_per_prompt": "num_images", "batch_size": "num_images",
+    "n_iter": "num_images", "n": "num_images", "cfg_scale": "guidance_scale", "cfg": "guidance_scale",
+    "guidance": "guidance_scale", "scale": "guidance_scale", "negative": "negative_prompt", "text": "prompt",
+    "prompts": "prompt", "sampler_name": "sampler", "sampler_index": "sampler", "sample_method": "sampler",
+    "scheduler": "sampler (which steps how) and schedule (at which noise levels)", "init_image": "image",
+    "init_images": "image", "input_image": "image", "mask_image": "mask", "denoising_strength": "strength",
+    "denoise": "strength", "resize_mode": "resize", "enable_hr": "hires", "hr_scale": "hires", "hires_fix": "hires",
+    "denoising_end": "refiner and refiner_at", "denoising_start": "refiner and refiner_at",
+    "refiner_switch_at": "refiner_at", "cross_attention_kwargs": "loras, with their scales", "lora": "loras",
+    "lora_scale": "loras, with their scales", "control_image": "control, with nativesd.Control(model, image)",
+    "controlnet": "control, with nativesd.Control(model, image)", "controls": "control",
+    "controlnet_conditioning_scale": "the scale of a nativesd.Control",
+    "conditioning_scale": "the scale of a nativesd.Control",
+    "control_guidance_start": "the start of a nativesd.Control",
+    "control_guidance_end": "the end of a nativesd.Control",
+    "callback": "on_step", "callback_on_step_end": "on_step", "progress_callback": "on_step",
+    "generator": "seed (the number that the generator was seeded with)", "random_seed": "seed",
+    "size": "width and height", "emphasis": "literal",
+    "output_type": "the result's images (PIL) and latents, which are always there",
+    "return_dict": "the result's images (PIL) and latents, which are always there",
+}  # fmt: skip
+"""The names that diffusers, A1111, ComfyUI and stable-diffusion.cpp have for what is called otherwise here."""
+
+
+def check(prompt: Prompt, options: CallOptions) -> Checked:
+    """What is asked of a call, read and in its ranges. Raises UsageError for what cannot be, naming the argument."""
+    hints = get_type_hints(Checked, include_extras=True)
+    rows: dict[str, Reader] = {
+        name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")
+    }
+    _require_known(options, [*rows, *SEEDING])
+    given = {name: value for name, value in options.items() if value is not None}
+    prompts = _prompts("prompt", prompt)
+    seeds = _seeds(given.pop("seed", None), given.pop("num_images", None), len(prompts))
+    checked = Checked(
+        prompts=prompts, one_prompt=not _is_list(prompt), seeds=seeds,
+        one_negative=not _is_list(given.get("negative_prompt")),
+        **{name: rows[name](name, value) for name, value in given.items()},
+    )  # fmt: skip
+    if checked.schedule is not None:
+        find_schedule(checked.schedule)
+    if checked.sampler is not None:
+        find_sampler(checked.sampler, checked.schedule)
+    if len(checked.negative_prompt) not in (1, len(prompts)):
+        raise UsageError(
+            f"negative_prompt must be one text, or one for each of {len(prompts)} prompts, not "
+            f"{len(checked.negative_prompt)}"
+        )
+    return checked
+
+
+@cache
+def _readers() -> Mapping[str, Reader]:
+    """What reads each option: see `Checked`."""
+    hints = get_type_hints(Checked, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}
+
+
+def split(options: GenerateOptions) -> tuple[LoadOptions, CallOptions]:
+    """The options of `nativesd.load`, and all others."""
+    loading = {name: value for name, value in options.items() if name in LoadOptions.__annotations__}
+    asked = {name: value for name, value in options.items() if name not in loading}
+    return cast("LoadOptions", loading), cast("CallOptions", asked)
+
+
+def _require_known(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise UsageError for a name that is no option, with ours where it is another tool's."""
+    for name in given:
+        if name in known:
+            continue
+        if name in LoadOptions.__annotations__:
+            raise UsageError(f"{name} is an option of nativesd.load(), not of a call: pass {name}= there")
+        if name in ELSEWHERE:
+            raise UsageError(f"there is no option {name!r}: here it is {ELSEWHERE[name]}")
+        close = get_close_matches(name, known, 1)
+        raise UsageError(f"there is no option {name!r}" + (f": did you mean {close[0]}?" if close else ""))
+
+
+def signed(options: type) -> Callable[[Function], Function]:
+    """Have a function that takes `**options` show each of them to `help`, and to what completes names."""
+
+    def sign(function: Function) -> Function:
+        positional = list(Signature.from_callable(function).parameters.values())[:-1]
+        keywords = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation.__forward_arg__)
+            for name, annotation in options.__annotations__.items()
+        ]
+        function.__signature__ = Signature([*positional, *keywords])  # type: ignore[attr-defined]
+        return function
+
+    return sign
+
+
+def whole(low: int, high: int | None = None) -> Reader:
+    """A whole number in a range: of any type that is one, 2.0 and "2" included."""
+
+    def read(name: str, value: Any) -> int:
+        number = _whole(name, value)
+        if number < low or (high is not None and number > high):
+            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise UsageError(f"{name} must be {bounds}, not {shown(value)}")
+        return number
+
+    return read
+
+
+def real(low: float, high: float = math.inf, *, above: bool = False) -> Reader:
+    """A finite number in a range, without `low` itself where it has to be `above` that: 7 and "7" included."""
+
+    def read(name: str, value: Any) -> float:
+        number = _real(name, value)
+        if not math.isfinite(number) or number < low or number > high or (above and number == low):
+            least = f"above {low:g}" if above else f"of at least {low:g}"
+            bounds = f"a finite number {least}" if math.isinf(high) else f"between {low:g} and {high:g}"
+            if above and not math.isinf(high):
+                bounds = f"above {low:g} and at most {high:g}"
+            raise UsageError(f"{name} must be {bounds}, not {shown(value)}")
+        return number
+
+    return read
+
+
+def one_of(*words: str) -> Reader:
+    """One of several words."""
+
+    def read(name: str, value: Any) -> str:
+        if value not in words:
+            raise UsageError(f"{name} must be {' or '.join(words)}, not {shown(value)}")
+        return str(value)
+
+    return read
+
+
+def shown(value: object) -> str:
+    """A value in a sentence: short, whatever it is."""
+    if isinstance(value, str | int | float | complex | bytes | list | tuple | dict | None):
+        return reprlib.repr(value)
+    return f"a {type(value).__name__}" if getattr(value, "ndim", None) != 0 else str(value)
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    number = _real(name, value, "a whole number")
+    if not math.isfinite(number) or number != int(number):
+        raise UsageError(f"{name} must be a whole number, not {shown(value)}")
+    return int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdecimal() else int(number)
+
+
+def _real(name: str, value: Any, what: str = "a number") -> float:
+    try:
+        if not isinstance(value, bool | bytes) and getattr(value, "ndim", 0) == 0:
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UsageError(f"{name} must be {what}, not {shown(value)}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    """A bool, or numpy's, or 0 or 1; a text such as "false" is not guessed at."""
+    if isinstance(value, str) or value not in (False, True):
+        raise UsageError(f"{name} must be True or False, not {shown(value)}")
+    return bool(value)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{name} must be a name, not {shown(value)}")
+    return value
+
+
+def _picture(name: str, value: Any) -> Any:
+    if not isinstance(value, Image.Image | np.ndarray | torch.Tensor | str | Path):
+        raise UsageError(f"{name} must be a picture (PIL, an array, a tensor) or its file, not {shown(value)}")
+    return value
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+
+
+def _prompts(name: str, value: Any) -> list[str]:
+    """One text, or several; None is the empty one."""
+    texts = list(value) if _is_list(value) else [value]
+    if not texts:
+        raise UsageError(f"there is no {name}: pass a text, or several")
+    for text in texts:
+        if not isinstance(text, str | None):
+            raise UsageError(f"{name} must be a text, or a list of texts, not {shown(text)}")
+    return [text or "" for text in texts]
+
+
+def _seeds(value: Any, num_images: Any, prompts: int) -> list[int]:
+    """Every picture's seed, as they were listed or counting up from the one given; `num_images` of each prompt."""
+    listed = [_seed(each) for each in value] if _is_list(value) and getattr(value, "ndim", 1) == 1 else None
+    if num_images is None:
+        num_images = 1 if listed is None else max(len(listed) // prompts, 1)
+    total = whole(1)("num_images", num_images) * prompts
+    if listed is None:
+        first = _seed(value)
+        if first + total > SEEDS:
+            raise UsageError(f"seeds must be between 0 and 2^64 - 1, not {first + total - 1}")
+        return [first + i for i in range(total)]
+    if len(listed) != total:
+        raise UsageError(f"seed must be one number, or one for each of {total} pictures, not {len(listed)}")
+    return listed
+
+
+def _seed(value: Any) -> int:
+    """A seed; None and -1 are a random one."""
+    if isinstance(value, torch.Generator):
+        raise UsageError("seed must be a whole number: pass the one that the generator was seeded with")
+    number = -1 if value is None else _whole("seed", value)
+    if number == -1:
+        return secrets.randbits(32)
+    if not 0 <= number < SEEDS:
+        raise UsageError(f"seeds must be between 0 and 2^64 - 1, or -1 for a random one, not {shown(value)}")
+    return number
+
+
+def _border(name: str, value: Any) -> Border:
+    sides = [whole(0)(name, side) for side in value] if _is_list(value) else []
+    if len(sides) != 4:
+        raise UsageError(f"{name} must be four numbers of pixels (left, top, right, bottom), not {shown(value)}")
+    left, top, right, bottom = sides
+    return left, top, right, bottom
+
+
+def _hires(name: str, value: Any) -> Hires:
+    """A `Hires`, or its scale."""
+    given = value if isinstance(value, Hires) else Hires(value)
+    of = f"{name}.{{}}" if isinstance(value, Hires) else name
+    return Hires(
+        real(0, MOST_HIRES, above=True)(of.format("scale"), given.scale),
+        real(0, 1)(of.format("strength"), given.strength),
+        None if given.steps is None else whole(1)(of.format("steps"), given.steps),
+        one_of(*get_args(Upscaler))(of.format("upscaler"), given.upscaler),
+    )
+
+
+def read_loras(name: str, value: Any) -> list[tuple[str, float, float]]:
+    """One LoRA or several: (file, scale of the UNet's part, scale of the text encoders')."""
+    numbered = isinstance(value, tuple) and len(value) in (2, 3) and not _is_path(value[1])
+    given = [value] if _is_path(value) or numbered else value
+    if not _is_list(given):
+        raise UsageError(f"{name} must be files, or (file, scale), or (file, scale, scale), not {shown(value)}")
+    out = []
+    for lora in given:
+        file, *scales = (lora,) if _is_path(lora) or not _is_list(lora) else lora
+        if not _is_path(file) or len(scales) > 2:
+            raise UsageError(f"{name} must be files, or (file, scale), or (file, scale, scale), not {shown(lora)}")
+        unet, text = [_scale(name, scale) for scale in scales or (1.0,)] * (1 if len(scales) == 2 else 2)
+        out.append((fspath(file), unet, text))
+    return out
+
+
+def _scale(name: str, value: Any) -> float:
+    return float(real(-math.inf)(f"a scale of {name}", value))
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | PathLike)
+
+
+def _control(name: str, value: Any) -> list[Control]:
+    """One control or several, each with its numbers in range."""
+    given = list(value) if _is_list(value) else [value]
+    for control in given:
+        if not isinstance(control, Control):
+            raise UsageError(f"{name} must be nativesd.Control(model, image), or several, not {shown(control)}")
+    return [
+        dataclasses.replace(
+            control,
+            scale=real(-math.inf)(f"the scale of a {name}", control.scale),
+            start=real(0, 1)(f"the start of a {name}", control.start),
+            end=real(0, 1)(f"the end of a {name}", control.end),
+        )
+        for control in given
+    ]
+
+
+def _refiner(name: str, value: Any) -> Diffusion:
+    if not isinstance(value, Diffusion):
+        raise UsageError(f"{name} must be a loaded model: pass {name}=nativesd.load(...), not {shown(value)}")
+    return value
+
+
+def _callable(name: str, value: Any) -> Any:
+    if not callable(value):
+        raise UsageError(f"{name} must be a function that takes a Step, not {shown(value)}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """Everything that a call is asked for: a field's type, what reads it (None aside), and its default.
+
+    `one_prompt` and `one_negative` say that it was a text, not a list.
+    """
+
+    prompts: Sequence[str]
+    one_prompt: bool
+    one_negative: bool
+    seeds: Sequence[int]
+    """Of every picture: of those of the first prompt, of the second, ..."""
+    negative_prompt: Annotated[Sequence[str], _prompts] = ("",)
+    width: Annotated[int | None, whole(1)] = None
+    height: Annotated[int | None, whole(1)] = None
+    steps: Annotated[int | None, whole(1, 999)] = None  # of the 1000 noise levels that all models are trained on
+    guidance_scale: Annotated[float | None, real(0)] = None
+    sampler: Annotated[str | None, _text] = None
+    schedule: Annotated[str | None, _text] = None
+    image: Annotated[ImageSource | None, _picture] = None
+    mask: Annotated[ImageSource | None, _picture] = None
+    strength: Annotated[float | None, real(0, 1)] = None
+    image_guidance_scale: Annotated[float, real(0)] = 1.5
+    resize: Annotated[Fit, one_of(*get_args(Fit))] = "resize"
+    outpaint: Annotated[Border | None, _border] = None
+    mask_blur: Annotated[int, whole(0)] = 4
+    hires: Annotated[Hires | None, _hires] = None
+    refiner: Annotated[Diffusion | None, _refiner] = None
+    refiner_at: Annotated[float, real(0, 1)] = 0.8
+    loras: Annotated[Sequence[tuple[str, float, float]], read_loras] = ()
+    control: Annotated[Sequence[Control], _control] = ()
+    guess_mode: Annotated[bool, _flag] = False
+    guidance_rescale: Annotated[float, real(0, 1)] = 0.0
+    eta: Annotated[float | None, real(0, 1)] = None
+    clip_skip: Annotated[int | None, whole(1)] = None
+    literal: Annotated[bool, _flag] = False
+    noise: Annotated[NoiseKind, one_of(*get_args(NoiseKind))] = "cpu"
+    on_step: Annotated[Callable[[Step], object] | None, _callable] = None
+
+    def each(self, texts: Sequence[str]) -> list[str]:
+        """For every picture its own of one text, or of one for each prompt."""
+        return [texts[i * len(texts) // len(self.seeds)] for i in range(len(self.seeds))]
