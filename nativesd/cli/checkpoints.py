@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nativesd.weights.audit import AuditReport, ComponentReport
     from nativesd.weights.diff import DiffReport
 
-SHOWN = 20  # findings of a kind, unless all are asked for
+SHOWN = 5  # findings of a kind that are listed one by one, unless all are asked for
 
 
 @main.command(help=f"Explain every tensor of SOURCE: {SOURCE_HELP}. Exit code 1 means findings.")
@@ -138,27 +138,48 @@ def _audit_lines(report: AuditReport, *, keys: bool, shown: int) -> Iterator[Tex
 
 
 def _finding_lines(component: ComponentReport, shown: int) -> Iterator[Text]:
+    """Findings one by one, or of a kind with more than `shown` their number and what their names begin with."""
+    if component.unsupported:
+        yield row("not supported", f"this is {component.unsupported}", "red")
     paired = {m.found for m in component.missing if m.found}
     unexpected = [u for u in component.unexpected if u.key not in paired]
-    for m in component.missing[:shown]:
-        yield row("missing", f"{m.parameter} {m.shape}", "red")
-        yield row("", f"expected as {' + '.join(m.expected) or 'nothing any rule names'}")
-        if m.found:
-            yield row("", f"found {m.found}: {m.hint}")
-    for u in unexpected[:shown]:
-        yield row("unexpected", f"{u.key} {u.shape} {u.dtype}: {u.reason}", "red")
-    for w in component.wrong_shape[:shown]:
-        yield row("wrong shape", f"{' + '.join(w.keys)} {w.shape}, for {w.parameter}", "red")
-        yield row("", f"expected {w.expected} ({w.table} rule {w.rule})")
-    for d in component.duplicate[:shown]:
-        yield row("duplicate", f"{d.parameter}: claimed by {', '.join(d.keys)}", "red")
-    lists = {
-        "missing": component.missing, "unexpected": unexpected, "of a wrong shape": component.wrong_shape,
-        "duplicate": component.duplicate,
-    }  # fmt: skip
-    for kind, findings in lists.items():
-        if len(findings) > shown:
-            yield row("", f"and {len(findings) - shown} more {kind} (--all lists them)")
+    if len(component.missing) > shown:
+        names = [name for m in component.missing for name in m.expected or (m.parameter,)]
+        yield from _many("missing", names, f"{len(component.missing)} parameters, expected as")
+    else:
+        for m in component.missing:
+            yield row("missing", f"{m.parameter} {m.shape}", "red")
+            yield row("", f"expected as {' + '.join(m.expected) or 'nothing any rule names'}")
+            if m.found:
+                yield row("", f"found {m.found}: {m.hint}")
+    for reason, names in by_reason((u.key, u.reason) for u in unexpected).items():
+        if len(names) > shown:
+            yield from _many("unexpected", names, f"{len(names)} tensors: {reason}")
+        else:
+            for u in unexpected:
+                if u.reason == reason:
+                    yield row("unexpected", f"{u.key} {u.shape} {u.dtype}: {u.reason}", "red")
+    if len(component.wrong_shape) > shown:
+        names = [key for w in component.wrong_shape for key in w.keys]
+        yield from _many("wrong shape", names, f"{len(component.wrong_shape)} tensors")
+    else:
+        for w in component.wrong_shape:
+            yield row("wrong shape", f"{' + '.join(w.keys)} {w.shape}, for {w.parameter}", "red")
+            yield row("", f"expected {w.expected} ({w.table} rule {w.rule})")
+    if len(component.duplicate) > shown:
+        names = [key for d in component.duplicate for key in d.keys]
+        yield from _many("duplicate", names, f"{len(component.duplicate)} parameters claimed twice")
+    else:
+        for d in component.duplicate:
+            yield row("duplicate", f"{d.parameter}: claimed by {', '.join(d.keys)}", "red")
+
+
+def _many(label: str, names: Sequence[str], what: str) -> Iterator[Text]:
+    from nativesd.weights.audit import grouped
+
+    yield row(label, f"{what} (--all lists them)", "red")
+    for line in grouped(names):
+        yield row("", line)
 
 
 def _diff_lines(report: DiffReport, shown: int) -> Iterator[Text]:

@@ -37,6 +37,7 @@ from nativesd.shipped import TINY
 from nativesd.text.tokenizer import DEFAULT, ClipTokenizer, pad_id, pad_token
 from nativesd.tuning.fp8 import is_fp8, use_fp8, why_not_fp8
 from nativesd.tuning.tune import compile_blocks, tune
+from nativesd.weights.audit import grouped
 from nativesd.weights.checkpoint import fill
 from nativesd.weights.files.folder import read_json
 from nativesd.weights.files.source import Member, open_source
@@ -367,10 +368,13 @@ def identify_known(
 ) -> list[tuple[Member, Identity]]:
     """`identify_all`, for sources of which no tensor may be left over. Raises WeightsError, naming those that are."""
     identities = identify_all(members, tables)
+    for _, identity in identities:
+        if identity.unsupported is not None:
+            raise WeightsError(f"{path} is {identity.unsupported.says}")
     if unknown := [key for _, identity in identities for key in identity.unrecognised]:
         raise WeightsError(
             f"{path} holds {len(unknown)} tensors that no component of any known layout has:\n  "
-            + "\n  ".join(f"unexpected {key}" for key in unknown)
+            + "\n  ".join(f"unexpected {line}" for line in grouped(unknown))
         )
     return identities
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -108,15 +109,18 @@ class ComponentReport:
     wrong_shape: tuple[WrongShape, ...]
     duplicate: tuple[Duplicate, ...]
     evidence: tuple[Evidence, ...] = ()
+    unsupported: str = ""
+    """What it is, where it is recognised and not supported: a phrase behind "this is"."""
 
     @property
     def ok(self) -> bool:
         """Whether there is no finding."""
-        return not (self.missing or self.unexpected or self.wrong_shape or self.duplicate)
+        return not (self.missing or self.unexpected or self.wrong_shape or self.duplicate or self.unsupported)
 
     def problems(self) -> list[str]:
         """One sentence for every finding."""
-        lines = [
+        lines = [f"this is {self.unsupported}"] if self.unsupported else []
+        lines += [
             f"missing {m.parameter}: expected as {' + '.join(m.expected) or 'nothing any rule names'}"
             + (f"; {m.found} is there: {m.hint}" if m.found else "")
             for m in self.missing
@@ -129,6 +133,25 @@ class ComponentReport:
         ]
         lines += [f"duplicate {d.parameter}: claimed by {', '.join(d.keys)}" for d in self.duplicate]
         return lines
+
+    def short_problems(self, limit: int = 5) -> list[str]:
+        """`problems`, but of a kind with more than `limit` findings the number, and their names by what they begin
+        with."""
+        every, out = self.problems(), []
+        kinds: list[tuple[str, Sequence[tuple[str, ...]]]] = [
+            ("", ((),) if self.unsupported else ()),
+            ("missing", [m.expected or (m.parameter,) for m in self.missing]),
+            ("unexpected", [(u.key,) for u in self.unexpected]),
+            ("of a wrong shape", [w.keys for w in self.wrong_shape]),
+            ("claimed twice", [d.keys for d in self.duplicate]),
+        ]
+        for kind, findings in kinds:
+            own, every = every[: len(findings)], every[len(findings) :]
+            if len(findings) > limit:
+                names = ", ".join(grouped((name for names in findings for name in names), limit))
+                own = [f"{len(findings)} {kind}: {names}"]
+            out += own
+        return out
 
 
 @dataclass(frozen=True)
@@ -172,6 +195,7 @@ def _trace(component: ComponentReport, name: str) -> Iterable[str]:
 def _problem_names(component: ComponentReport) -> list[tuple[str, ...]]:
     """Every name that each of `problems()` is about, in the same order."""
     return [
+        *([()] if component.unsupported else []),
         *((m.parameter, *m.expected) for m in component.missing),
         *((u.key,) for u in component.unexpected),
         *((w.parameter, *w.keys) for w in component.wrong_shape),
@@ -184,24 +208,35 @@ def report_components(
 ) -> list[ComponentReport]:
     """Compare every component of a checkpoint with its module, and account for every other key."""
     reports = [_report(component, tensors, expected) for component in identity.components]
-    if identity.ignored or identity.unrecognised:
-        keys = [*identity.ignored, *identity.unrecognised]
+    unknown = identity.unrecognised
+    if identity.unsupported is not None:
+        what = identity.unsupported
+        reports.append(_beside(what.name, _sums(unknown, tensors), (), (), what.says))
+        unknown = []
+    if identity.ignored or unknown:
         unexpected = tuple(
             Unexpected(key, tensors[key].shape, tensors[key].dtype, "no component of any known layout has this name")
-            for key in identity.unrecognised
+            for key in unknown
         )
-        ignored = tuple(Ignored(key, reason) for key, reason in identity.ignored.items())
-        sums = _sums((key for key in keys if key in tensors), tensors)
-        rest = sums | {
-            "mapped": (),
-            "missing": (),
-            "wrong_shape": (),
-            "duplicate": (),
-            "expected": 0,
-        }
         name = "beside the components" if reports else "unrecognised"
-        reports.append(ComponentReport(name, "", "", "", ignored=ignored, unexpected=unexpected, **rest))
+        ignored = tuple(Ignored(key, reason) for key, reason in identity.ignored.items())
+        keys = [key for key in (*identity.ignored, *unknown) if key in tensors]  # a pickle's leavings are no tensors
+        reports.append(_beside(name, _sums(keys, tensors), ignored, unexpected))
     return reports
+
+
+def _beside(
+    name: str,
+    sums: dict[str, Any],
+    ignored: tuple[Ignored, ...],
+    unexpected: tuple[Unexpected, ...],
+    unsupported: str = "",
+) -> ComponentReport:
+    """A report of keys that are no component."""
+    return ComponentReport(
+        name, "", "", "", **sums, expected=0, mapped=(), ignored=ignored, missing=(), unexpected=unexpected,
+        wrong_shape=(), duplicate=(), unsupported=unsupported,
+    )  # fmt: skip
 
 
 def _sums(keys: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
@@ -284,6 +319,31 @@ def _mapped(name: str, source: Source, shape: Shape) -> Mapped:
     operation = source.rule.op
     part = f" {source.part + 1} of {source.parts}" if operation == "split" else ""
     return Mapped(name, source.keys, shape, operation + part, source.rule.table, source.rule.number)
+
+
+def grouped(keys: Iterable[str], limit: int = 5) -> list[str]:
+    """Names as few lines: each where there are few, else by what they begin with, as "prefix* (number)"."""
+    keys = list(keys)
+    if len(keys) <= limit:
+        return keys
+    pieces = {key: _PIECE.findall(key) for key in keys}
+    for depth in range(1, 8):
+        finer: dict[str, list[str]] = {}
+        for key in keys:
+            finer.setdefault("".join(pieces[key][:depth]), []).append(key)
+        if depth > 1 and len(finer) > limit:
+            break
+        groups = finer
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    lines = [f"{start}* ({len(members)})" if len(members) > 1 else members[0] for start, members in ordered]
+    if len(lines) > limit:
+        rest = sum(len(members) for _, members in ordered[limit - 1 :])
+        lines = [*lines[: limit - 1], f"{rest} others"]
+    return lines
+
+
+_PIECE = re.compile(r"[^._:/]*[._:/]?|.+")
+"""A part of a name, with what ends it."""
 
 
 def nearest(expected: Iterable[str], unexpected: Iterable[str]) -> dict[str, tuple[str, str]]:

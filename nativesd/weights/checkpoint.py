@@ -30,7 +30,7 @@ def fill(module: nn.Module, member: Member, component: Component, *, device: tor
     table, tensors = component.table, {key: member.tensors[key] for key in component.found.keys}
     head = (component.name, component.family, component.layout, component.found.prefix)
     plan = make_plan(table, {key: info.shape for key, info in tensors.items()}, expected)
-    if problems := compare(table, tensors, expected, head).problems():
+    if problems := compare(table, tensors, expected, head).short_problems():
         where = " and ".join(sorted({str(member.files[key]) for key in tensors}))
         raise WeightsError(
             f"{where} does not fit the {component.name} ({len(plan.sources)} of {len(expected)} parameters found):\n  "

@@ -438,6 +438,6 @@ def test_nothing_but_an_error_of_ours_comes_of_nonsense(data: st.DataObject) -> 
 
 
 def test_a_whole_unet_is_a_table_of_under_100_lines() -> None:
-    for path in TABLES.glob("*.toml"):
+    for path in TABLES.glob("*.*.toml"):
         lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
         assert len(lines) < 100, path.name

@@ -91,7 +91,7 @@ def report_lora(
     names = {key: next(t.name for t in tables.values() if t.lora and t.lora.part(key)) for key in places}
     return replace(
         report,
-        family=report.family or " or ".join(families),
+        family=" or ".join(families) if best.changes else "",
         expected=len(tensors),
         mapped=tuple(
             Mapped(
@@ -109,7 +109,9 @@ def report_lora(
 
 def _base(found: Sequence[Fit], count: int, unplaced: Mapping[str, str]) -> Evidence:
     """Which base the LoRA fits, and why."""
-    labels = ", ".join(fit.label for fit in found) or "none that is known"
+    labels = ", ".join(fit.label for fit in found if fit.changes) or "none that is known"
+    if not found[0].changes:
+        return Evidence("base", labels, f"none has a place for any of the {len(unplaced)} keys")
     if unplaced:
         return Evidence("base", labels, f"{len(unplaced)} keys find no place in it", determined=False)
     where = "it" if len(found) == 1 else "each of them, and nothing tells which was meant"

@@ -23,6 +23,7 @@ from nativesd.weights.lora.settings import Stated, stated_by
 from nativesd.weights.maps.describe import FAMILIES, unet_family
 from nativesd.weights.maps.identify import CONTEXTS
 from nativesd.weights.maps.keymap import KeyMap, Shape, Source, TableError, load_tables
+from nativesd.weights.maps.signatures import recognise
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ def read_lora(path: str | Path, tables: Mapping[str, KeyMap] | None = None) -> L
     if len(members) > 1:
         raise WeightsError(f"{path} is a model, not a LoRA: a LoRA is one safetensors file")
     [member] = members
+    if (signature := recognise(member.shapes)) is not None:
+        raise WeightsError(f"{path} is {signature.says}")
     [*files] = member.data_starts
     groups, unplaced = group(member.tensors, tables or load_tables(), stated_by(member.metadata, files[0]))
     if not groups:

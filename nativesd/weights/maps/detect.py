@@ -130,12 +130,20 @@ def _best(prefix: str, tables: list[KeyMap], left: Mapping[str, None], foreign: 
 def _most_named(left: Mapping[str, None], tables: Mapping[str, KeyMap]) -> Found | None:
     """What the table names that names most keys, of those without parameters of ours; its kin name the others."""
     bound = [table.bind() for table in tables.values() if table.is_named]
-    named = {table: {key for key in left if table.describe(key) is not None} for table in bound}
+    named = {table: _named(table, left) for table in bound}
     best = max(named, key=lambda table: len(named[table]), default=None)
     if best is None or not named[best]:
         return None
     kin = set[str]().union(*(keys for table, keys in named.items() if table.keymap.component == best.keymap.component))
     return Found(best, "", [key for key in left if key in kin])
+
+
+def _named(table: BoundMap, left: Iterable[str]) -> set[str]:
+    """The keys that a table names; a LoRA is more than alphas, which any file may have."""
+    named = {key for key in left if table.describe(key) is not None}
+    lora = table.keymap.lora
+    alphas = lora is not None and all((part := lora.part(key)) is not None and part.part == "alpha" for key in named)
+    return set() if alphas else named
 
 
 def _adopt(key: str, detection: Detection) -> None:

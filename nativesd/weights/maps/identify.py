@@ -39,6 +39,7 @@ from nativesd.weights.maps.describe import (
 )
 from nativesd.weights.maps.detect import Detection, Found, detect
 from nativesd.weights.maps.keymap import BoundMap, KeyMap, Shape
+from nativesd.weights.maps.signatures import Signature, recognise
 
 STATED = Evidence("configuration", "config.json", "stated beside the weights")
 
@@ -71,6 +72,8 @@ class Identity:
     prediction: Prediction = "epsilon"
     ignored: dict[str, str] = field(default_factory=dict)
     unrecognised: list[str] = field(default_factory=list)
+    unsupported: Signature | None = None
+    """What the unrecognised keys are, where that is known: nothing that is supported."""
 
     def label(self) -> str:
         """The family and variant as people write them."""
@@ -96,10 +99,13 @@ def identify(
 
     Raises UsageError for a preset or layout that does not exist, TableError for a faulty table.
     """
+    if believed is None and (signature := recognise(shapes)) is not None:
+        return Identity(family=family, unrecognised=list(shapes), unsupported=signature)
     detection = detect(shapes, tables)
     if believed is not None:
         detection = _as_believed(detection, shapes, tables, *believed)
     identity = Identity(family=family, ignored=detection.ignored, unrecognised=detection.unrecognised)
+    identity.unsupported = recognise({key: shapes[key] for key in identity.unrecognised}, after=True)
     order = {id(found): i for i, found in enumerate(detection.found)}
     unets = [found for found in detection.found if found.component == "unet"]
     unet = None

@@ -35,6 +35,9 @@ Shape = tuple[int, ...]
 Op = Literal["copy", "transpose", "conv1x1", "split", "concat"]
 Dims = Mapping[str, int | tuple[int, ...]]
 
+SIGNATURES = "signatures.toml"
+"""The table beside the others that says what is recognised and not supported."""
+
 MAX_DIM = 64
 """The largest dimension that is read off a checkpoint's names: what says more is no model but a fault."""
 
@@ -249,7 +252,7 @@ def load_table(name: str) -> KeyMap:
 
 def load_tables(extra: Path | None = None) -> dict[str, KeyMap]:
     """Every shipped table by its stem, with those of the folder `extra` added or in their place. Raises TableError."""
-    tables = {path.stem: load_table(path.stem) for path in sorted(TABLES.glob("*.toml"))}
+    tables = {path.stem: load_table(path.stem) for path in sorted(TABLES.glob("*.toml")) if path.name != SIGNATURES}
     if extra is not None:
         own = sorted(extra.glob("*.toml"))
         if not own:
