@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,13 @@ from nativesd.config import (
     UNetConfig,
     VAEConfig,
 )
+from nativesd.destination import copy_file, fresh
 from nativesd.errors import UsageError
 from nativesd.pipeline.build import expected
 from nativesd.pipeline.loading import Model, describe, identify_known, locate
-from nativesd.text.tokenizer import ClipTokenizer, pad_token
+from nativesd.text.tokenizer import FILES, ClipTokenizer, pad_token
 from nativesd.weights.files.source import open_source
-from nativesd.weights.maps.keymap import BoundMap, load_tables
+from nativesd.weights.maps.keymap import BoundMap, KeyMap, load_tables
 from nativesd.weights.maps.published import (
     controlnet_json,
     model_index,
@@ -35,7 +35,7 @@ from nativesd.weights.maps.published import (
     unet_json,
     vae_json,
 )
-from nativesd.weights.writing import Entry, entries, fresh, write
+from nativesd.weights.writing import Entry, entries, write
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 LAYOUTS = ("diffusers", "ldm")
@@ -79,9 +79,15 @@ def convert(
     if (path.suffix == ".safetensors") != (layout == "ldm"):
         kind = "a .safetensors file" if layout == "ldm" else "a folder"
         raise UsageError(f"{layout} is {kind}: {dest} is not")
-    if path.exists():
-        raise UsageError(f"{dest} exists: remove it, or name another")
-    tables = load_tables(None if maps is None else Path(maps))
+    with fresh(path) as temporary:
+        count, ignored = _convert(source, temporary, layout, dtype, load_tables(None if maps is None else Path(maps)))
+    return Converted(path, count, ignored)
+
+
+def _convert(
+    source: str | Path, out: Path, layout: str, dtype: str | None, tables: Mapping[str, KeyMap]
+) -> tuple[int, dict[str, str]]:
+    """Write to `out`; returns how many tensors, and what was left out with the reasons."""
     place = locate(source, half=dtype == "f16")
     identities = identify_known(place, open_source(place, half=dtype == "f16"), tables)
     parts = {c.name: (member, c) for member, identity in identities for c in identity.components}
@@ -105,25 +111,28 @@ def convert(
         ignored |= left_out
     metadata = {key: value for member, _ in model.parts.values() for key, value in member.metadata.items()}
     metadata.setdefault("format", "pt")
-    count = sum(map(len, tensors.values()))
     if layout == "ldm":
-        with fresh(path) as temporary:
-            write(temporary, {key: entry for part in tensors.values() for key, entry in part.items()}, metadata)
-        return Converted(path, count, ignored)
+        write(out, {key: entry for part in tensors.values() for key, entry in part.items()}, metadata)
+    else:
+        _write_folder(model, tensors, metadata, out)
+    return sum(map(len, tensors.values())), ignored
+
+
+def _write_folder(
+    model: Model, tensors: Mapping[str, Mapping[str, Entry]], metadata: Mapping[str, str], out: Path
+) -> None:
     jsons = _jsons(model)
-    with fresh(path) as temporary:
-        for name, part in tensors.items():
-            folder = temporary / name if len(tensors) > 1 else temporary
-            folder.mkdir(parents=True)
-            stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-            write(folder / f"{stem}.safetensors", part, metadata)
-        for file, data in jsons.items():
-            (temporary / file).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / file).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        if len(tensors) > 1:
-            for name in model.text_encoders:
-                _copy_tokenizer(model, name, temporary / name.replace("text_encoder", "tokenizer"))
-    return Converted(path, count, ignored)
+    for name, part in tensors.items():
+        folder = out / name if len(tensors) > 1 else out
+        folder.mkdir(parents=True)
+        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+        write(folder / f"{stem}.safetensors", part, metadata)
+    for file, data in jsons.items():
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    if len(tensors) > 1:
+        for name in model.text_encoders:
+            _copy_tokenizer(model, name, out / name.replace("text_encoder", "tokenizer"))
 
 
 SINGLES = {
@@ -186,8 +195,7 @@ def _jsons(model: Model) -> dict[str, Any]:
 def _copy_tokenizer(model: Model, name: str, folder: Path) -> None:
     """The model's own tokenizer, or the vocabulary in the package with the family's padding."""
     own = model.path / name.replace("text_encoder", "tokenizer")
-    if own.is_dir():
-        shutil.copytree(own, folder)
+    if sum(copy_file(own, file, folder) for file in FILES):
         return
     config = model.parts[name][1].config
     assert isinstance(config, TextEncoderConfig)

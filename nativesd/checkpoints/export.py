@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nativesd.checkpoints.manifest import write_manifest
+from nativesd.destination import fresh
 from nativesd.errors import UsageError
 from nativesd.export.graphs import FILE
 from nativesd.export.library import Part, build, default_store, numbered, write_onnx
@@ -23,7 +24,6 @@ from nativesd.models.vae import VAE
 from nativesd.pipeline.arguments import Lora
 from nativesd.pipeline.loading import load
 from nativesd.pipeline.pipeline import Pipeline
-from nativesd.weights.writing import fresh
 
 EXPORTED = ("text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder")
 
@@ -89,19 +89,18 @@ def export_onnx(
     DEST appears when all is written and, where it is checked, computes what PyTorch does: NativesdError otherwise.
     Raises UsageError for what cannot be exported, and what `load` raises.
     """
-    pipeline = _load(source, dtype, loras, maps)
-    factor = pipeline.config.vae.factor
     done: list[Exported] = []
     said: dict[str, dict[str, Any]] = {}
-    with fresh(Path(dest)) as folder:
+    with fresh(dest) as folder:
+        pipeline = _load(source, dtype, loras, maps)
+        request = None if static is None else static.request(pipeline.config.vae.factor)
         for part in _parts(pipeline, components, control):
             if on_part is not None:
                 on_part(part.name)
-            graph = part.graph(control=slots)
             file = folder / part.name / FILE
             file.parent.mkdir(parents=True)
             details = write_onnx(
-                graph, file, static=None if static is None else static.request(factor), opset=opset,
+                part.graph(control=slots), file, static=request, opset=opset,
                 names=names if part.component == "unet" else "nativesd", check=check,
                 metadata={"family": part.family, "source": pipeline.config.name},
             )  # fmt: skip

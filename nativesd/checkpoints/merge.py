@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,23 +12,24 @@ import torch
 from torch import Tensor
 
 from nativesd.config import TextEncoderConfig, UNetConfig
+from nativesd.destination import copy_file, fresh, inside
 from nativesd.errors import UsageError, WeightsError
 from nativesd.pipeline.build import expected
 from nativesd.pipeline.loading import identify_known, locate
+from nativesd.text.tokenizer import FILES
 from nativesd.weights.checkpoint import apply, revert
-from nativesd.weights.files.source import Member, open_source
+from nativesd.weights.files.source import Member, components, open_source
 from nativesd.weights.files.tensors import DTYPES, read_tensor
 from nativesd.weights.lora.file import Place, Use, resolve
 from nativesd.weights.lora.merge import Applied, gather, merged
 from nativesd.weights.maps.identify import Component
-from nativesd.weights.maps.keymap import Source, load_tables
+from nativesd.weights.maps.keymap import KeyMap, Source, load_tables
 from nativesd.weights.maps.plan import make_plan
-from nativesd.weights.writing import Entry, fresh, write
+from nativesd.weights.writing import Entry, write
 
 AVERAGE = "model_ema."
 """What the training averages in ldm's checkpoints begin with: without the LoRA they would be another model."""
-WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data"}
-"""Suffixes of files with weights, of which a folder may have several variants."""
+ABOUT = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,14 @@ def merge_checkpoint(
     if (path.suffix == ".safetensors") != place.is_file():
         raise UsageError(f"{source} is {'one file' if place.is_file() else 'a folder'}: {dest} is not")
     tables = load_tables(None if maps is None else Path(maps))
+    with fresh(path) as temporary:
+        return replace(_merge(source, place, uses, temporary, tables, strict=strict), path=path)
+
+
+def _merge(
+    source: str | Path, place: Path, uses: Sequence[Use], dest: Path, tables: Mapping[str, KeyMap], *, strict: bool
+) -> MergedCheckpoint:
+    """`merge_checkpoint` of the model in `place`, written to `dest`."""
     identities = identify_known(place, open_source(place), tables)
     parts = {
         component.name: (member, component)
@@ -87,19 +95,19 @@ def merge_checkpoint(
         changed.setdefault(id(member), {}).update(_changed(member, component, changes.get(name, {})))
     note = {use.lora.path.name: {"unet": use.unet, "text_encoder": use.text_encoder} for use in uses}
     count = 0
-    with fresh(path) as temporary:
-        if place.is_dir():
-            _copy_others(place, temporary)
-        for member, _ in identities:
-            for file in member.data_starts:
-                kept = [key for key in member.tensors if member.files[key] == file and key not in ignored]
-                tensors = {key: changed.get(id(member), {}).get(key) or _as_it_is(member, key) for key in kept}
-                out = temporary / file.relative_to(place) if place.is_dir() else temporary
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write(out, tensors, {**member.metadata, "merged_loras": json.dumps(note)})
-                count += len(tensors)
+    if place.is_dir():
+        for name in others(place):
+            copy_file(place, name, dest)
+    for member, _ in identities:
+        for file in member.data_starts:
+            kept = [key for key in member.tensors if member.files[key] == file and key not in ignored]
+            tensors = {key: changed.get(id(member), {}).get(key) or _as_it_is(member, key) for key in kept}
+            out = inside(dest, str(file.relative_to(place))) if place.is_dir() else dest
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write(out, tensors, {**member.metadata, "merged_loras": json.dumps(note)})
+            count += len(tensors)
     return MergedCheckpoint(
-        path, count, sum(map(len, changed.values())), ignored, tuple(found.unplaced for found in resolutions)
+        dest, count, sum(map(len, changed.values())), ignored, tuple(found.unplaced for found in resolutions)
     )
 
 
@@ -147,10 +155,12 @@ def _dtype(member: Member, key: str) -> torch.dtype:
     return DTYPES[info.dtype]
 
 
-def _copy_others(source: Path, dest: Path) -> None:
-    """Copy what a folder has beside weights."""
-    for file in sorted(source.rglob("*")):
-        relative = file.relative_to(source)
-        if file.is_file() and file.suffix not in WEIGHTS and not any(part.startswith(".") for part in relative.parts):
-            (dest / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, dest / relative)
+def others(folder: Path) -> list[str]:
+    """What a model folder may have beside weights, by name: configs, the scheduler, tokenizers, and what is said of it.
+
+    Everything else in the folder is left where it is.
+    """
+    listed = [*components(folder), "feature_extractor"] if (folder / "model_index.json").is_file() else []
+    configs = [f"{name}/{file}" for name in listed for file in ("config.json", "preprocessor_config.json")]
+    tokenizers = [f"{name}/{file}" for name in ("tokenizer", "tokenizer_2") for file in FILES]
+    return [*ABOUT, "model_index.json", "config.json", "scheduler/scheduler_config.json", *configs, *tokenizers]

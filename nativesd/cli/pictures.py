@@ -86,6 +86,7 @@ def generate(
     from tqdm import tqdm
 
     import nativesd
+    from nativesd.pictures.result import picture_format, write_picture
     from nativesd.pipeline.arguments import Hires, split
     from nativesd.pipeline.diffusion import Step
 
@@ -113,6 +114,8 @@ def generate(
         options = {**repeated, **options}
     if "prompt" not in options:
         raise click.UsageError("pass a prompt, or a picture to repeat with --from")
+    for path in filter(None, (output, preview)):
+        picture_format(path)  # before the model is loaded
     model, prompt = options.pop("model", "tiny"), options.pop("prompt")
     loading, asked = split(cast("GenerateOptions", options))
     pipeline = nativesd.load(model, **loading)
@@ -128,7 +131,7 @@ def generate(
             bar.total = step.total
             bar.update()
             if preview is not None:
-                step.preview().save(preview)
+                write_picture(step.preview(), preview)
 
         asked["on_step"] = on_step
         result = pipeline(prompt, **asked)

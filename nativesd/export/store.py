@@ -6,16 +6,14 @@ import hashlib
 import json
 import platform
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from nativesd.destination import fresh, hold, leftovers, remove
 from nativesd.errors import SourceError, UsageError
 from nativesd.version import __version__
 
@@ -23,9 +21,8 @@ MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 1
 RUNTIME_CACHE = "runtime.cache"
 """A file that a runtime may add to an entry and change at any time, so no manifest lists it."""
-PARTIAL, OLD = ".partial", ".old"
 SEPARATOR = "__"  # between the parts of a name
-LONGEST_NAME = 240  # of the 255 bytes that file systems allow; the rest is for locks and partial folders
+LONGEST_NAME = 255  # bytes, as file systems allow
 _PART = re.compile(r"[A-Za-z0-9.+-]+(_[A-Za-z0-9.+-]+)*")
 
 
@@ -154,75 +151,39 @@ class Store:
         return max(serving, key=lambda entry: entry.created, default=None), reasons
 
     @contextmanager
-    def building(self, key: Key, *, again: bool = False) -> Iterator[Building]:
+    def building(self, key: Key, *, again: bool = False, wait: float = 0) -> Iterator[Building]:
         """Make an entry: it appears, complete and with its manifest, when the block ends, and not at all if it raises.
 
         again  in place of the one that is there, which stays until then
+        wait   seconds for another process that is making it
 
         Raises UsageError where the entry exists or another process is making it, SourceError where the folder cannot
         be written.
         """
         final = self.path(key)
-        partial, old = (self.root / f".{key.name}{suffix}" for suffix in (PARTIAL, OLD))
-        try:
-            with self._lock(key.name):
-                _clean(final, partial, old)  # after a process that was killed
-                if final.exists() and not again:
-                    raise UsageError(f"{final} is there already: ask for it to be built again, or remove it")
-                try:
-                    partial.mkdir()
-                    building = Building(partial)
-                    yield building
-                    _write_manifest(key, building)
-                    if final.exists():
-                        final.rename(old)
-                    partial.rename(final)
-                finally:
-                    _clean(final, partial, old)
-        except OSError as error:
-            raise SourceError(f"{final} cannot be written: {error.strerror or error}") from error
+        if final.exists() and not again:
+            raise UsageError(f"{final} is there already: ask for it to be built again, or remove it")
+        with fresh(final, replace=again, wait=wait) as folder:
+            folder.mkdir()
+            building = Building(folder)
+            yield building
+            _write_manifest(key, building)
 
     def prune(self, unwanted: Callable[[Entry], str | None] | None = None, *, dry_run: bool = False) -> list[Pruned]:
         """Remove entries that are damaged, leftovers of killed builders, and what `unwanted` gives a reason against.
 
-        What another process is building is left alone. Returns what was removed, or with `dry_run` what would be.
+        What another process is building is left alone, and so is every folder whose name is not an entry's. Returns
+        what was removed, or with `dry_run` what would be.
         """
-        found = []
-        for entry in self.entries():
-            if entry.path.name.count(SEPARATOR) != len(fields(Key)) - 1:
-                continue  # not an entry's name: somebody else's folder
-            reason = verify(entry, deep=False) or (unwanted(entry) if unwanted else None)
-            if reason is not None:
-                found.append((entry.path, entry.path.name, reason))
-        for suffix in (PARTIAL, OLD):
-            left = sorted(self.root.glob(f".*{suffix}"))
-            found += [(path, path.name[1:].removesuffix(suffix), "left behind by an unfinished build") for path in left]
         removed = []
-        for path, name, reason in found:
-            try:
-                with self._lock(name):
-                    removed.append(Pruned(path, reason, _size(path)))
-                    if not dry_run:
-                        _remove(path)
-            except UsageError:
-                continue  # being built
-            except OSError as error:
-                raise SourceError(f"{path} cannot be removed: {error.strerror or error}") from error
+        for entry in self.entries():
+            if not _is_name(entry.path.name) or _why_prune(entry.path, unwanted) is None:
+                continue
+            with suppress(UsageError), hold(entry.path):  # one that is being built anew is left alone
+                if reason := _why_prune(entry.path, unwanted):
+                    removed.append(_discard(entry.path, reason, dry_run))
+        removed += [_discard(path, "left behind by an unfinished build", dry_run) for path in leftovers(self.root)]
         return removed
-
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        """One process at a time; the system releases the lock of a process that dies."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / f".{name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UsageError(f"another process is building {self.root / name}: wait for it to finish") from None
-        try:
-            yield
-        finally:
-            lock.release()
 
 
 def read_entry(path: Path) -> Entry:
@@ -329,6 +290,27 @@ def _write_manifest(key: Key, building: Building) -> None:
     (building.folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
+def _is_name(name: str) -> bool:
+    """Whether a folder's name can be an entry's."""
+    parts = name.split(SEPARATOR)
+    return len(parts) == len(fields(Key)) and all(map(_PART.fullmatch, parts))
+
+
+def _why_prune(path: Path, unwanted: Callable[[Entry], str | None] | None) -> str | None:
+    entry = read_entry(path)
+    return verify(entry, deep=False) or (unwanted(entry) if unwanted else None)
+
+
+def _discard(path: Path, reason: str, dry_run: bool) -> Pruned:
+    try:
+        gone = Pruned(path, reason, _size(path))
+        if not dry_run:
+            remove(path)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be removed: {error.strerror or error}") from error
+    return gone
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -336,17 +318,3 @@ def _sha256(path: Path) -> str:
 
 def _size(path: Path) -> int:
     return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
-
-
-def _remove(path: Path) -> None:
-    """A folder with all that is in it, where it is there."""
-    if path.exists():
-        shutil.rmtree(path)
-
-
-def _clean(final: Path, partial: Path, old: Path) -> None:
-    """Remove what an unfinished build left, and put back the entry that it was about to replace."""
-    _remove(partial)
-    if old.exists() and not final.exists():
-        old.rename(final)
-    _remove(old)

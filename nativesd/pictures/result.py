@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +11,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from nativesd.destination import fresh
 from nativesd.errors import SourceError, UsageError
 from nativesd.pictures.infotext import shown_schedule, user_comment_exif, write_infotext
 from nativesd.version import __version__
 
 QUALITY = 95
 """JPEG's and lossy WebP's. A1111's is 80, which leaves visible blocks; 95 is the highest that Pillow advises."""
+WAIT = 10.0
+"""Seconds for another process to finish the same picture file; the last one stays."""
 JPEG_EXIF_BYTES = 65533
 """What one JPEG segment holds beside its length (ITU-T T.81, B.1.1.4)."""
 
@@ -85,45 +85,47 @@ class Result:
         that are too long for JPEG, SourceError where the file cannot be written.
         """
         path = Path(path)
-        picture_format = Image.registered_extensions().get(path.suffix.lower())
-        if picture_format not in Image.SAVE:
-            raise UsageError(f"{path}: {path.suffix or 'no suffix'} is not a picture format; use .png")
+        kind = picture_format(path)
         paths = [path]
         if len(self.images) > 1:
             paths = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(len(self.images))]
         for index, target in enumerate(paths):
-            self._write(index, target, picture_format)
+            write_picture(self.images[index], target, **self._options(index, kind))
         return paths
 
-    def _options(self, index: int, picture_format: str) -> dict[str, Any]:
+    def _options(self, index: int, kind: str) -> dict[str, Any]:
         """What Pillow is told beside the format."""
-        if picture_format == "PNG":
+        if kind == "PNG":
             chunk = PngInfo()
             chunk.add_text("parameters", self.infotext(index))  # iTXt where the text is not Latin-1
             return {"pnginfo": chunk}
-        if picture_format in ("JPEG", "WEBP"):
+        if kind in ("JPEG", "WEBP"):
             exif = user_comment_exif(self.infotext(index))
-            if picture_format == "JPEG" and len(exif) > JPEG_EXIF_BYTES:
+            if kind == "JPEG" and len(exif) > JPEG_EXIF_BYTES:
                 raise UsageError("the parameters do not fit into a JPEG, which holds 64 kB of them: save as .png")
             return {"exif": exif, "quality": QUALITY}
         return {}
 
-    def _write(self, index: int, target: Path, picture_format: str) -> None:
-        options = self._options(index, picture_format)
-        temporary = None
+
+def picture_format(path: Path) -> str:
+    """Pillow's name of the format that a file's suffix stands for. Raises UsageError for what it cannot write."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise UsageError(f"{path}: {path.suffix or 'no suffix'} is not a picture format; use .png")
+    return kind
+
+
+def write_picture(image: Image.Image, path: Path, **options: Any) -> None:
+    """Write a picture file, whole or not at all, with the `options` of its format; it replaces what is there.
+
+    Raises UsageError for a suffix that is no picture format, SourceError where the file cannot be written.
+    """
+    kind = picture_format(path)
+    with fresh(path, replace=True, parents=False, wait=WAIT) as temporary:
         try:
-            with tempfile.NamedTemporaryFile(dir=target.parent, suffix=target.suffix, delete=False) as file:
-                temporary = file.name
-                self.images[index].save(file, format=picture_format, **options)
-            os.chmod(temporary, 0o666 & ~_umask())  # a temporary file is private, a picture is not
-            os.replace(temporary, target)
-        except (OSError, ValueError) as error:  # ValueError: a size that the format does not have
-            reason = getattr(error, "strerror", None) or error
-            raise SourceError(f"{target} cannot be written: {reason}") from error
-        finally:
-            if temporary is not None:
-                with contextlib.suppress(OSError):  # after the replacement it is not there
-                    os.unlink(temporary)
+            image.save(temporary, format=kind, **options)
+        except ValueError as error:  # a size that the format does not have
+            raise SourceError(f"{path} cannot be written: {error}") from error
 
 
 def _number(value: float | None) -> str | None:
@@ -141,9 +143,3 @@ def _loras(loras: Mapping[str, tuple[float, float]]) -> str | None:
         for name, (unet, text) in loras.items()
     ]
     return " ".join(tags) or None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

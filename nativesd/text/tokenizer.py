@@ -18,6 +18,11 @@ from nativesd.shipped import TINY
 
 END_OF_TEXT = 49407
 DEFAULT = TINY / "tokenizer"
+FILES = (
+    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
+"""What a published tokenizer is made of; a folder has some of them."""
 
 # openai/CLIP clip/simple_tokenizer.py; as published in tokenizer.json of openai/clip-vit-large-patch14
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

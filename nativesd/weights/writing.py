@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nativesd.errors import UsageError, WeightsError
+from nativesd.errors import WeightsError
 from nativesd.weights.checkpoint import apply, revert
 from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import DTYPES, NAMES, read_tensor
@@ -88,23 +86,3 @@ def write(path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, str])
         file.write(len(raw).to_bytes(8, "little") + raw)
         for _, entry in ordered:
             file.write(entry.make().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-@contextmanager
-def fresh(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes it when all is written, and goes away when something fails.
-
-    Raises UsageError where `path` exists.
-    """
-    if path.exists():
-        raise UsageError(f"{path} exists: remove it, or name another")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        yield temporary
-        temporary.rename(path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)

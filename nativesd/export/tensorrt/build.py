@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nativesd.cache import keep
 from nativesd.errors import SourceError, UsageError
 from nativesd.export.slots import Schema, Slot
 from nativesd.export.tensorrt.product import (
@@ -128,8 +129,7 @@ def build_engine(
     with _writing(destination):
         destination.write_bytes(plan)
     if timing_cache is not None and cache is not None:
-        with _writing(timing_cache):
-            timing_cache.write_bytes(cache.serialize())
+        keep(timing_cache, bytes(cache.serialize()))
     size, seconds = plan.nbytes, time.monotonic() - began
     return Built(destination, size, seconds, str(trt.__version__), targets, tuple(profiles))
 
