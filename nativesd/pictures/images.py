@@ -1,4 +1,4 @@
-"""Pictures and masks that come in: read from whatever they are, fitted, extended, and put back together."""
+"""Pictures that come in: read from whatever they are, fitted, extended, and put back together."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from nativesd.errors import SourceError, UsageError
@@ -18,7 +17,8 @@ from nativesd.errors import SourceError, UsageError
 ImageSource = Image.Image | NDArray[np.generic] | Tensor | str | Path
 """A picture as it may be given: a PIL image, an array (H, W[, channels]), a tensor ([1, ][channels, ]H, W), or a file.
 
-Arrays and tensors have 1, 3 or 4 channels, and are bool, uint8, uint16 or floating point from 0 to 1.
+Arrays and tensors have 1, 3 or 4 channels, and are bool, uint8, uint16, other integers from 0 to 255, or floating
+point from 0 to 1.
 """
 Fit = Literal["resize", "crop", "fill"]
 Fill = Literal["edge", "noise", "gray"]
@@ -47,31 +47,12 @@ def read_image(source: ImageSource) -> Image.Image:
 
     Raises SourceError for a file that cannot be read, UsageError for an array or tensor that is no picture.
     """
-    image = _open(source)
+    image = open_image(source)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def read_mask(source: ImageSource) -> Image.Image:
-    """The mask in mode "L": white is repainted, black is kept (diffusers, A1111).
-
-    Where the alpha channel varies, it is the mask, and what is transparent is repainted (ComfyUI's LoadImage). Raises
-    what `read_image` raises, and UsageError for a mask that is black everywhere.
-    """
-    image = _open(source)
-    mask = None
-    if image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
-        darkest, brightest = alpha.getextrema()
-        mask = ImageOps.invert(alpha) if darkest != brightest else None
-    if mask is None:
-        mask = image.convert("RGB").convert("L")
-    if mask.getextrema()[1] == 0:
-        raise UsageError("the mask is black everywhere, so there is nothing to repaint: paint it white there")
-    return mask
 
 
 def fit(
@@ -131,30 +112,6 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, H, W, 3) -> (B, 3, H, W)
 
 
-def blur(mask: Image.Image, pixels: float) -> Image.Image:
-    """The mask with soft edges: a Gaussian of this standard deviation (A1111's mask blur: 4); 0 leaves it as it is."""
-    if pixels < 0:
-        raise UsageError(f"the mask's blur must be 0 pixels or more, not {pixels:g}")
-    return mask.filter(ImageFilter.GaussianBlur(pixels)) if pixels else mask
-
-
-def mask_to_tensor(mask: Image.Image) -> Tensor:
-    """The mask as (1, 1, H, W) float32 from 0, kept, to 1, repainted."""
-    return torch.from_numpy(np.array(mask.convert("L"), np.float32))[None, None] / 255
-
-
-def mask_to_latents(mask: Image.Image, factor: int) -> Tensor:
-    """The mask at one value per latent cell of `factor` pixels a side, (1, 1, H / factor, W / factor) float32, 0 to 1.
-
-    A cell has the value of its upper left pixel (`interpolate`'s nearest), so that, rounded, this is what diffusers'
-    inpainting pipelines give to the UNet. Raises UsageError where that leaves nothing white.
-    """
-    cells = F.interpolate(mask_to_tensor(mask), size=(mask.height // factor, mask.width // factor))
-    if cells.max() < 0.5:
-        raise UsageError(f"nothing is left of the mask at {factor} pixels per latent cell: paint a larger area white")
-    return cells
-
-
 def pad(
     image: Image.Image,
     left: int,
@@ -207,16 +164,6 @@ def pad(
     return Padded(canvas, Image.fromarray(mask), note)
 
 
-def add_border(mask: Image.Image, border: Image.Image, sides: tuple[int, int, int, int]) -> Image.Image:
-    """A picture's `mask` on the canvas that `pad` made of it by `sides`, together with `border`, the mask of `pad`."""
-    left, right, top, bottom = sides
-    left = border.width - mask.width if left and not right else left
-    top = border.height - mask.height if top and not bottom else top
-    canvas = Image.new("L", border.size)
-    canvas.paste(mask, (left, top))
-    return ImageChops.lighter(canvas, border)
-
-
 def paste(original: Image.Image, generated: Image.Image, mask: Image.Image) -> Image.Image:
     """`generated` where the mask is white, `original` exactly where it is black, a mixture between.
 
@@ -228,7 +175,7 @@ def paste(original: Image.Image, generated: Image.Image, mask: Image.Image) -> I
     return Image.composite(generated.convert("RGB"), original.convert("RGB"), mask.convert("L"))
 
 
-def _open(source: ImageSource) -> Image.Image:
+def open_image(source: ImageSource) -> Image.Image:
     """A PIL image whose mode has 8 bits per channel, turned upright."""
     if isinstance(source, Tensor):
         return _from_array(_channels_last(source), tuple(source.shape))
@@ -249,8 +196,11 @@ def _open(source: ImageSource) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):  # 16 bits, also where Pillow's mode has 32
-        return _from_array(np.asarray(upright).clip(0, 65535).astype(np.uint16))
+    if upright.mode.startswith("I"):
+        numbers = np.asarray(upright).clip(0, 65535)
+        # 16 bits, also where Pillow's mode has 32; but whoever made such a picture of bytes has nothing above 255
+        short = upright.mode == "I" and image.format is None and numbers.max(initial=0) <= 255
+        return _from_array(numbers.astype(np.uint8 if short else np.uint16))
     return _from_array(np.asarray(upright)) if upright.mode == "F" else upright
 
 
@@ -274,8 +224,14 @@ def _from_array(array: NDArray[np.generic], shape: tuple[int, ...] | None = None
         )
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
+    elif np.issubdtype(array.dtype, np.integer) and array.dtype not in (np.uint8, np.uint16):
+        low, high = array.min(), array.max()
+        if low < 0 or high > 255:
+            raise UsageError(f"a picture of {array.dtype} must be within 0 and 255, not {low} and {high}")
+        array = array.astype(np.uint8)
     elif array.dtype == np.uint16:
-        array = (array.astype(np.float64) / 257).round().astype(np.uint8)  # 65535 -> 255
+        scale = 257 if array.max() > 1 else 1  # 65535 -> 255; but a mask may have 0 and 1
+        array = (array.astype(np.float64) / scale).round().astype(np.uint8)
     elif np.issubdtype(array.dtype, np.floating):
         values = array.astype(np.float64)
         low, high = values.min(), values.max()

@@ -21,7 +21,7 @@ from nativesd.models.clip import TextEncoder
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
-from nativesd.pictures.images import mask_to_latents, mask_to_tensor
+from nativesd.pictures.masks import mask_to_latents, mask_to_tensor
 from nativesd.pipeline import autoencoder
 from nativesd.pipeline.control import Control, ControlModel, make_hint, steer
 from nativesd.pipeline.denoiser import Conditioning, Guidance, guidance_embedding, keep_known, make_denoiser, watch

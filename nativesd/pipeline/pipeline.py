@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from nativesd.errors import UsageError
-from nativesd.pictures import images
+from nativesd.pictures import images, masks
 from nativesd.pictures.result import Result
 from nativesd.pipeline.arguments import CallOptions, Checked, Hires, Lora, Prompt, check, read_loras, signed
 from nativesd.pipeline.control import Control, ControlModel
@@ -287,18 +287,18 @@ class Pipeline(Diffusion):
         notes = []
         picture, note = images.fit(images.read_image(image), width, height, asked.resize, factor=factor)
         notes += [note] if note else []
-        painted = None
+        painted: Image.Image | None = None
         if mask is not None:
-            painted = images.fit(
-                images.read_mask(mask), picture.width, picture.height, asked.resize, factor=factor
-            ).image
+            painted, note = masks.read_mask(mask)
+            painted = images.fit(painted, picture.width, picture.height, asked.resize, factor=factor).image
+            notes += [note] if note else []
         if outpaint is not None:
             left, top, right, bottom = outpaint
             picture, border, note = images.pad(picture, left, right, top, bottom, factor=factor)
             notes.append(note)
-            painted = border if painted is None else images.add_border(painted, border, (left, right, top, bottom))
+            painted = border if painted is None else masks.add_border(painted, border, (left, right, top, bottom))
         if painted is not None:
-            painted = images.blur(painted, asked.mask_blur)
+            painted = masks.blur(painted, asked.mask_blur)
         return Inputs(picture.width, picture.height, picture, painted, tuple(notes))
 
     def _enlarged(self, size: tuple[int, int], hires: Hires) -> tuple[int, int]:

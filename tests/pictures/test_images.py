@@ -12,7 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from nativesd.errors import SourceError, UsageError
-from nativesd.pictures import images
+from nativesd.pictures import images, masks
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -140,14 +140,15 @@ def test_an_absurdly_large_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (np.full((4, 4), 1.5), "within 0 and 1, not 1.5 and 1.5"),
         (np.full((4, 4), -1.0), "within 0 and 1"),
         (torch.full((3, 4, 4), torch.nan), "within 0 and 1"),
-        (np.zeros((4, 4), np.int64), "cannot be of int64"),
+        (np.full((4, 4), 256), "int64 must be within 0 and 255, not 256 and 256"),
+        (np.full((4, 4), -1), "within 0 and 255"),
         (np.zeros((4, 4), np.complex64), "cannot be of complex64"),
         (None, "not NoneType"),
         ([1, 2], "not list"),
     ],
 )
 def test_what_is_no_picture(source: object, message: str) -> None:
-    for read in (images.read_image, images.read_mask):
+    for read in (images.read_image, masks.read_mask):
         with pytest.raises(UsageError, match=message):
             read(source)  # type: ignore[arg-type]
 
@@ -169,15 +170,74 @@ def test_the_same_mask_from_everything(tmp_path: Path) -> None:
         painted, Image.fromarray(painted), tmp_path / "hole.png",
     ]  # fmt: skip
     for source in sources:
-        found = images.read_mask(source)
+        found = masks.read_mask(source).image
         assert found.mode == "L"
         assert (pixels(found) == grey).all()
+
+
+def strokes(ground: tuple[int, int, int], colour: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """A stroke, with a soft upper edge, on a transparent ground."""
+    canvas = Image.new("RGBA", (8, 8), (*ground, 0))
+    canvas.paste((*colour, 128), (2, 1, 6, 2))
+    canvas.paste((*colour, 255), (2, 2, 6, 6))
+    return canvas
+
+
+def test_white_strokes_on_a_transparent_ground_are_repainted() -> None:
+    expected = np.zeros((8, 8), np.uint8)
+    expected[1, 2:6], expected[2:6, 2:6] = 128, 255
+    for ground in ((0, 0, 0), (255, 255, 255), (200, 30, 90)):
+        found = masks.read_mask(strokes(ground))
+        assert (pixels(found.image) == expected).all()
+        assert found.note == "mask: strokes on a transparent ground, what is white and opaque is repainted"
+    black_and_white = strokes((0, 0, 0))
+    black_and_white.paste((0, 0, 0, 255), (2, 4, 6, 6))  # painted over with black, which keeps
+    expected[4:6] = 0
+    assert (pixels(masks.read_mask(black_and_white).image) == expected).all()
+
+
+def test_a_picture_with_holes_is_repainted_in_them() -> None:
+    hole = Image.new("L", (64, 48), 255)
+    hole.paste(0, (8, 8, 20, 20))
+    for picture in (photo(64, 48), photo(64, 48).convert("L"), Image.new("RGB", (64, 48), (90, 120, 200)),
+                    Image.new("RGB", (64, 48))):  # fmt: skip
+        holed = picture.convert("RGBA")
+        holed.putalpha(hole)
+        found = masks.read_mask(holed)
+        assert (pixels(found.image) == 255 - pixels(hole)).all()
+        assert found.note == "mask: a picture with holes, what is transparent is repainted"
+
+
+def test_masks_of_zeros_and_ones(tmp_path: Path) -> None:
+    ones = np.zeros((8, 8), np.uint8)
+    ones[2:6, 2:6] = 1
+    Image.fromarray(ones).save(tmp_path / "ones.png")
+    whole = Image.fromarray(ones.astype(np.int32))
+    assert whole.mode == "I"
+    for source in (ones, ones.astype(np.int64), ones.astype(np.uint16), ones.astype(np.float32), torch.from_numpy(ones),
+                   Image.fromarray(ones), whole, tmp_path / "ones.png"):  # fmt: skip
+        found = masks.read_mask(source)
+        assert (pixels(found.image) == 255 * ones).all(), source
+        floating = isinstance(source, np.ndarray) and source.dtype == np.float32
+        assert (found.note is None) == floating
+    assert masks.read_mask(ones * 255).note is None
+
+
+@pytest.mark.parametrize("value", [255, 200, 65535])
+def test_masks_of_mode_i(tmp_path: Path, value: int) -> None:
+    numbers = np.zeros((8, 8), np.int32)
+    numbers[2:6] = value
+    expected = (numbers if value <= 255 else numbers // 257).astype(np.uint8)
+    assert (pixels(masks.read_mask(Image.fromarray(numbers)).image) == expected).all()
+    if value > 255:
+        Image.fromarray(numbers.astype(np.uint16)).save(tmp_path / "deep.png")
+        assert (pixels(masks.read_mask(tmp_path / "deep.png").image) == expected).all()
 
 
 def test_a_black_mask_is_refused() -> None:
     for source in (np.zeros((4, 4), bool), Image.new("RGB", (4, 4)), Image.new("RGBA", (4, 4), (0, 0, 0, 255))):
         with pytest.raises(UsageError, match="black everywhere"):
-            images.read_mask(source)
+            masks.read_mask(source)
 
 
 @pytest.mark.parametrize("factor", [4, 8])
@@ -189,34 +249,34 @@ def test_masks_of_latents_are_those_of_diffusers(factor: int) -> None:
     theirs = processor.preprocess(mask, height=80, width=64)
     theirs = torch.nn.functional.interpolate(theirs, size=(80 // factor, 64 // factor))
     fitted, _ = images.fit(mask, 64, 80)
-    ours = images.mask_to_latents(fitted, factor)
+    ours = masks.mask_to_latents(fitted, factor)
     assert ours.shape == (1, 1, 80 // factor, 64 // factor)
     assert 0.2 < theirs.mean() < 0.8
     assert (ours.round() == theirs).all()
-    assert (images.mask_to_tensor(fitted).round() == processor.preprocess(mask, height=80, width=64)).all()
+    assert (masks.mask_to_tensor(fitted).round() == processor.preprocess(mask, height=80, width=64)).all()
 
 
 def test_a_mask_too_small_for_the_latents() -> None:
     mask = Image.new("L", (64, 64))
     mask.putpixel((3, 3), 255)
     with pytest.raises(UsageError, match="nothing is left of the mask at 8 pixels per latent cell"):
-        images.mask_to_latents(mask, 8)
+        masks.mask_to_latents(mask, 8)
     mask.putpixel((8, 16), 255)
-    assert images.mask_to_latents(mask, 8).nonzero().tolist() == [[0, 0, 2, 1]]
+    assert masks.mask_to_latents(mask, 8).nonzero().tolist() == [[0, 0, 2, 1]]
 
 
 def test_blur() -> None:
     mask = Image.new("L", (64, 64))
     mask.paste(255, (32, 0, 64, 64))
-    assert images.blur(mask, 0) is mask
-    row = pixels(images.blur(mask, 4))[32]
+    assert masks.blur(mask, 0) is mask
+    row = pixels(masks.blur(mask, 4))[32]
     assert (np.diff(row) >= 0).all()
     assert row[0] == 0
     assert row[63] == 255
     assert abs(row[31:33].mean() - 127.5) < 3
     assert abs(row[28] - 255 * 0.19) < 12  # 3.5 pixels of a Gaussian of 4 to the left of the edge
     with pytest.raises(UsageError, match="blur must be 0 pixels or more, not -1"):
-        images.blur(mask, -1)
+        masks.blur(mask, -1)
 
 
 # --- sizes -------------------------------------------------------------------------------------------------------
@@ -354,7 +414,7 @@ def test_a_mask_and_a_border(sides: tuple[int, int, int, int]) -> None:
     mask = Image.new("L", (64, 64))
     mask.paste(200, (20, 30, 28, 40))
     canvas, border, _ = images.pad(mask, *sides, feather=0)
-    both = pixels(images.add_border(mask, border, sides))
+    both = pixels(masks.add_border(mask, border, sides))
     new = pixels(border) == 255
     assert (both[new] == 255).all()
     assert (both[~new].reshape(64, 64) == pixels(mask)).all()
