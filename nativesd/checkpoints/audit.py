@@ -11,7 +11,7 @@ from nativesd.errors import SourceError, UsageError
 from nativesd.pipeline.build import expected
 from nativesd.shipped import TINY
 from nativesd.weights.audit import AuditReport, ComponentReport, report_components
-from nativesd.weights.diff import DiffReport, compare_parameters, parameters
+from nativesd.weights.diff import DiffReport, Parameter, compare_parameters, parameters, unmapped
 from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.files.tensors import read_tensor
 from nativesd.weights.lora.audit import report_lora
@@ -73,16 +73,19 @@ def diff(source: str | Path, other: str | Path, *, values: bool = False, maps: s
     Raises what `audit` raises.
     """
     tables = load_tables(None if maps is None else Path(maps))
-    first, second = (
-        {
-            f"{component.name}.{name}": entry
-            for member, identity in identify_all(find(side), tables)
-            for component in identity.components
-            for name, entry in parameters(member, component).items()
-        }
-        for side in (source, other)
-    )
-    return compare_parameters(str(source), str(other), first, second, values=values)
+    sides: list[tuple[dict[str, Parameter], dict[str, str]]] = []
+    for side in (source, other):
+        entries, unused = dict[str, Parameter](), dict[str, str]()
+        for member, identity in identify_all(find(side), tables):
+            for component in identity.components:
+                for name, entry in parameters(member, component).items():
+                    entries[f"{component.name}.{name}"] = entry
+            unknown, beside = unmapped(member, identity)
+            entries |= unknown
+            unused |= beside
+        sides.append((entries, unused))
+    (first, one), (second, two) = sides
+    return compare_parameters(str(source), str(other), first, second, values=values, unused=(one, two))
 
 
 def find(source: str | Path, *, revision: str | None = None) -> list[Member]:

@@ -114,9 +114,13 @@ def _merge(
 def _changed(member: Member, component: Component, changes: Mapping[str, Sequence[Applied]]) -> dict[str, Entry]:
     """The keys of a component that LoRAs change."""
     assert component.config is not None  # it is a UNet or a text encoder
-    plan = make_plan(
-        component.table, {key: member.shapes[key] for key in component.found.keys}, expected(component.config)
-    )
+    own = {key: member.tensors[key] for key in component.found.keys}
+    shapes, dtypes = {key: info.shape for key, info in own.items()}, {key: info.dtype for key, info in own.items()}
+    plan = make_plan(component.table, shapes, expected(component.config), dtypes)
+    if plan.quantised:
+        raise WeightsError(
+            f"the {component.name} is quantised ({next(iter(plan.quantised))}): nothing is merged into it"
+        )
     groups: dict[tuple[str, ...], list[tuple[int, str]]] = {}
     for name, source in plan.sources.items():
         groups.setdefault(source.keys, []).append((source.part, name))

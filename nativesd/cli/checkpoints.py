@@ -183,7 +183,18 @@ def _many(label: str, names: Sequence[str], what: str) -> Iterator[Text]:
 
 
 def _diff_lines(report: DiffReport, shown: int) -> Iterator[Text]:
-    yield Text(f"{report.same} parameters are the same in {report.first} and {report.second}")
+    if report.values:
+        yield Text(f"{report.same} parameters are the same in {report.first} and {report.second}")
+    else:
+        yield Text(
+            f"{report.same} parameters have the same shapes and dtypes in {report.first} and {report.second}; "
+            f"their values were not compared (--values compares them)"
+        )
+    for kind in ("only in first", "only in second"):
+        for reason, keys in by_reason(
+            (d.parameter, d.second if kind == "only in first" else d.first) for d in report.unused if d.kind == kind
+        ).items():
+            yield row(f"{kind}, unused", f"{some(keys)}: {reason}")
     for d in report.differences[:shown]:
         maximum = "" if d.maximum is None else f", max |difference| {d.maximum:g}"
         sides = " | ".join(side for side in (d.first, d.second) if side)

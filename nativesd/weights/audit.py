@@ -278,7 +278,8 @@ def compare(
     evidence: tuple[Evidence, ...] = (),
 ) -> ComponentReport:
     """Account for every tensor and every parameter of one component; `head` is its name, family, layout and prefix."""
-    plan = make_plan(table, {key: info.shape for key, info in tensors.items()}, parameters)
+    shapes, dtypes = ({key: getattr(info, part) for key, info in tensors.items()} for part in ("shape", "dtype"))
+    plan = make_plan(table, shapes, parameters, dtypes)
     near = nearest({key for keys in plan.missing.values() for key in keys}, plan.unexpected)
     back = {key: (name, hint) for name, (key, hint) in near.items()}
     missing: dict[tuple[str, ...], Missing] = {}
@@ -308,6 +309,10 @@ def compare(
                 *back.get(key, ("", "")),
             )
             for key, names in plan.unexpected.items()
+        )
+        + tuple(
+            Unexpected(key, tensors[key].shape, tensors[key].dtype, "a quantised weight, whose scale is not known")
+            for key in plan.quantised
         ),
         wrong_shape=tuple(wrong.values()),
         duplicate=tuple(Duplicate(name, keys) for name, keys in plan.duplicate.items()),

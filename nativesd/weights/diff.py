@@ -10,7 +10,7 @@ from nativesd.errors import UsageError
 from nativesd.weights.checkpoint import apply
 from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import read_tensor
-from nativesd.weights.maps.identify import Component
+from nativesd.weights.maps.identify import Component, Identity
 from nativesd.weights.maps.keymap import Rule, Shape, Source
 
 SCHEMA = 1
@@ -55,12 +55,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class DiffReport:
-    """What two checkpoints differ in; `same` parameters are equal in everything that was compared."""
+    """What two checkpoints differ in; `same` parameters are equal in everything that was compared: shapes and dtypes,
+    and `values` too, or not."""
 
     first: str
     second: str
     same: int
+    values: bool
     differences: tuple[Difference, ...]
+    unused: tuple[Difference, ...] = ()
+    """Keys that only one of them has and no model needs, with the reasons: they count as no difference."""
 
     @property
     def ok(self) -> bool:
@@ -89,10 +93,34 @@ def parameters(member: Member, component: Component) -> dict[str, Parameter]:
 NO_RULE = Rule("", 0, ("",), ("",), "copy")
 
 
+def unmapped(member: Member, identity: Identity) -> tuple[dict[str, Parameter], dict[str, str]]:
+    """The keys of a checkpoint that fill no parameter: those that nothing knows, and with reasons those not needed."""
+    unused, unknown = dict(identity.ignored), list(identity.unrecognised)
+    for component in identity.components:
+        table = component.found.table
+        for key in component.found.keys if component.config is not None else ():
+            if not table.parameters(key):
+                reason = table.reason_to_ignore(key)
+                if reason is None:
+                    unknown.append(key)
+                else:
+                    unused[key] = reason
+    return {key: Parameter(member, Source((key,), NO_RULE)) for key in unknown}, unused
+
+
 def compare_parameters(
-    first: str, second: str, ours: Mapping[str, Parameter], theirs: Mapping[str, Parameter], *, values: bool
+    first: str,
+    second: str,
+    ours: Mapping[str, Parameter],
+    theirs: Mapping[str, Parameter],
+    *,
+    values: bool,
+    unused: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
 ) -> DiffReport:
-    """Compare two sets of parameters by name. Raises UsageError where values are asked of a remote source."""
+    """Compare two sets of parameters by name; `unused` are the keys of either with the reasons why none needs them.
+
+    Raises UsageError where values are asked of a remote source.
+    """
     if values and any(not side.member.files for side in (*ours.values(), *theirs.values())):
         raise UsageError("values can be compared of local checkpoints only: download the other one first")
     differences, same = [], 0
@@ -100,7 +128,10 @@ def compare_parameters(
         found = _difference(name, ours.get(name), theirs.get(name), values=values)
         same += not found
         differences += found
-    return DiffReport(first, second, same, tuple(differences))
+    one, two = unused
+    alone = [Difference(key, "only in first", key, one[key]) for key in one if key not in two]
+    alone += [Difference(key, "only in second", two[key], key) for key in two if key not in one]
+    return DiffReport(first, second, same, values, tuple(differences), tuple(alone))
 
 
 def _difference(name: str, a: Parameter | None, b: Parameter | None, *, values: bool) -> list[Difference]:

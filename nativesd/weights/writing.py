@@ -37,8 +37,10 @@ def entries(
     Floating-point tensors become `dtype`, where one is given. Raises WeightsError where the component is not whole or
     the target's layout has no name for a part of it.
     """
-    plan = make_plan(component.table, {key: member.shapes[key] for key in component.found.keys}, expected)
-    if plan.missing or plan.unexpected or plan.wrong_shape or plan.duplicate:
+    own = {key: member.tensors[key] for key in component.found.keys}
+    shapes, dtypes = {key: info.shape for key, info in own.items()}, {key: info.dtype for key, info in own.items()}
+    plan = make_plan(component.table, shapes, expected, dtypes)
+    if not plan.whole:
         raise WeightsError(f"the {component.name} does not load as it is, so it cannot be converted: see its audit")
     groups: dict[tuple[str, ...], list[tuple[int, str]]] = {}
     for name in plan.sources:

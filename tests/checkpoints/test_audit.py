@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import nativesd
 from conftest import Run
-from nativesd.errors import SourceError, UsageError
+from nativesd.checkpoints.convert import convert
+from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.shipped import TINY
 from nativesd.weights.maps.keymap import TableError
 from oracles import published_manifests, sparse
@@ -134,6 +135,39 @@ def test_diff(run: Run, tmp_path: Path) -> None:
         "vae.encoder.conv_in.bias": ("only in first", None),
     }
     assert run("audit", "tiny", "--values").returncode == 2
+
+
+def test_diff_says_what_it_compared_and_leaves_no_key_out(run: Run, tmp_path: Path) -> None:
+    tensors = load_file(TINY / "vae" / "diffusion_pytorch_model.safetensors")
+    other = {name: tensor + 1 for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file(other, tmp_path / "b.safetensors")
+    done = run("audit", str(tmp_path / "a.safetensors"), "--diff", str(tmp_path / "b.safetensors"))
+    assert done.returncode == 0
+    assert "have the same shapes and dtypes" in done.stdout
+    assert "values were not compared (--values" in done.stdout
+    save_file(other | {"surprise": torch.zeros(2), "model_ema.decay": torch.zeros(())}, tmp_path / "b.safetensors")
+    done = run("audit", str(tmp_path / "a.safetensors"), "--diff", str(tmp_path / "b.safetensors"))
+    assert done.returncode == 1
+    rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "only in second surprise: surprise" in rows
+    assert any(row.startswith("only in second, unused model_ema.decay: training average") for row in rows)
+    data = json.loads(nativesd.diff(tmp_path / "b.safetensors", tmp_path / "a.safetensors").to_json())
+    assert [(d["parameter"], d["kind"]) for d in data["differences"]] == [("surprise", "only in first")]
+    assert data["values"] is False
+
+
+def test_bare_integers_are_no_weights(run: Run, tmp_path: Path) -> None:
+    tensors = load_file(TINY / "vae" / "diffusion_pytorch_model.safetensors")
+    key = "encoder.conv_in.weight"
+    save_file(tensors | {key: tensors[key].to(torch.int8)}, tmp_path / "vae.safetensors")
+    done = run("audit", str(tmp_path / "vae.safetensors"))
+    assert done.returncode == 1
+    assert f"{key} {tuple(tensors[key].shape)} I8: a quantised weight" in " ".join(done.stdout.split())
+    with pytest.raises(WeightsError, match="a quantised weight, whose scale is not known"):
+        nativesd.load("tiny", vae=tmp_path / "vae.safetensors")
+    with pytest.raises(WeightsError, match="does not load as it is"):
+        convert(tmp_path / "vae.safetensors", tmp_path / "out.safetensors", layout="ldm")
 
 
 def test_own_tables(sdxl: Path, tmp_path: Path) -> None:

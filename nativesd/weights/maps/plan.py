@@ -23,10 +23,26 @@ class Plan:
     """parameter -> the keys that all claim it"""
     wrong_shape: dict[str, Source] = field(default_factory=dict)
     """parameter -> its source, which gives another shape than the model has"""
+    quantised: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """integer key -> the parameters that it would be, were it not a quantised weight whose scale is unknown"""
+
+    @property
+    def whole(self) -> bool:
+        """Whether every key and every parameter has its place."""
+        return not (self.missing or self.unexpected or self.wrong_shape or self.duplicate or self.quantised)
 
 
-def make_plan(table: BoundMap, theirs: Mapping[str, Shape], ours: Mapping[str, Shape]) -> Plan:
-    """Assign a checkpoint's keys to a model's parameters, both given as name -> shape. Raises TableError."""
+INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
+"""The dtypes of quantised weights, whose numbers mean nothing without a scale."""
+
+
+def make_plan(
+    table: BoundMap, theirs: Mapping[str, Shape], ours: Mapping[str, Shape], dtypes: Mapping[str, str] | None = None
+) -> Plan:
+    """Assign a checkpoint's keys to a model's parameters, both given as name -> shape.
+
+    `dtypes` of the keys, by the format's names: integers fill no parameter. Raises TableError.
+    """
     plan = Plan()
     claims: dict[str, dict[int, list[tuple[str, Source]]]] = {}
     for key in theirs:
@@ -41,6 +57,12 @@ def make_plan(table: BoundMap, theirs: Mapping[str, Shape], ours: Mapping[str, S
             plan.unexpected[key] = tuple(name for name, _ in found)
     for name, expected in ours.items():
         _settle(table, plan, name, expected, claims.get(name, {}), theirs)
+    known = dtypes or {}
+    for name, source in list(plan.sources.items()):
+        for key in source.keys:
+            if known.get(key) in INTEGERS:
+                plan.quantised[key] = (*plan.quantised.get(key, ()), name)
+                plan.sources.pop(name, None)
     if any(not source.rule.written for source in plan.sources.values()):  # a file keeps to one spelling
         for name in plan.missing:
             if old := table.old_spelling(name):
