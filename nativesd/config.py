@@ -117,6 +117,10 @@ class VAEConfig:
     latent_channels: int = 4
     image_channels: int = 3
     scaling: float = 0.18215
+    mean: tuple[float, ...] | None = None
+    """Of the latents, per channel, with `std`: they are moved and stretched by these beside the scaling (published as
+    latents_mean and latents_std)."""
+    std: tuple[float, ...] | None = None
     groups: int = 32
     force_upcast: bool = False
     """The published weights overflow in float16, so the pipeline runs this VAE in float32 (SDXL's `force_upcast`)."""
@@ -304,6 +308,10 @@ VEGA_UNET = replace(
 # vae/config.json of the same repositories
 SD_VAE = VAEConfig()
 SDXL_VAE = VAEConfig(scaling=0.13025, force_upcast=True)
+# playgroundai/playground-v2.5-1024px-aesthetic vae/config.json
+PLAYGROUND_VAE = replace(
+    SDXL_VAE, scaling=0.5, mean=(-1.6574, 1.886, -1.383, 2.5155), std=(8.4927, 5.9022, 6.5498, 5.2299)
+)
 
 # openai/clip-vit-large-patch14, as in stable-diffusion-v1-5 text_encoder/config.json
 CLIP_L = TextEncoderConfig(768, 12, 12, 3072, "quick_gelu")

@@ -82,6 +82,8 @@ def decode(
     the picture is not finite in float32 either.
     """
     latents = latents / scaling
+    if (spread := _spread(vae, latents)) is not None:
+        latents = latents * spread[1] + spread[0]
 
     def run(dtype: torch.dtype) -> Tensor:
         return _run(lambda z: _decode_one(vae, z, tile), latents.to(dtype), one_by_one=slicing or tile is not None)
@@ -112,7 +114,19 @@ def encode(
     if isinstance(vae, TinyVAE):
         return encoded * scaling, torch.zeros_like(encoded)
     mean, logvar = encoded.chunk(2, dim=1)
-    return mean * scaling, torch.exp(0.5 * logvar) * scaling
+    deviation = torch.exp(0.5 * logvar)
+    if (spread := _spread(vae, mean)) is not None:
+        mean, deviation = (mean - spread[0]) / spread[1], deviation / spread[1]
+    return mean * scaling, deviation * scaling
+
+
+def _spread(vae: VAE | TinyVAE, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The mean and standard deviation (1, C, 1, 1) of a VAE's latents, where its config says them."""
+    config = vae.config
+    if isinstance(config, TinyVAEConfig) or config.mean is None or config.std is None:
+        return None
+    mean, std = (latents.new_tensor(values).reshape(1, -1, 1, 1) for values in (config.mean, config.std))
+    return mean, std
 
 
 def _run(module: Callable[[Tensor], Tensor], batch: Tensor, *, one_by_one: bool) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from nativesd.config import Prediction
 from nativesd.models.layers import CachedContext
 from nativesd.models.unet import UNet
+from nativesd.sampling.published import EDM
 from nativesd.sampling.samplers import Denoiser
 
 
@@ -94,11 +95,13 @@ def make_denoiser(
     prediction: Prediction,
     dtype: torch.dtype,
     steering: Steers | None = None,
+    edm: EDM | None = None,
 ) -> Denoiser:
     """The function that samplers call: noisy latents (B, C, h, w) and sigma to the predicted clean latents, float32.
 
-    `sides` are the conditionings that `guidance` combines, each for all B pictures.
+    `sides` are the conditionings that `guidance` combines, each for all B pictures. `edm` is the scheduler's.
     """
+    spread = 1.0 if edm is None else edm.data  # of clean latents
     together = join(sides)
     sequential = guidance.sequential
     # the UNet's answers begin to differ where the text comes in
@@ -117,7 +120,7 @@ def make_denoiser(
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         nonlocal sequential
-        scaled, time = x / math.hypot(1, sigma), timestep(sigma)
+        scaled, time = x / math.hypot(spread, sigma), timestep(sigma)
         outputs: Sequence[Tensor] = ()
         if not sequential:
             try:
@@ -130,13 +133,19 @@ def make_denoiser(
                 sequential = True
         if sequential:
             outputs = [answer(scaled, time, sigma, side) for side in sides]
-        return to_clean(guidance.combine(outputs), x, sigma, prediction)
+        return to_clean(guidance.combine(outputs), x, sigma, prediction, edm)
 
     return denoise
 
 
-def to_clean(output: Tensor, x: Tensor, sigma: float, prediction: Prediction) -> Tensor:
-    """The clean latents that a UNet's output means at x = clean + sigma * noise (Karras et al. 2022, table 1)."""
+def to_clean(output: Tensor, x: Tensor, sigma: float, prediction: Prediction, edm: EDM | None = None) -> Tensor:
+    """The clean latents that a UNet's output means at x = clean + sigma * noise (Karras et al. 2022, table 1).
+
+    EDM's "epsilon" is no noise but the table's last column: what is left to add to the share of x.
+    """
+    if edm is not None and prediction != "sample":
+        share, rest = edm.data**2 / (sigma**2 + edm.data**2), sigma * edm.data / math.hypot(sigma, edm.data)
+        return share * x + (rest if prediction == "epsilon" else -rest) * output
     match prediction:
         case "epsilon":
             return x - sigma * output

@@ -310,7 +310,14 @@ class Diffusion:
                     device=self.device, guess=job.guess,
                 )  # fmt: skip
             denoise = make_denoiser(
-                model.unet, sides, job.guidance, part.timestep, model.config.prediction, model.dtype, steering
+                model.unet,
+                sides,
+                job.guidance,
+                part.timestep,
+                model.config.prediction,
+                model.dtype,
+                steering,
+                model.config.scheduler.edm,
             )
             if keep is not None:
                 denoise = keep_known(denoise, *keep)

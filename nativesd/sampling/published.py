@@ -23,6 +23,18 @@ PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v",
 
 
 @dataclass(frozen=True)
+class EDM:
+    """Noise without trained timesteps (Karras et al. 2022, section 5): sigmas from `largest` to `smallest`, and
+    latents of standard deviation `data`. The UNet is told 0.25 log sigma."""
+
+    smallest: float = 0.002
+    largest: float = 80.0
+    data: float = 0.5
+    kind: Literal["karras", "exponential"] = "karras"
+    rho: float = 7.0
+
+
+@dataclass(frozen=True)
 class SchedulerConfig:
     """What a published scheduler_config.json says of the noise. The defaults are Stable Diffusion's own values.
 
@@ -51,6 +63,8 @@ class SchedulerConfig:
     euler_at_final: bool = False
     original_steps: int = 50
     timestep_scaling: float = 10.0
+    edm: EDM | None = None
+    """Set for a model of continuous sigmas (CosXL, Playground 2.5), which has no betas"""
     unsupported: tuple[str, ...] = ()
     """Fields of the published sampler that this version has no equal for, each as "name = value"."""
 
@@ -62,6 +76,10 @@ class SchedulerConfig:
         left in `unsupported`, as another sampler may be asked for. Warns of a field that is not understood.
         """
         name = data.get("_class_name", "DDIMScheduler")
+        edm = _edm(name, data)
+        if edm is not None:
+            name = _EDM[name]
+            data = {field: value for field, value in data.items() if field not in _EDM_READ}
         for field, allowed in _NOISE.items():
             if data.get(field, allowed[0]) not in allowed:
                 raise SourceError(f"scheduler_config.json: {field} = {data[field]!r} is not supported")
@@ -106,8 +124,32 @@ class SchedulerConfig:
             euler_at_final=data.get("euler_at_final", False),
             original_steps=data.get("original_inference_steps", 50),
             timestep_scaling=data.get("timestep_scaling", 10.0),
+            edm=edm,
             unsupported=tuple(unsupported),
         )
+
+
+_EDM = {
+    "EDMEulerScheduler": "EulerDiscreteScheduler", "EDMDPMSolverMultistepScheduler": "DPMSolverMultistepScheduler",
+}  # fmt: skip
+"""The published classes of continuous sigmas, and those of the same samplers over trained timesteps"""
+_EDM_READ = {"sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho"}
+
+
+def _edm(name: str, data: Mapping[str, Any]) -> EDM | None:
+    """The continuous sigmas of an EDM scheduler. Raises SourceError."""
+    if name not in _EDM:
+        return None
+    kind = data.get("sigma_schedule", "karras")
+    if kind not in ("karras", "exponential"):
+        raise SourceError(f"scheduler_config.json: sigma_schedule = {kind!r} is not karras or exponential")
+    edm = EDM(
+        smallest=data.get("sigma_min", EDM.smallest), largest=data.get("sigma_max", EDM.largest),
+        data=data.get("sigma_data", EDM.data), kind=kind, rho=data.get("rho", EDM.rho),
+    )  # fmt: skip
+    if not 0 < edm.smallest < edm.largest or edm.data <= 0:
+        raise SourceError(f"scheduler_config.json: no sigmas from {edm.largest} to {edm.smallest} for data {edm.data}")
+    return edm
 
 
 def _form(name: str, algorithm: str | None, order: int) -> str:

@@ -5,6 +5,7 @@ Everything is in the variance-exploding form of Karras et al. 2022: x = latents 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nativesd.errors import UsageError
-from nativesd.sampling.published import Kind, SchedulerConfig, Spacing
+from nativesd.sampling.published import EDM, Kind, SchedulerConfig, Spacing
 
 LARGEST_SIGMA_ALPHA = 2**-24  # in place of zero terminal SNR's alpha of 0 (EulerDiscreteScheduler of diffusers)
 
@@ -39,6 +40,8 @@ def alphas_cumprod(config: SchedulerConfig) -> Tensor:
 
 def trained_sigmas(config: SchedulerConfig) -> Tensor:
     """sqrt((1 - alpha) / alpha) of every trained timestep, ascending, (train_steps,) float64."""
+    if config.edm is not None:  # none are trained: as many between the ends, even in their logarithm
+        return exponential_sigmas(config.train_steps, config.edm.smallest, config.edm.largest).flip(0)
     alphas = alphas_cumprod(config)
     return ((1 - alphas) / alphas).sqrt()
 
@@ -76,9 +79,13 @@ class Schedule:
     end: float
     trained: Tensor
     """`trained_sigmas`"""
+    edm: bool = False
+    """Whether a timestep is 0.25 log sigma (Karras et al. 2022, table 1, c_noise)"""
 
     def timestep(self, sigma: float) -> float:
         """The timestep of a sigma: the scheduled one, or between steps by interpolation of the trained log-sigmas."""
+        if self.edm:
+            return 0.25 * math.log(sigma)
         index = (self.sigmas[:-1] == sigma).nonzero()
         if len(index):
             return float(self.timesteps[index[0, 0]])
@@ -182,6 +189,8 @@ def make_schedule(
     """
     if not 1 <= steps < config.train_steps:
         raise UsageError(f"steps must be between 1 and {config.train_steps - 1}, not {steps}")
+    if config.edm is not None:
+        return _edm_schedule(config, config.edm, rule, steps, kind, sdxl=sdxl)
     trained = trained_sigmas(config)
     last_step = config.train_steps - 1
     spacing = config.spacing if config.spacing and rule.spacing != "skipping" else rule.spacing
@@ -220,3 +229,29 @@ def make_schedule(
     start = (1 + first**2) ** 0.5 if rule.unit_variance or (own and spacing == "leading") else first
     end = (1 + last**2) ** 0.5 if rule.unit_variance else 1.0
     return Schedule(timesteps, torch.cat([sigmas, sigmas.new_tensor([last])]), start, end, trained)
+
+
+def _edm_schedule(
+    config: SchedulerConfig, edm: EDM, rule: SamplerRule, steps: int, kind: Kind, *, sdxl: bool
+) -> Schedule:
+    """The schedule of a model of continuous sigmas. What is even in timesteps is even in log sigma.
+
+    Raises UsageError for samplers that go by trained timesteps.
+    """
+    if rule.spacing == "skipping":
+        raise UsageError("the model has continuous sigmas (EDM), and this sampler goes by trained timesteps")
+    match edm.kind if kind == "automatic" else kind:
+        case "karras":
+            sigmas = karras_sigmas(steps, edm.smallest, edm.largest, edm.rho)
+        case "beta":
+            sigmas = beta_sigmas(steps, edm.smallest, edm.largest)
+        case "align your steps":
+            sigmas = aligned_sigmas(steps, sdxl=sdxl)
+        case "sgm uniform" | "trailing" | "simple":  # they stop before the smallest
+            sigmas = exponential_sigmas(steps + 1, edm.smallest, edm.largest)[:steps]
+        case _:
+            sigmas = exponential_sigmas(steps, edm.smallest, edm.largest)
+    last = 0.0 if config.final_sigma_zero else edm.smallest
+    start = (1 + float(sigmas[0]) ** 2) ** 0.5
+    ends = torch.cat([sigmas, sigmas.new_tensor([last])])
+    return Schedule(0.25 * sigmas.log(), ends, start, 1.0, trained_sigmas(config), edm=True)

@@ -215,7 +215,7 @@ def vae_config(data: Json) -> VAEConfig:
     if set(down) > {"DownEncoderBlock2D"} or set(up) > {"UpDecoderBlock2D"}:
         raise ValueError(f"block types {down} / {up} are not supported (only DownEncoderBlock2D / UpDecoderBlock2D)")
     _require(
-        data, act_fn="silu", latents_mean=None, latents_std=None, shift_factor=(None, 0), use_quant_conv=True,
+        data, act_fn="silu", shift_factor=(None, 0), use_quant_conv=True,
         use_post_quant_conv=True, mid_block_add_attention=True,
     )  # fmt: skip
     return VAEConfig(
@@ -224,9 +224,19 @@ def vae_config(data: Json) -> VAEConfig:
         latent_channels=data.get("latent_channels", 4),
         image_channels=data.get("in_channels", 3),
         scaling=data.get("scaling_factor", 0.18215),
+        mean=_per_channel(data, "latents_mean"),
+        std=_per_channel(data, "latents_std"),
         groups=data.get("norm_num_groups", 32),
         force_upcast=bool(data.get("force_upcast", False)),
     )
+
+
+def _per_channel(data: Json, name: str) -> tuple[float, ...] | None:
+    """A field that is absent or has a number for each of the latents' channels. Raises ValueError."""
+    values = data.get(name)
+    if values is not None and len(values) != data.get("latent_channels", 4):
+        raise ValueError(f"{name} has {len(values)} numbers for {data.get('latent_channels', 4)} latent channels")
+    return None if values is None else tuple(float(value) for value in values)
 
 
 def text_config(data: Json, *, sdxl: bool) -> TextEncoderConfig:

@@ -153,7 +153,12 @@ def _block(depths: Sequence[Depth], direction: str) -> str:
 def vae_json(config: VAEConfig, sample_size: int) -> dict[str, Any]:
     """AutoencoderKL's config.json."""
     levels = len(config.widths)
-    return {
+    spread = (
+        {}
+        if config.mean is None or config.std is None
+        else {"latents_mean": list(config.mean), "latents_std": list(config.std)}
+    )
+    return spread | {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": DIFFUSERS_VERSION,
         "act_fn": "silu",
