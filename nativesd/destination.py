@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import re
 import secrets
@@ -68,6 +69,28 @@ def fresh(dest: str | Path, *, replace: bool = False, parents: bool = True, wait
         for folder in made:
             with suppress(OSError):  # somebody else has written there
                 folder.rmdir()
+
+
+@contextmanager
+def scratch(place: Path) -> Iterator[Path]:
+    """A folder beside a place for what it is made of, which goes when the block ends; as with `fresh`, nothing stays.
+
+    Another process that wants it waits. Raises SourceError where it cannot be written.
+    """
+    place = _place(place)
+    folder = place.with_name(f".nativesd-{_identity(place)}-{secrets.token_hex(8)}.partial")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with hold(place, math.inf):
+            for path in _partials(place.parent).get(_identity(place), []):
+                remove(path)
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                remove(folder)
+    except OSError as error:
+        raise SourceError(f"{place.parent} cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

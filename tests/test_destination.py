@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nativesd.destination import copy_file, fresh, inside, leftovers, remove
+from nativesd.destination import copy_file, fresh, inside, leftovers, remove, scratch
 from nativesd.errors import NativesdError, SourceError, UsageError
 
 FORK = multiprocessing.get_context("fork")
@@ -300,3 +300,19 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
     assert copy_file(snapshot, "vocab.json", tmp_path / "out")
     with pytest.raises(SourceError, match="leads out of"):
         copy_file(snapshot, "merges.txt", tmp_path / "out")
+
+
+def test_scratch_folders_go_and_leftovers_are_cleared(tmp_path: Path) -> None:
+    place = tmp_path / "new" / "graph-unet"
+    with scratch(place) as folder:
+        (folder / "model.onnx").write_bytes(b"graph")
+        assert list(leftovers(place.parent)) == []  # in use
+    assert list(place.parent.iterdir()) == []
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"graph")  # as after a killed process
+    with scratch(place) as again:
+        assert list(again.iterdir()) == []
+        assert not folder.exists()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(SourceError, match="file cannot be written: "), scratch(tmp_path / "file" / "graph"):
+        pass

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from nativesd.checkpoints.manifest import write_manifest
 from nativesd.destination import fresh
 from nativesd.errors import UsageError
+from nativesd.export.engines import Wish, build
 from nativesd.export.graphs import FILE
-from nativesd.export.library import Part, build, default_store, numbered, write_onnx
+from nativesd.export.library import Part, default_store, numbered, write_onnx
 from nativesd.export.slots import CHUNK, Component, Convention, Request
-from nativesd.export.store import Entry, Store
+from nativesd.export.store import Store
 from nativesd.export.tensorrt.build import Progress
-from nativesd.export.tensorrt.product import Backend, backend_for, device_target
+from nativesd.export.tensorrt.product import Backend, device_target, parse_target
 from nativesd.export.tensorrt.profiles import ready_profile
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.vae import VAE
 from nativesd.pipeline.arguments import Lora
+from nativesd.pipeline.control import check_controlnet
 from nativesd.pipeline.loading import load
 from nativesd.pipeline.pipeline import Pipeline
 
+OnPart = Callable[[str, int, int], None]
 EXPORTED = ("text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """One component's file or engine, and what its manifest says: seconds, opset, error against PyTorch, profiles."""
+    """One component's file or engine, and what its manifest says: seconds, opset, error against PyTorch, profiles.
+
+    target  of an engine: the cards that it is for, such as "sm86" or "sm89+sm120"
+    state   "built", "there" (it was already) or "skipped" (those cards cannot have it, for `reason`; there is no path)
+    """
 
     name: str
-    path: Path
+    path: Path | None
     details: dict[str, Any]
+    target: str = ""
+    state: Literal["built", "there", "skipped"] = "built"
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,8 +78,9 @@ def export_onnx(
     opset: int | None = None,
     names: Convention = "nativesd",
     check: bool = True,
+    tolerance: float | None = None,
     maps: str | Path | None = None,
-    on_part: Callable[[str], None] | None = None,
+    on_part: OnPart | None = None,
 ) -> list[Exported]:
     """Write a model's components as ONNX: DEST/unet/model.onnx with its weights beside it, and so on.
 
@@ -84,7 +95,9 @@ def export_onnx(
     opset       default: 23 (attention is one node), for the VAE 21 (a group norm is one node)
     names       of the UNet's inputs and outputs: nativesd's, or those that comfyui or streamdiffusion bind
     check       run every file by ONNX Runtime against PyTorch
-    on_part     called with the name of every component before its turn
+    tolerance   max|difference| / max|float32's| that it may show; default: 1e-5 in float32, 5e-3 in float16, 4e-2 in
+                bfloat16, or twice what PyTorch itself is off in that dtype
+    on_part     called before every component's turn with its name, its number from 1 on, and how many there are
 
     DEST appears when all is written and, where it is checked, computes what PyTorch does: NativesdError otherwise.
     Raises UsageError for what cannot be exported, and what `load` raises.
@@ -94,19 +107,18 @@ def export_onnx(
     with fresh(dest) as folder:
         pipeline = _load(source, dtype, loras, maps)
         request = None if static is None else static.request(pipeline.config.vae.factor)
-        for part in _parts(pipeline, components, control):
-            if on_part is not None:
-                on_part(part.name)
+        for part in _turns(_parts(pipeline, components, control), on_part):
             file = folder / part.name / FILE
             file.parent.mkdir(parents=True)
             details = write_onnx(
                 part.graph(control=slots), file, static=request, opset=opset,
-                names=names if part.component == "unet" else "nativesd", check=check,
-                metadata={"family": part.family, "source": pipeline.config.name},
+                names=names if part.component == "unet" else "nativesd", check=check, tolerance=tolerance,
+                metadata={"family": part.family, "source": part.source},
             )  # fmt: skip
             done.append(Exported(part.name, Path(dest) / part.name / FILE, details))
             said[part.name] = {
-                "file": f"{part.name}/{FILE}", "component": part.component, "family": part.family, **details
+                "file": f"{part.name}/{FILE}", "component": part.component, "family": part.family,
+                "weights": part.weights, **details,
             }  # fmt: skip
         write_manifest(folder, pipeline, said)
     return done
@@ -125,42 +137,55 @@ def export_tensorrt(
     dtype: str | torch.dtype = "float16",
     slots: bool = True,
     weight_streaming: bool = False,
+    check: bool = True,
+    tolerance: float | None = None,
     again: bool = False,
     maps: str | Path | None = None,
-    on_part: Callable[[str], None] | None = None,
+    on_part: OnPart | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> list[Exported]:
     """Build TensorRT engines of a model's components into a folder of engines, by way of checked ONNX graphs.
 
     engines   default: nativesd/engines in the user's cache
     backend   tensorrt-rtx or tensorrt; default: by the GPU that it is for
-    targets   compute capabilities, such as "sm120"; TensorRT-RTX builds for GPUs that are elsewhere, without any here;
-              default: the GPU's own
+    targets   compute capabilities, such as "sm120", "SM_120" or "12.0", also several in one with commas; TensorRT-RTX
+              builds for GPUs that are elsewhere, without any here. Each gets an engine of its own, and "sm86+sm89" one
+              for both. Default: the GPU's own
     profiles  SIZE[-bIMAGES][-cCHUNKS] with a SIZE such as 512, 768x512, 512to1024 or dynamic: `ready_profile`
-    again     build in place of an engine that is there
+    check     run the graphs against PyTorch, and the engines whose GPU is here; `tolerance` as in `export_onnx`, on
+              the GPU by default 1e-4 in float32 (the VAE, in TF32: 3e-3), 1e-2 in float16, 4e-2 in bfloat16
+    again     build in place of engines that are there; without, they are left, so that what was interrupted goes on
     on_progress  called from the builder's threads
 
-    The other options are those of `export_onnx`. Engines are run against PyTorch where their GPU is here. Raises
-    UsageError for what cannot be built, SourceError for files that cannot be written, and what `load` raises.
+    The other options are those of `export_onnx`. What a card cannot have is skipped, and said to be. Raises UsageError
+    for what cannot be built, SourceError for files that cannot be written, and what `load` raises.
     """
     if not targets:
         if not torch.cuda.is_available():
             raise UsageError("there is no GPU here to build for: say for which, such as sm120 (--for sm120)")
         targets = (device_target(torch.device("cuda")),)
-    kind = backend or backend_for(targets[0])
+    groups = [
+        sorted({parse_target(each) for each in group.split("+")}, key=lambda target: int(target[2:]))
+        for target in targets
+        for group in target.split(",")
+    ]
     pipeline = _load(source, dtype, loras, maps)
     config, store = pipeline.config, Store(default_store() if engines is None else engines)
+    wish = Wish(groups, backend, slots, weight_streaming, check, tolerance, again, on_progress)
     done = []
-    for part in _parts(pipeline, components, control):
-        if on_part is not None:
-            on_part(part.name)
+    for part in _turns(_parts(pipeline, components, control), on_part):
         ready = [ready_profile(name, part.component, native=config.size, factor=config.vae.factor) for name in profiles]
-        entry: Entry = build(
-            part, store, ready, backend=kind, targets=targets, control=slots, weight_streaming=weight_streaming,
-            again=again, on_progress=on_progress,
-        )  # fmt: skip
-        done.append(Exported(part.name, entry.path, dict(entry.details)))
+        for made in build(part, store, ready, wish):
+            path, details = (None, {}) if made.entry is None else (made.entry.path, dict(made.entry.details))
+            done.append(Exported(part.name, path, details, made.target, made.state, made.reason))
     return done
+
+
+def _turns(parts: Sequence[Part], on_part: OnPart | None) -> Iterator[Part]:
+    for number, part in enumerate(parts, 1):
+        if on_part is not None:
+            on_part(part.name, number, len(parts))
+        yield part
 
 
 def _load(source: str | Path, dtype: str | torch.dtype, loras: Sequence[Lora], maps: str | Path | None) -> Pipeline:
@@ -173,27 +198,28 @@ def _parts(pipeline: Pipeline, components: Sequence[str], control: Sequence[str 
     """The components that are asked for. Raises UsageError for one that there is not."""
     if unknown := set(components) - set(EXPORTED):
         raise UsageError(f"there is no component {', '.join(sorted(unknown))}: there are {', '.join(EXPORTED)}")
-    family = pipeline.config.family
+    family, source = pipeline.config.family, pipeline.config.name
     out = []
     if "text_encoder" in components:
         out += [
-            Part(numbered("text_encoder", i), "text_encoder", encoder, family)
+            Part(numbered("text_encoder", i), "text_encoder", encoder, family, source)
             for i, encoder in enumerate(pipeline.text_encoders, 1)
         ]
     if "unet" in components:
-        out.append(Part("unet", "unet", pipeline.unet, family))
+        out.append(Part("unet", "unet", pipeline.unet, family, source))
     if "controlnet" in components and pipeline.load_control is not None:
-        for i, source in enumerate(control, 1):
-            module = pipeline.load_control(source).module
-            if not isinstance(module, ControlNet | ControlNetUnion):
-                raise UsageError(f"{source} is a T2I-Adapter, which has no exported form")
-            out.append(Part(numbered("controlnet", i), "controlnet", module, family))
+        for i, each in enumerate(control, 1):
+            model = pipeline.load_control(each)
+            if not isinstance(model.module, ControlNet | ControlNetUnion):
+                raise UsageError(f"{each} is a T2I-Adapter, which has no exported form")
+            check_controlnet(model.name, model.module, pipeline.config.unet)
+            out.append(Part(numbered("controlnet", i), "controlnet", model.module, family, model.name))
     parts: tuple[Component, ...] = ("vae_encoder", "vae_decoder")
     for component in parts:
         if component in components:
             if not isinstance(pipeline.vae, VAE):
                 raise UsageError("TAESD has no exported form: leave vae_encoder and vae_decoder out")
-            out.append(Part(component, component, pipeline.vae, family))
+            out.append(Part(component, component, pipeline.vae, family, source))
     if not out:
         raise UsageError("there is nothing to export: name a component, and ControlNets with control (--control)")
     return out

@@ -107,7 +107,8 @@ def _tokenizer(encoder: str) -> str:
 
 def scheduler_json(config: SchedulerConfig) -> dict[str, Any]:
     """What `SchedulerConfig.from_published` reads as `config`; fields that have their usual values are left out."""
-    name, _, algorithm = config.class_name.rstrip("]").partition("[")
+    name, _, form = config.class_name.rstrip("]").partition("[")
+    algorithm = next((word for word in form.split(", ") if not word.startswith("order ")), "")
     prediction = {ours: published for published, ours in PREDICTIONS.items()}
     data: dict[str, Any] = {
         "_class_name": name,
@@ -129,12 +130,12 @@ def scheduler_json(config: SchedulerConfig) -> dict[str, Any]:
         "rescale_betas_zero_snr": (config.zero_snr, usual.zero_snr),
         "solver_order": (config.order, usual.order),
         "solver_type": (config.solver, usual.solver),
-        "lower_order_final": (config.lower_order_final, usual.lower_order_final),
+        "lower_order_final": (config.lower_order_final, None if name.startswith("DPMSolver") else True),
         "euler_at_final": (config.euler_at_final, usual.euler_at_final),
         "original_inference_steps": (config.original_steps, usual.original_steps),
         "timestep_scaling": (config.timestep_scaling, usual.timestep_scaling),
         "algorithm_type": (algorithm, ""),
-        f"use_{config.kind}_sigmas": (config.kind != "automatic", False),
+        "use_lu_lambdas" if config.kind == "lu" else f"use_{config.kind}_sigmas": (config.kind != "automatic", False),
     }
     return data | {key: value for key, (value, default) in unusual.items() if value != default}
 

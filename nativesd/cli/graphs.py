@@ -37,6 +37,8 @@ def _common(command: Command) -> Command:
         click.option("--component", "components", multiple=True, type=click.Choice(COMPONENTS), help="[default: all]"),
         click.option("--control", multiple=True, metavar="MODEL", help="ControlNet to export too; repeatable."),
         click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE[:TEXT]]", help="LoRA to merge before."),
+        click.option("--no-check", is_flag=True, help="Do not run what is written against PyTorch."),
+        click.option("--tolerance", type=click.FloatRange(0), help="Largest relative difference that is allowed."),
         click.option("--no-slots", is_flag=True, help="Leave out the UNet's inputs for control residuals."),
         click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override."),
     ]):  # fmt: skip
@@ -53,7 +55,6 @@ def _common(command: Command) -> Command:
 @click.option("--chunks", type=int, default=1, show_default=True, help="With --static: chunks of 77 tokens.")
 @click.option("--opset", type=int, help="[default: 23; of the VAE 21]")
 @click.option("--names", type=click.Choice(NAMES), default=NAMES[0], help="Whose the UNet's inputs and outputs have.")
-@click.option("--no-check", is_flag=True, help="Do not run the files against PyTorch.")
 def export_onnx(
     source: str,
     dest: Path,
@@ -79,19 +80,30 @@ def export_onnx(
 @_common
 @click.option("--engines", type=click.Path(path_type=Path), help=ENGINES_HELP)
 @click.option("--engine", "backend", type=click.Choice(["tensorrt-rtx", "tensorrt"]), help="[default: by the GPU]")
-@click.option("--for", "targets", multiple=True, metavar="SM", help="Such as sm120; repeatable [default: this GPU].")
+@click.option("--for", "targets", multiple=True, metavar="SM",
+              help="Such as sm120; sm86,sm89: one each; sm86+sm89: one for both [default: this GPU].")  # fmt: skip
 @click.option("--profile", "profiles", multiple=True, metavar="SIZE[-bIMAGES][-cCHUNKS]",
               help="SIZE: 512, 768x512, 512to1024 or dynamic; repeatable [default: dynamic].")  # fmt: skip
 @click.option("--dtype", default="float16", show_default=True, help="float16, bfloat16 or float32.")
 @click.option("--weight-streaming", is_flag=True, help="The weights may stay in main memory.")
 @click.option("--again", is_flag=True, help="Build in place of an engine that is there.")
-def export_tensorrt(source: str, no_slots: bool, **given: Any) -> None:
+def export_tensorrt(source: str, no_slots: bool, no_check: bool, **given: Any) -> None:
     """See the command's help."""
     from nativesd.checkpoints.export import export_tensorrt as run_export
 
     with _progress() as on_progress:
-        done = run_export(source, slots=not no_slots, on_part=_say, on_progress=on_progress, **_options(given))
-    _print_exported(done)
+        done = run_export(
+            source, slots=not no_slots, check=not no_check, on_part=_say, on_progress=on_progress, **_options(given)
+        )
+    table = Table("component", "for", "", "seconds", "size", "checked", box=None, pad_edge=False)
+    for each in done:
+        seconds = str(each.details.get("build_seconds", ""))
+        size = "" if each.path is None else size_text((each.path / "model.engine").stat().st_size)
+        table.add_row(each.name, each.target, each.state, seconds, size, each.reason or _checked(each.details))
+    Console(width=None if sys.stdout.isatty() else 240, highlight=False, stderr=True).print(table)
+    for each in done:
+        if each.path is not None:
+            click.echo(each.path)
 
 
 @main.group()
@@ -170,15 +182,25 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _say(name: str) -> None:
-    click.echo(f"nativesd: {name}", err=True)
+def _say(name: str, number: int, total: int) -> None:
+    click.echo(f"nativesd: {name} ({number} of {total})", err=True)
 
 
 def _print_exported(done: Sequence[Exported]) -> None:
     for each in done:
-        details = each.details.get("onnx", each.details)
-        error = f", within {details['error']:.1e} of PyTorch" if "error" in details else ", not checked"
-        click.echo(f"{each.path}{error}")
+        click.echo(f"{each.path}, {_checked(each.details)}")
+
+
+def _checked(details: dict[str, Any]) -> str:
+    """How what was written was compared with PyTorch in float32, and with what result."""
+    graph = details.get("onnx", details).get("error")
+    graph_text = "not checked" if graph is None else f"within {graph:.1e} of PyTorch"
+    if "onnx" not in details:
+        return graph_text
+    if "error" in details:
+        return f"within {details['error']:.1e} of PyTorch"
+    reason = details.get("not_run", "engine not run here")
+    return f"{reason}; graph {graph_text}"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Graphs and engines of loaded modules, kept in a store: made once, checked, and found again by what they hold."""
+"""Graphs of loaded modules, kept in a store: made once, checked, and found again by what they hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,20 +17,15 @@ from torch import nn
 
 from nativesd.cache import cache_folder
 from nativesd.errors import SourceError, UsageError
-from nativesd.export.capture import CudaQueue
-from nativesd.export.check import SIZES, compare, require
+from nativesd.export.check import SIZES, TOLERANCES, compare, require
 from nativesd.export.graphs import FILE, OPSETS, Graph, graph_of
 from nativesd.export.runner import Runner
 from nativesd.export.sessions import OnnxRunner, OpenVinoRunner
 from nativesd.export.sessions import backend as package
 from nativesd.export.slots import Component, Convention, Request
-from nativesd.export.store import Entry, Key, Store, unfinished, verify
-from nativesd.export.tensorrt.build import Progress, build_engine
-from nativesd.export.tensorrt.engine import Arena
-from nativesd.export.tensorrt.loading import load_engine
-from nativesd.export.tensorrt.product import ENGINE, Backend, backend_for, backend_version, device_target
-from nativesd.export.tensorrt.profiles import Profile
+from nativesd.export.store import Building, Entry, Key, Store, verify
 from nativesd.tuning.tune import untuned
+from nativesd.version import __version__
 
 BackendName = Literal["cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
@@ -62,6 +58,15 @@ class Part:
     component: Component
     module: nn.Module
     family: str
+    source: str = ""
+    """The model's name."""
+    named: Callable[[], str] | None = None
+    """Its weights' hash, where that is not the one of the numbers that are in the module now."""
+
+    @cached_property
+    def weights(self) -> str:
+        """What its weights are called."""
+        return weights_hash(self.module) if self.named is None else self.named()
 
     def graph(self, *, control: bool = True) -> Graph:
         """As a function of named tensors."""
@@ -86,8 +91,11 @@ def write_onnx(
     names: Convention = "nativesd",
     metadata: Mapping[str, str] | None = None,
     check: bool = True,
+    tolerance: float | None = None,
 ) -> dict[str, Any]:
     """Export a graph and run it against PyTorch; returns what a manifest says of it.
+
+    tolerance  max|difference| / max|float32's|; default: by the dtype, or twice what PyTorch's own is in that dtype
 
     ONNX Runtime's CPU provider does not compute in bfloat16: there, a float32 twin of the graph is checked. Graphs of
     one static shape are checked at that. Raises NativesdError where the results differ, UsageError where ONNX Runtime
@@ -98,10 +106,9 @@ def write_onnx(
         export_onnx(graph, path, static=static, opset=opset, names=names, metadata=metadata)
         details: dict[str, Any] = {
             "export_seconds": round(time.monotonic() - start, 1),
-            "opset": opset or _opset(graph),
-            "dtype": _name(graph.dtype),
-            "weights": weights_hash(graph.module),
-            **graph.schema.renamed(names).fields(_name(graph.dtype), static),
+            "opset": opset or OPSETS[graph.schema.component],
+            "dtype": dtype_name(graph.dtype),
+            **graph.schema.renamed(names).fields(dtype_name(graph.dtype), static),
         }
         if check:
             requests = [static] if static else SIZES
@@ -116,8 +123,11 @@ def write_onnx(
                 twin = graph
                 runner = OnnxRunner(path, graph.schema.renamed(names), graph.dtype, torch.device("cpu"))
                 comparisons = compare(twin, runner, requests)
-            details["error"] = require(comparisons, twin.dtype, f"the exported {graph.schema.component}")
-            details["checked_in"] = _name(twin.dtype)
+            details["error"] = require(
+                comparisons, TOLERANCES[twin.dtype], f"the exported {graph.schema.component}", tolerance=tolerance
+            )
+            details["torch_error"] = max(each.own for each in comparisons)
+            details["checked_in"] = dtype_name(twin.dtype)
         return details
 
 
@@ -127,20 +137,29 @@ def onnx_entry(part: Part, store: Store) -> Entry:
     Raises SourceError for one that is damaged, NativesdError where the new one does not compute what PyTorch does.
     """
     graph = part.graph()
-    key = Key(
-        part.name, part.family, weights_hash(part.module), "onnx", f"opset{_opset(graph)}", "any",
-        _name(graph.dtype), ("dynamic",), graph.schema.digest, bool(graph.schema.control),
-    )  # fmt: skip
+    key = make_key(part, graph, "onnx", "any", "any", ["dynamic"], OPSETS[part.component])
     entry = store.find(key)
     if entry is None:
-        with store.building(key) as building:
-            building.details.update(write_onnx(graph, building.folder / FILE, metadata={"source_hash": key.weights}))
-        entry = store.find(key)
-        assert entry is not None  # just written
+
+        def make(building: Building) -> None:
+            building.details["source"] = part.source
+            building.details |= write_onnx(graph, building.folder / FILE, metadata={"source_hash": key.weights})
+
+        entry, _ = store.obtain(key, make)
     problem = verify(entry, deep=False)
     if problem is not None:
         raise SourceError(f"{entry.path} is damaged ({problem}): remove it, or run nativesd engines prune")
     return entry
+
+
+def make_key(
+    part: Part, graph: Graph, backend: str, version: str, device: str, profiles: Sequence[str], opset: int
+) -> Key:
+    """What a graph or an engine of a part is called."""
+    return Key(
+        part.name, part.family, part.weights, backend, version, device, dtype_name(graph.dtype), tuple(profiles),
+        graph.schema.digest, bool(graph.schema.control), __version__, f"opset{opset}",
+    )  # fmt: skip
 
 
 def onnx_runner(part: Part, store: Store, device: torch.device) -> Runner:
@@ -157,92 +176,12 @@ def openvino_runner(part: Part, store: Store) -> Runner:
     """A part in OpenVINO. A bfloat16 model's graph is exported in float32, and computed in bfloat16."""
     precision = part.graph().dtype
     if precision == torch.bfloat16:
-        part = Part(part.name, part.component, copy.deepcopy(part.module).float(), part.family)
+        part = replace(part, module=copy.deepcopy(part.module).float())
     graph = part.graph()
     path = onnx_entry(part, store).path / FILE
     return OpenVinoRunner(path, graph.schema, graph.dtype, precision)
 
 
-def engine_key(part: Part, graph: Graph, backend: Backend, targets: Sequence[str], profiles: Sequence[str]) -> Key:
-    """What an engine of a part is called."""
-    return Key(
-        part.name, part.family, weights_hash(part.module), backend, backend_version(backend), "+".join(targets),
-        _name(graph.dtype), tuple(profiles), graph.schema.digest, bool(graph.schema.control),
-    )  # fmt: skip
-
-
-def build(
-    part: Part,
-    store: Store,
-    profiles: Sequence[Profile],
-    *,
-    backend: Backend,
-    targets: Sequence[str],
-    control: bool = True,
-    weight_streaming: bool = False,
-    again: bool = False,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> Entry:
-    """Build an engine of a part into the store, by way of an ONNX file that is checked and then removed.
-
-    Where the GPU that it is for is here, the engine is run against PyTorch too. Raises UsageError for an engine that is
-    there already (but for `again`) or cannot be built, NativesdError for one that computes something else.
-    """
-    graph = part.graph(control=control)
-    key = engine_key(part, graph, backend, targets, [profile.name for profile in profiles])
-    with store.building(key, again=again) as building:
-        with tempfile.TemporaryDirectory(dir=building.folder, prefix=".onnx-") as folder:
-            onnx = Path(folder) / FILE
-            # TensorRT-RTX has no fused attention in float32
-            opset = min(_opset(graph), 22) if graph.dtype == torch.float32 else None
-            details = write_onnx(graph, onnx, opset=opset, metadata={"source_hash": key.weights})
-            cache = store.root / f"timing-{key.version}-{key.device}.cache" if backend == "tensorrt" else None
-            built = build_engine(
-                onnx, building.folder / ENGINE, graph.schema, profiles, backend=backend, dtype=graph.dtype,
-                targets=targets, weight_streaming=weight_streaming, timing_cache=cache,
-                on_progress=on_progress,
-            )  # fmt: skip
-        building.details.update({"onnx": details, "weight_streaming": weight_streaming, **built.details()})
-        if torch.cuda.is_available() and device_target(torch.device("cuda")) in targets:
-            building.details["error"] = _check_engine(graph, unfinished(key, building), profiles)
-    entry = store.find(key)
-    assert entry is not None  # just written
-    return entry
-
-
-def _check_engine(graph: Graph, entry: Entry, profiles: Sequence[Profile]) -> float:
-    """The largest difference of an engine to PyTorch on this GPU, at the ends and the middle of every profile.
-
-    Raises NativesdError where it is above the tolerance.
-    """
-    device = torch.device("cuda")
-    there = Graph(copy.deepcopy(graph.module).to(device), graph.schema)
-    runner = load_engine(entry, graph.schema, dtype=graph.dtype, arena=Arena(CudaQueue(device)))
-    try:
-        requests = [request for profile in profiles for request in (profile.min, profile.opt, profile.max)]
-        return require(compare(there, runner, requests), graph.dtype, f"the {graph.schema.component}'s engine")
-    finally:
-        runner.close()
-
-
-def engine_runner(part: Part, store: Store, device: torch.device, arena: Arena, backend: Backend | None) -> Runner:
-    """A part's engine for this GPU from the store. Raises UsageError where there is none, with the reasons."""
-    target = device_target(device)
-    kind = backend or backend_for(target)
-    reasons: list[str] = []
-    for control in (True, False) if part.component == "unet" else (True,):
-        graph = part.graph(control=control)
-        entry, reasons = store.match(engine_key(part, graph, kind, [target], []))
-        if entry is not None:
-            return load_engine(entry, graph.schema, dtype=graph.dtype, arena=arena)
-    found = "; ".join(reasons) or "none of this component"
-    raise UsageError(f"{store.root} has no engine of the {part.name} for {target} ({found})")
-
-
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """torch.float16 as float16."""
     return str(dtype).removeprefix("torch.")
-
-
-def _opset(graph: Graph) -> int:
-    return OPSETS[graph.schema.component]

@@ -22,6 +22,8 @@ from nativesd.export.repeated import as_operators, insert
 from nativesd.export.slots import Convention, Request, Slot
 from nativesd.version import __version__
 
+LOWEST_OPSET, HIGHEST_OPSET = 18, 25  # that torch's exporter and onnx-ir write
+
 
 def export_onnx(
     graph: Graph,
@@ -39,12 +41,15 @@ def export_onnx(
     names     the names of the inputs and outputs: this project's, or another's
     metadata  more entries for the file's
 
-    Raises UsageError for names that do not fit and opsets below 18, which the exporter does not write.
+    Raises UsageError for names that do not fit and opsets that the exporter does not write.
     """
     schema = graph.schema.renamed(names)
     opset = opset or OPSETS[schema.component]
-    if opset < 18:
-        raise UsageError(f"opset {opset}: 18 is the lowest, and {OPSETS[schema.component]} is meant for this graph")
+    if not LOWEST_OPSET <= opset <= HIGHEST_OPSET:
+        raise UsageError(
+            f"opset {opset}: {LOWEST_OPSET} is the lowest, {HIGHEST_OPSET} the highest, and {OPSETS[schema.component]} "
+            "is meant for this graph"
+        )
     inputs = graph.inputs(static or typical(schema))
     dynamic = None if static else (tuple(_dynamic(slot) for slot in schema.inputs),)
     graph.eval()

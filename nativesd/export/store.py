@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,10 +20,11 @@ from nativesd.errors import SourceError, UsageError
 from nativesd.version import __version__
 
 MANIFEST = "manifest.json"
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 2
 RUNTIME_CACHE = "runtime.cache"
 """A file that a runtime may add to an entry and change at any time, so no manifest lists it."""
 SEPARATOR = "__"  # between the parts of a name
+EARLIER_PARTS = 10  # that names had with schema 1, whose entries serve no more
 LONGEST_NAME = 255  # bytes, as file systems allow
 _PART = re.compile(r"[A-Za-z0-9.+-]+(_[A-Za-z0-9.+-]+)*")
 
@@ -33,7 +36,7 @@ class Key:
     component: str
     family: str
     weights: str
-    """Of the weights' hash, as many digits as the caller compares."""
+    """A hash of what they were before LoRAs, and of the LoRAs with their scales."""
     backend: str
     """onnx, tensorrt or tensorrt-rtx."""
     version: str
@@ -45,6 +48,10 @@ class Key:
     slots: str
     """The schema's digest."""
     control: bool
+    nativesd: str
+    """The version that made it."""
+    opset: str
+    """Of its ONNX graph: "opset23"."""
 
     @property
     def name(self) -> str:
@@ -150,6 +157,35 @@ class Store:
                 reasons.append(f"{entry.path.name}: {reason}")
         return max(serving, key=lambda entry: entry.created, default=None), reasons
 
+    def obtain(self, key: Key, make: Callable[[Building], None], *, again: bool = False) -> tuple[Entry, bool]:
+        """The entry of a key, and whether it was made now, by `make`: where it is not there, is damaged, or `again`.
+
+        Where another process is making it, that is waited for, after a warning. Raises what `make` does, SourceError.
+        """
+        found = self.find(key)
+        if found is not None and not again and verify(found, deep=False) is None:
+            return found, False
+        replaced = again or found is not None
+        for wait in (0.0, math.inf):
+            begun = False
+            try:
+                with self.building(key, again=replaced, wait=wait) as building:
+                    begun = True
+                    make(building)
+                break
+            except UsageError:
+                if begun:
+                    raise
+                made = self.find(key)  # by another process meanwhile, if it is there
+                if made is not None and not replaced:
+                    return made, False
+                if wait:
+                    raise
+                warnings.warn(f"another process is making {self.path(key)}: waiting for it", stacklevel=2)
+        entry = self.find(key)
+        assert entry is not None  # just written
+        return entry, True
+
     @contextmanager
     def building(self, key: Key, *, again: bool = False, wait: float = 0) -> Iterator[Building]:
         """Make an entry: it appears, complete and with its manifest, when the block ends, and not at all if it raises.
@@ -191,7 +227,9 @@ def read_entry(path: Path) -> Entry:
     try:
         data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if data["schema"] != MANIFEST_SCHEMA:
-            return Entry(path, problem=f"its manifest has schema {data['schema']}, and this version reads 1")
+            return Entry(
+                path, problem=f"its manifest has schema {data['schema']}, and this version reads {MANIFEST_SCHEMA}"
+            )
         key = Key.from_json(data["key"])
         files = {str(name): File(int(each["bytes"]), str(each["sha256"])) for name, each in data["files"].items()}
         entry = Entry(path, key, files, dict(data["details"]), str(data["created"]), str(data["platform"]))
@@ -261,7 +299,7 @@ def why_not(entry: Entry, wanted: Key) -> str | None:
 _COMPARED = {
     "component": "its component is", "family": "its family is", "weights": "it was made of the weights",
     "backend": "it is for", "version": "it was built by version", "precision": "its precision is",
-    "slots": "the digest of its inputs and outputs is",
+    "slots": "the digest of its inputs and outputs is", "nativesd": "it was made by nativesd", "opset": "its graph has",
 }  # fmt: skip
 
 
@@ -293,7 +331,7 @@ def _write_manifest(key: Key, building: Building) -> None:
 def _is_name(name: str) -> bool:
     """Whether a folder's name can be an entry's."""
     parts = name.split(SEPARATOR)
-    return len(parts) == len(fields(Key)) and all(map(_PART.fullmatch, parts))
+    return len(parts) in (len(fields(Key)), EARLIER_PARTS) and all(map(_PART.fullmatch, parts))
 
 
 def _why_prune(path: Path, unwanted: Callable[[Entry], str | None] | None) -> str | None:

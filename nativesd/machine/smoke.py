@@ -14,11 +14,11 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageStat
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from nativesd.config import Config, ControlNetConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from nativesd.errors import NativesdError, UsageError
+from nativesd.export.check import tf32
 from nativesd.machine import doctor
 from nativesd.machine.probe import FAMILIES, Family, first_line, weight_bytes
 from nativesd.models.vae import VAE
@@ -399,7 +400,7 @@ def _run_case(
 ) -> Check:  # fmt: skip
     """One call, compared, and timed."""
     inputs = {name: _cast(value, device, precision, name) for name, value in case.inputs.items()}
-    with _tf32(precision.tf32):
+    with tf32(allowed=precision.tf32):
         outputs, seconds, peak = measure(partial(case.call, module, **inputs), device)
     error = max(difference(found.float().cpu(), wanted) for found, wanted in zip(outputs, expected, strict=True))
     strays = misplaced([module], outputs, device)
@@ -487,7 +488,7 @@ def run_pictures(device: torch.device, *, steps: int = 20) -> list[Check]:
                     "tiny", device=device, dtype=precision.dtype, backend=backend, fp8=precision.fp8
                 )  # fmt: skip
                 call = partial(pipeline, PROMPT, steps=steps, seed=0, control=control)
-                with _tf32(precision.tf32):
+                with tf32(allowed=precision.tf32):
                     found, seconds, peak = measure(call, device)
                 strays = misplaced([pipeline.unet, pipeline.vae, *pipeline.text_encoders], [found.latents], device)
             except (RuntimeError, NativesdError) as error:
@@ -509,21 +510,6 @@ def picture_difference(found: Image.Image, expected: Image.Image) -> float:
     """The mean difference of two pictures of one size over all pixels and channels, 1 being black against white."""
     means = ImageStat.Stat(ImageChops.difference(found, expected)).mean
     return sum(means) / len(means) / 255
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Whether float32 products on CUDA may be computed in TF32, meanwhile."""
-    cuda, cudnn = cast("tuple[Any, Any]", (torch.backends.cuda, torch.backends.cudnn))
-    settings = (cuda.matmul, cudnn.conv, cudnn.rnn)
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "tf32" if allowed else "ieee"
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
 
 
 class Measured(NamedTuple, Generic[T]):

@@ -16,6 +16,7 @@ from nativesd.errors import UsageError
 from nativesd.export import library
 from nativesd.export.accelerate import Delegate, accelerate_module
 from nativesd.export.capture import CapturedRunner, CudaQueue
+from nativesd.export.engines import engine_runner
 from nativesd.export.library import BACKENDS, BackendName, Part, default_store
 from nativesd.export.runner import Runner
 from nativesd.export.slots import Component
@@ -62,7 +63,7 @@ class Acceleration:
         elif self.backend == "cudagraphs":
             runner = CapturedRunner(part.graph(), self.queue)
         else:
-            runner = library.engine_runner(part, self.store, self.device, self.arena, self.backend)
+            runner = engine_runner(part, self.store, self.device, self.arena, self.backend)
         self.runners.append(runner)
         return runner
 

@@ -82,7 +82,7 @@ def make_hint(control: Control, unet: UNetConfig, size: tuple[int, int], factor:
     else:
         control_config = module.control_config
         channels, cell = control_config.hint_channels, 2 ** (len(control_config.hint_widths) - 1)
-        _check_controlnet(name, module, unet)
+        check_controlnet(name, module, unet)
         if cell != factor:
             raise UsageError(f"{name} has {cell} pixels to a latent cell, and the model's VAE {factor}")
     kind = UNION_KINDS.get(control.kind) if isinstance(control.kind, str) else control.kind
@@ -98,7 +98,8 @@ def make_hint(control: Control, unet: UNetConfig, size: tuple[int, int], factor:
     )
 
 
-def _check_controlnet(name: str, module: ControlNet | ControlNetUnion, unet: UNetConfig) -> None:
+def check_controlnet(name: str, module: ControlNet | ControlNetUnion, unet: UNetConfig) -> None:
+    """Raises UsageError for a ControlNet of another family."""
     found, wanted = module.residual_shapes(1, 64, 64), unet.residual_shapes(1, 64, 64)
     if found != wanted:
         differs = next((pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]), (found, wanted))

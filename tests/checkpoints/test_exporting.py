@@ -19,11 +19,15 @@ from tokenizers import Tokenizer
 
 import nativesd
 from conftest import Run
+from nativesd.checkpoints import export
 from nativesd.checkpoints.export import Static, export_onnx, export_tensorrt
 from nativesd.checkpoints.manifest import scheduler_json
+from nativesd.config import ControlNetConfig, Level, UNetConfig
 from nativesd.errors import NativesdError, UsageError
 from nativesd.export import check, library
 from nativesd.export.store import MANIFEST, Store
+from nativesd.pipeline.build import build
+from nativesd.pipeline.control import ControlModel
 from nativesd.sampling.schedule import SchedulerConfig
 from nativesd.text.tokenizer import ClipTokenizer, pad_id
 
@@ -147,8 +151,9 @@ def test_tokenizers_are_written_whole(pad: int, tmp_path: Path) -> None:
         SchedulerConfig(),
         SchedulerConfig("EulerDiscreteScheduler", prediction="v", spacing="trailing", zero_snr=True),
         SchedulerConfig("PNDMScheduler", set_alpha_to_one=True, steps_offset=0),
-        SchedulerConfig("DPMSolverMultistepScheduler[sde-dpmsolver++]", order=3, solver="heun", euler_at_final=True,
-                        lower_order_final=False, final_sigma_zero=False, kind="karras"),
+        SchedulerConfig("DPMSolverMultistepScheduler[sde-dpmsolver++, order 3]", order=3, solver="heun",
+                        euler_at_final=True, lower_order_final=False, final_sigma_zero=False, kind="karras"),
+        SchedulerConfig("DPMSolverSinglestepScheduler", lower_order_final=False, kind="lu"),
         SchedulerConfig("LCMScheduler", prediction="sample", original_steps=100, timestep_scaling=5.0,
                         trained_betas=(0.1, 0.2), train_steps=2, beta_schedule="linear"),
     ],
@@ -174,6 +179,8 @@ MISTAKES = {
     "an odd size": (["onnx", "tiny", "out", "--static", "63x64"], 2, "multiples of 4,"),
     "no control": (["onnx", "tiny", "out", "--component", "controlnet"], 2, "nothing to export"),
     "an old opset": (["onnx", "tiny", "out", "--component", "vae_decoder", "--opset", "9"], 2, "18 is the lowest"),
+    "a new opset": (["onnx", "tiny", "out", "--component", "vae_decoder", "--opset", "26"], 2, "25 the highest"),
+    "no card": (["tensorrt", "tiny", "--for", "blackwell"], 2, "'blackwell' is not a compute capability"),
     "no model": (["onnx", "nowhere.safetensors", "out"], 3, "nowhere.safetensors"),
     "no GPU": (["tensorrt", "tiny"], 2, "--for sm120"),
     "no profile": (["tensorrt", "tiny", "--for", "sm120", "--profile", "big"], 2, "'big' is not a profile"),
@@ -196,7 +203,7 @@ def test_a_graph_that_computes_something_else_is_not_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(check.TOLERANCES, torch.float32, 1e-12)
-    with pytest.raises(NativesdError, match=r"text_encoder is off by .*, and 1e-12 is the tolerance for float32"):
+    with pytest.raises(NativesdError, match=r"text_encoder is off from float32 by .*, and 1e-12 is the tolerance"):
         export_onnx("tiny", tmp_path / "out", components=["text_encoder"])
     assert list(tmp_path.iterdir()) == []
 
@@ -243,17 +250,42 @@ def test_the_folder_of_engines(run: Run, tmp_path: Path) -> None:
     assert not entry.path.exists()
 
 
-def test_engines_for_a_card_that_is_elsewhere(run: Run, tmp_path: Path) -> None:
+def test_engines_for_cards_that_are_elsewhere(run: Run, tmp_path: Path) -> None:
+    """What is there is left, what is missing is built, what a card cannot have is skipped: each with a word."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed", exc_type=ImportError)
-    [done] = export_tensorrt("tiny", tmp_path, targets=["sm120"], profiles=["64"], components=["vae_decoder"])
+    options: dict[str, Any] = {"profiles": ["64"], "components": ["vae_decoder"], "dtype": "bfloat16"}
+    [done] = export_tensorrt("tiny", tmp_path, targets=["12.0"], **options)
+    assert (done.target, done.state) == ("sm120", "built")
+    assert done.path is not None
     assert (done.path / "model.engine").stat().st_size > 1e6
     assert done.details["onnx"]["error"] <= 5e-3
-    done = run(
-        "export", "tensorrt", "tiny", "--engines", str(tmp_path), "--for", "sm120", "--profile", "64",
-        "--component", "vae_decoder",
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "is there already" in done.stderr
+    assert done.details["source"] == "tiny"
+    assert [slot["name"] for slot in (*done.details["inputs"], *done.details["outputs"])] == ["latent_sample", "sample"]
+    command = [
+        "export", "tensorrt", "tiny", "--engines", str(tmp_path), "--profile", "64", "--component", "vae_decoder",
+        "--dtype", "bfloat16",
+    ]  # fmt: skip
+    done = run(*command, "--for", "sm75,sm_86,SM120")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[1]: line for line in done.stderr.splitlines() if line.startswith("vae_decoder")}
+    assert "skipped" in rows["sm75"]
+    assert "no products in bfloat16 for sm75" in rows["sm75"]
+    assert "built" in rows["sm86"]
+    assert "engine not run here; graph within" in rows["sm86"]
+    assert "there" in rows["sm120"]
+    assert "nativesd: vae_decoder (1 of 1)" in done.stderr
+    paths = [Path(line) for line in done.stdout.splitlines()]
+    assert [path.name.split("__")[5] for path in paths] == ["sm86", "sm120"]
+    assert sorted(path for path in tmp_path.iterdir() if path.is_dir()) == sorted(paths)  # no graph is left
+
+
+def test_a_controlnet_of_another_family_is_refused(tmp_path: Path) -> None:
+    config = UNetConfig((Level(32, (1,), (), 2), Level(32, (None,), (), 2)), mid=(1, None), context=8, groups=8)
+    module = build(ControlNetConfig(config, hint_widths=(4, 8)))
+    pipe = nativesd.load("tiny", device="cpu")
+    pipe.load_control = lambda source: ControlModel("other", module)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="other is a ControlNet of another family"):
+        export._parts(pipe, ["controlnet"], ["other"])
 
 
 MISSING = """

@@ -494,7 +494,10 @@ def test_what_is_compiled_for_a_shape_is_kept_for_the_next_process(tmp_path: Pat
     assert list(tmp_path.iterdir()) == [path]
 
 
-KEY = Key("unet", "sd15", "0123456789ab", "tensorrt-rtx", "1.7.1.116", "sm120", "fp16", ("512",), SCHEMA.digest, True)
+KEY = Key(
+    "unet", "sd15", "0123456789ab", "tensorrt-rtx", "1.7.1.116", "sm120", "fp16", ("512",), SCHEMA.digest, True,
+    "0.1.0", "opset23",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -8,20 +8,22 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nativesd.destination import LEFTOVER
 from nativesd.errors import SourceError, UsageError
 from nativesd.export import store as module
-from nativesd.export.store import MANIFEST, Entry, Key, Store, read_entry, verify, why_not
+from nativesd.export.store import MANIFEST, Building, Entry, Key, Store, read_entry, verify, why_not
 
 KEY = Key(
     "text_encoder", "sdxl", "0123456789ab", "tensorrt-rtx", "1.7.1.116", "sm86+sm120", "fp16", ("512", "768x512-b2"),
-    "c0ffee00", True,
+    "c0ffee00", True, "0.1.0", "opset23",
 )  # fmt: skip
 
 
@@ -57,6 +59,7 @@ def test_an_entry_is_read_back_as_it_was_written(store: Store) -> None:
     assert (entry.key, entry.details, entry.problem, entry.size) == (KEY, {"seconds": 1.5}, None, 6)
     assert entry.path.name == (
         "text_encoder__sdxl__0123456789ab__tensorrt-rtx__1.7.1.116__sm86+sm120__fp16__512+768x512-b2__c0ffee00__control"
+        "__0.1.0__opset23"
     )
     assert verify(entry) is None
     assert store.entries() == [entry]
@@ -197,7 +200,7 @@ def spoil_name(path: Path) -> None:
     [
         (spoil_size, "has 3 bytes and was written with 6"), (spoil_bytes, "sha256 differs"),
         (spoil_file, "cannot be read: No such file"), (spoil_manifest, "cannot be read"),
-        (spoil_schema, "schema 99, and this version reads 1"), (spoil_key, "see slots"),
+        (spoil_schema, "schema 99, and this version reads 2"), (spoil_key, "see slots"),
         (spoil_name, "its name is not what its manifest says"),
     ],
 )  # fmt: skip
@@ -230,6 +233,8 @@ CHANGED = {
     "profiles": (("1024",), "it has no profile 1024, only 512, 768x512-b2"),
     "slots": ("00000000", "the digest of its inputs and outputs is c0ffee00, not 00000000"),
     "control": (False, "it has control slots"),
+    "nativesd": ("0.2.0", "it was made by nativesd 0.1.0, not 0.2.0"),
+    "opset": ("opset22", "its graph has opset23, not opset22"),
 }
 
 
@@ -263,3 +268,53 @@ def test_match_finds_what_serves_and_says_why_the_others_do_not(store: Store) ->
     assert entry is not None
     assert entry.key == KEY
     assert len(reasons) == 1
+
+
+def wait_and_obtain(root: Path, ready: Any, out: Any) -> None:
+    """In another process: ask for the entry that is being made."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ready.set()
+        entry, made = Store(root).obtain(KEY, lambda building: write_another(building.folder))
+    out.put(((entry.path / "model.engine").read_bytes(), made, [str(warning.message) for warning in caught]))
+
+
+def test_what_another_process_is_making_is_waited_for(store: Store) -> None:
+    context = multiprocessing.get_context("fork")
+    ready, out = context.Event(), context.Queue()
+    with store.building(KEY) as building:
+        other = context.Process(target=wait_and_obtain, args=(store.root, ready, out))
+        other.start()
+        ready.wait(30)
+        time.sleep(0.3)  # until it has met the lock
+        write(building.folder)
+    data, made, said = out.get(timeout=30)
+    other.join(30)
+    assert (data, made) == (b"engine", False)
+    assert len(said) == 1
+    assert said[0].endswith(f"{KEY.name}: waiting for it")
+
+
+def test_what_is_there_is_not_made_again_unless_it_is_damaged_or_asked_for(store: Store) -> None:
+    made = []
+
+    def make(building: Building) -> None:
+        made.append(1)
+        write(building.folder)
+
+    assert [store.obtain(KEY, make)[1] for _ in range(2)] == [True, False]
+    (store.path(KEY) / "model.engine").write_bytes(b"engin")
+    entry, new = store.obtain(KEY, make)
+    assert (new, verify(entry)) == (True, None)
+    assert store.obtain(KEY, make, again=True)[1]
+    assert len(made) == 3
+
+
+def test_entries_of_the_earlier_schema_are_pruned(store: Store) -> None:
+    entry = build(store)
+    earlier = store.root / entry.path.name.removesuffix("__0.1.0__opset23")
+    entry.path.rename(earlier)
+    (earlier / MANIFEST).write_text(json.dumps({"schema": 1}))
+    [found] = store.entries()
+    assert found.problem == "its manifest has schema 1, and this version reads 2"
+    assert [gone.path for gone in store.prune()] == [earlier]

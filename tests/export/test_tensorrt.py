@@ -26,6 +26,7 @@ from nativesd.config import (
 )
 from nativesd.errors import SourceError, UsageError
 from nativesd.export.capture import CudaQueue
+from nativesd.export.engines import opset_for
 from nativesd.export.graphs import graph_of
 from nativesd.export.onnx import export_onnx
 from nativesd.export.slots import Component, Request, Schema, unet_schema
@@ -44,8 +45,10 @@ from nativesd.export.tensorrt.product import (
     backend_version,
     device_target,
     load_backend,
+    parse_target,
     slot_dtype,
     targets_of,
+    why_not_on,
 )
 from nativesd.export.tensorrt.profiles import Profile, ready_profile
 from nativesd.pipeline.build import build
@@ -334,7 +337,10 @@ def test_too_little_memory_is_one_sentence(exported: Export, tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-KEY = Key("unet", "sd21", "0123456789ab", "tensorrt-rtx", rtx.__version__, "sm120", "fp16", ("512",), "00000000", True)
+KEY = Key(
+    "unet", "sd21", "0123456789ab", "tensorrt-rtx", rtx.__version__, "sm120", "fp16", ("512",), "00000000", True,
+    "0.1.0", "opset23",
+)  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is refused where there is no driver")
@@ -451,3 +457,42 @@ def test_ready_profiles(name: str, component: Component, least: Request, best: R
 def test_names_that_are_no_profiles(name: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         ready_profile(name, "unet", native=512)
+
+
+@pytest.mark.parametrize("text", ["sm120", "sm_120", "SM120", "SM_120", "12.0", " 120 "])
+def test_compute_capabilities_have_many_forms(text: str) -> None:
+    assert parse_target(text) == "sm120"
+
+
+@pytest.mark.parametrize("text", ["", "sm", "blackwell", "sm12.0.1", "sm1200"])
+def test_what_is_no_compute_capability(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a compute capability: such as sm120, sm_120 or"):
+        parse_target(text)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "opset"),
+    [
+        (UNETS["sd15"], torch.float16, 23), (UNETS["sd15"], torch.float32, 22), (CONFIGS[SMALLEST], torch.float32, 21),
+        (replace(UNETS["sd21"], levels=(replace(UNETS["sd21"].levels[0], heads=8), UNETS["sd21"].levels[1])),
+         torch.float16, 22),
+    ],
+)  # fmt: skip
+def test_small_heads_and_float32_get_the_older_opset(config: Config, dtype: torch.dtype, opset: int) -> None:
+    """For neither has TensorRT-RTX a fused attention: `Attention operation was not supported by a dedicated kernel`."""
+    component: Component = "unet" if isinstance(config, UNetConfig) else "vae_encoder"
+    assert opset_for(graph_of(build(config).to(dtype), component)) == opset
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_known_of_turing(dtype: torch.dtype, tmp_path: Path) -> None:
+    """TensorRT-RTX itself refuses what is skipped without asking it."""
+    part = build(CONFIGS[SMALLEST])
+    draw(part, seed=0)
+    graph = graph_of(part.to(dtype), "vae_encoder")
+    export_onnx(graph, tmp_path / "model.onnx")
+    assert why_not_on("sm75", "tensorrt-rtx", dtype) is not None
+    assert why_not_on("sm75", "tensorrt-rtx", torch.float16) is why_not_on("sm80", "tensorrt-rtx", dtype) is None
+    with pytest.raises(UsageError, match=r"FP32 GEMM is not supported|HW-specific datatypes"):
+        make(tmp_path / "model.onnx", graph.schema, tmp_path, dtype=dtype, targets=("sm75",))

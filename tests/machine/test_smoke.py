@@ -24,6 +24,7 @@ from nativesd.config import (
     VAEConfig,
 )
 from nativesd.errors import UsageError
+from nativesd.export.check import tf32
 from nativesd.machine import doctor, smoke
 from nativesd.machine.probe import FAMILIES, Device, Family, Found
 from nativesd.machine.smoke import BFLOAT16, FLOAT16, FLOAT32, FP8, TF32, Check, SmokeReport
@@ -235,7 +236,7 @@ def test_tf32_is_set_meanwhile() -> None:
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = (matmul.fp32_precision, conv.fp32_precision)
     for allowed, name in ((True, "tf32"), (False, "ieee")):
-        with smoke._tf32(allowed):
+        with tf32(allowed=allowed):
             assert (matmul.fp32_precision, conv.fp32_precision) == (name, name)
     assert (matmul.fp32_precision, conv.fp32_precision) == before
 

@@ -47,6 +47,10 @@ class Context(Protocol):
     def execute_async_v3(self, stream: int, /) -> bool: ...
 
 
+class NoRoomError(UsageError):
+    """An engine that needs more memory than the GPU has free."""
+
+
 class Arena:
     """Activation memory for all engines of one queue: they run one after another, so the largest need is enough."""
 
@@ -81,7 +85,7 @@ class Arena:
             try:
                 self._replace(torch.empty(size, dtype=torch.uint8, device=self.queue.device))
             except torch.OutOfMemoryError:
-                raise UsageError(
+                raise NoRoomError(
                     f"an engine needs {size / 1e9:.1f} GB of activation memory for this size, which are not free"
                 ) from None
         assert self._memory is not None

@@ -51,6 +51,22 @@ def device_target(device: torch.device) -> str:
     return "sm{}{}".format(*torch.cuda.get_device_capability(device))
 
 
+def parse_target(text: str) -> str:
+    """A compute capability in any of its usual forms, sm_120, SM120, sm120 or 12.0, as "sm120". Raises UsageError."""
+    found = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", text.strip().lower())
+    if found is None:
+        raise UsageError(f"{text!r} is not a compute capability: such as sm120, sm_120 or 12.0")
+    return f"sm{found[1]}{found[2]}"
+
+
+def why_not_on(target: str, backend: Backend, dtype: torch.dtype) -> str | None:
+    """Why a card cannot have engines in a dtype, known before anything is built; None: nothing is known against it."""
+    if backend == "tensorrt-rtx" and target == "sm75" and dtype != torch.float16:
+        kind = str(dtype).removeprefix("torch.")
+        return f"TensorRT-RTX has no products in {kind} for sm75 (RTX 20), only in float16: PyTorch runs it there"
+    return None
+
+
 def backend_for(target: str) -> Backend:
     """The module for a GPU: TensorRT-RTX for the consumer cards that it knows, TensorRT for the others."""
     return "tensorrt-rtx" if target in RTX_TARGETS else "tensorrt"
