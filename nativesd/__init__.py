@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from nativesd.pictures.preprocess import canny as canny
     from nativesd.pictures.result import Result as Result
     from nativesd.pipeline.arguments import GenerateOptions, Prompt
-    from nativesd.pipeline.arguments import Hires as Hires
     from nativesd.pipeline.control import Control as Control
     from nativesd.pipeline.diffusion import Step as Step
+    from nativesd.pipeline.hires import Hires as Hires
     from nativesd.pipeline.loading import load as load
     from nativesd.pipeline.loading import load_control as load_control
     from nativesd.pipeline.pipeline import Pipeline as Pipeline
@@ -40,7 +40,7 @@ _HOMES = {
     "pictures.result": ("Result",),
     "pipeline.control": ("Control",),
     "pipeline.loading": ("load", "load_control"),
-    "pipeline.arguments": ("Hires",),
+    "pipeline.hires": ("Hires",),
     "pipeline.diffusion": ("Step",),
     "pipeline.pipeline": ("Pipeline",),
     "pipeline.repeat": ("options_from",),

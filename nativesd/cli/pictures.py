@@ -35,6 +35,11 @@ BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx
 @click.option("--image", type=click.Path(), help="Picture to begin from: image-to-image, inpainting, edits.")
 @click.option("--mask", type=click.Path(), help="White where --image is painted anew.")
 @click.option("--strength", type=float, help="How much of --image is given up, 0 to 1 [default: 0.8; with a mask 1].")
+@click.option(
+    "--steps-as",
+    type=click.Choice(["diffusers", "a1111", "all"]),
+    help="How --strength counts steps [default: diffusers].",
+)
 @click.option("--resize", type=click.Choice(["resize", "crop", "fill"]), help="How --image comes to --size.")
 @click.option("--outpaint", type=Border(), help="Pixels to add to --image, such as 0,0,128,0.")
 @click.option("--mask-blur", type=int, help="Pixels over which a repainted part fades in [default: 4].")
@@ -42,7 +47,14 @@ BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx
 @click.option("--hires", type=float, help='Second pass at so many times the size ("hires fix").')
 @click.option("--hires-strength", type=float, help="How much the second pass repaints [default: 0.7].")
 @click.option("--hires-steps", type=int, help="Steps of the second pass [default: the same].")
-@click.option("--hires-upscaler", type=click.Choice(["latent", "lanczos"]), help="[default: latent]")
+@click.option(
+    "--hires-upscaler", help='"latent" (also with "(bicubic)", "(nearest)", ...) or lanczos [default: latent].'
+)
+@click.option("--hires-sampler", help="Sampler of the second pass [default: the same].")
+@click.option("--hires-schedule", help="Schedule of the second pass [default: the same].")
+@click.option("--hires-prompt", help="Prompt of the second pass [default: the same].")
+@click.option("--hires-negative-prompt", help="Negative prompt of the second pass [default: the same].")
+@click.option("--hires-guidance-scale", type=float, help="Guidance of the second pass [default: the same].")
 @click.option("--refiner", help="SDXL refiner for the last steps: a folder, a file, or a hub id.")
 @click.option("--refiner-at", type=float, help="How far on the refiner takes over [default: 0.8].")
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE[:TEXT]]", help="LoRA to merge in; repeatable.")
@@ -87,8 +99,9 @@ def generate(
 
     import nativesd
     from nativesd.pictures.result import picture_format, write_picture
-    from nativesd.pipeline.arguments import Hires, split
+    from nativesd.pipeline.arguments import split
     from nativesd.pipeline.diffusion import Step
+    from nativesd.pipeline.hires import Hires
 
     options = {name: value for name, value in given.items() if value not in (None, ())}
     if size is not None:

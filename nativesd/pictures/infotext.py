@@ -293,6 +293,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "cfg rescale": ("guidance_rescale", _number),
     "cfg rescale φ": ("guidance_rescale", _number),
     "guidance rescale": ("guidance_rescale", _number),
+    "denoising steps as": ("steps_as", _text),
     "eta": ("eta", _number),
     "eta ddim": ("eta", _number),
     "rng": ("noise", _noise),
@@ -307,6 +308,11 @@ _HIRES: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "hires upscale": ("upscale", _number),
     "hires steps": ("steps", _integer),
     "hires upscaler": ("upscaler", _text),
+    "hires sampler": ("sampler", _text),
+    "hires schedule type": ("schedule", lambda _, value: schedule_named(value)),
+    "hires prompt": ("prompt", _text),
+    "hires negative prompt": ("negative_prompt", _text),
+    "hires cfg scale": ("guidance_scale", _number),
 }
 
 _HARMLESS = frozenset(

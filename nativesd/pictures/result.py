@@ -39,7 +39,7 @@ class Result:
         Of `parameters` these are needed: prompt, negative_prompt, steps, sampler, schedule, guidance_scale, width,
         height, model. These are written where they are there and not None: strength, clip_skip, guidance_rescale, eta,
         noise ("cpu" or "cuda"), image_guidance_scale, mask_blur, literal, refiner (a name), refiner_at, vae (a name),
-        hires (upscale or width and height, steps, upscaler, strength) and loras (names to scales).
+        steps_as, hires (`Hires.fields`) and loras (names to scales).
         """
         p = self.parameters
         hires: Mapping[str, Any] = p.get("hires") or {}
@@ -55,6 +55,7 @@ class Result:
             "Model": p["model"],
             "VAE": p.get("vae"),
             "Denoising strength": _number(strength),
+            "Denoising steps as": p.get("steps_as"),
             "Clip skip": p.get("clip_skip"),
             "RNG": None if noise is None else {"cpu": "CPU", "cuda": "NV"}[noise],
             "Eta DDIM" if p["sampler"] == "DDIM" else "Eta": _number(p.get("eta")),
@@ -68,6 +69,11 @@ class Result:
             "Hires resize": f"{hires['width']}x{hires['height']}" if "width" in hires else None,
             "Hires steps": hires.get("steps"),
             "Hires upscaler": hires.get("upscaler"),
+            "Hires sampler": hires.get("sampler"),
+            "Hires schedule type": shown_schedule(hires["schedule"]) if "schedule" in hires else None,
+            "Hires prompt": hires.get("prompt"),
+            "Hires negative prompt": hires.get("negative_prompt"),
+            "Hires CFG Scale": _number(hires.get("guidance_scale")),
             "LoRAs": _loras(p.get("loras") or {}),
             "Version": f"nativesd {__version__}",
         }

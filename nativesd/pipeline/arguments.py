@@ -41,6 +41,8 @@ from nativesd.errors import UsageError
 from nativesd.pictures.images import Fit, ImageSource
 from nativesd.pipeline.control import Control
 from nativesd.pipeline.diffusion import Diffusion, Step
+from nativesd.pipeline.hires import UPSCALERS, Hires, Upscaler
+from nativesd.pipeline.start import StepsAs
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.noise import NoiseKind
 
@@ -49,7 +51,6 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[str | None] | None
 Lora = str | Path | tuple[str | Path, float] | tuple[str | Path, float, float]
-Upscaler = Literal["latent", "lanczos"]
 Border = tuple[int, int, int, int]
 Reader = Callable[[str, Any], Any]
 """From an argument's name and value to the value that a call works with; UsageError names the argument."""
@@ -58,24 +59,6 @@ Function = TypeVar("Function", bound=Callable[..., object])
 SEEDS = 1 << 64
 SEEDING = ("seed", "num_images")  # the options that together are a seed for every picture
 MOST_HIRES = 16
-
-
-@dataclass(frozen=True)
-class Hires:
-    """A second pass at `scale` times the size ("hires fix"): `strength` of the noise, over `steps` (None: the same).
-
-    upscaler  "latent" (bilinear, on the latents) or "lanczos" (on the decoded pictures)
-    """
-
-    scale: float = 2.0
-    strength: float = 0.7
-    steps: int | None = None
-    upscaler: Upscaler = "latent"
-
-    def fields(self) -> dict[str, Any]:
-        """In the words of a picture's parameters."""
-        steps = {} if self.steps is None else {"steps": self.steps}
-        return {"upscale": self.scale, "strength": self.strength, "upscaler": self.upscaler.title(), **steps}
 
 
 class LoadOptions(TypedDict, total=False):
@@ -112,6 +95,7 @@ class CallOptions(TypedDict, total=False):
     image: ImageSource | None
     mask: ImageSource | None
     strength: float | None
+    steps_as: StepsAs | None
     image_guidance_scale: float | None
     resize: Fit | None
     outpaint: Border | None
@@ -178,6 +162,8 @@ def check(prompt: Prompt, options: CallOptions) -> Checked:
         find_schedule(checked.schedule)
     if checked.sampler is not None:
         find_sampler(checked.sampler, checked.schedule)
+    if checked.hires is not None and checked.hires.sampler is not None:
+        find_sampler(checked.hires.sampler, checked.hires.schedule)
     if len(checked.negative_prompt) not in (1, len(prompts)):
         raise UsageError(
             f"negative_prompt must be one text, or one for each of {len(prompts)} prompts, not "
@@ -370,12 +356,27 @@ def _hires(name: str, value: Any) -> Hires:
     """A `Hires`, or its scale."""
     given = value if isinstance(value, Hires) else Hires(value)
     of = f"{name}.{{}}" if isinstance(value, Hires) else name
-    return Hires(
-        real(0, MOST_HIRES, above=True)(of.format("scale"), given.scale),
-        real(0, 1)(of.format("strength"), given.strength),
-        None if given.steps is None else whole(1)(of.format("steps"), given.steps),
-        one_of(*get_args(Upscaler))(of.format("upscaler"), given.upscaler),
-    )
+    readers: dict[str, Reader] = {
+        "scale": real(0, MOST_HIRES, above=True), "strength": real(0, 1, above=True), "steps": whole(1, 999),
+        "upscaler": _upscaler, "width": whole(1), "height": whole(1), "sampler": _text, "schedule": _text,
+        "prompt": _text, "negative_prompt": _text, "guidance_scale": real(0),
+    }  # fmt: skip
+    values: dict[str, Any] = {field: getattr(given, field) for field in readers}
+    for field, each in values.items():
+        if each is not None:
+            values[field] = readers[field](of.format(field), each)
+    return Hires(**values)
+
+
+def _upscaler(name: str, value: Any) -> Upscaler:
+    """One of `UPSCALERS`, or a function."""
+    if not isinstance(value, str) and callable(value):
+        return cast("Upscaler", value)
+    if not isinstance(value, str) or value.lower() not in UPSCALERS:
+        raise UsageError(
+            f"{name} must be {', '.join(UPSCALERS)}, or a function that makes a picture larger, not {shown(value)}"
+        )
+    return value.lower()
 
 
 def read_loras(name: str, value: Any) -> list[tuple[str, float, float]]:
@@ -453,6 +454,7 @@ class Checked:
     image: Annotated[ImageSource | None, _picture] = None
     mask: Annotated[ImageSource | None, _picture] = None
     strength: Annotated[float | None, real(0, 1)] = None
+    steps_as: Annotated[StepsAs, one_of(*get_args(StepsAs))] = "diffusers"
     image_guidance_scale: Annotated[float, real(0)] = 1.5
     resize: Annotated[Fit, one_of(*get_args(Fit))] = "resize"
     outpaint: Annotated[Border | None, _border] = None

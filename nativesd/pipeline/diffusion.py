@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nativesd.config import Prediction, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
-from nativesd.errors import UsageError
 from nativesd.models.clip import TextEncoder
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
@@ -25,6 +24,7 @@ from nativesd.pictures.masks import mask_to_latents, mask_to_tensor
 from nativesd.pipeline import autoencoder
 from nativesd.pipeline.control import Control, ControlModel, make_hint, steer
 from nativesd.pipeline.denoiser import Conditioning, Guidance, guidance_embedding, keep_known, make_denoiser, watch
+from nativesd.pipeline.start import Start
 from nativesd.sampling.names import Choice
 from nativesd.sampling.noise import BrownianNoise, NoiseKind, NoiseSource, move_noise, noise_source
 from nativesd.sampling.published import Kind, SchedulerConfig
@@ -132,25 +132,6 @@ class Job:
     on_step: Callable[[Step], object] | None
 
 
-@dataclass(frozen=True)
-class Start:
-    """A picture to begin from, (1 or B, 3, H, W) in [-1, 1], or its latents; `strength` of the noise is put on it.
-
-    `mask` (of the picture's size, grey) is white where the picture is painted anew.
-    """
-
-    strength: float
-    image: Tensor | None = None
-    latents: Tensor | None = None
-    mask: Image.Image | None = None
-
-    def pixels(self) -> Tensor:
-        """The picture. Raises UsageError where there are latents only."""
-        if self.image is None:
-            raise UsageError("this model starts from pictures, not from latents")
-        return self.image
-
-
 class Closes(Protocol):
     """What holds memory that can be given back."""
 
@@ -233,7 +214,8 @@ class Diffusion:
         """
         config, factor = self.config, self.config.vae.factor
         job = self._within_memory(job, size)
-        plan = job.choice.schedule(config.scheduler, steps, job.kind, sdxl=config.unet.added is not None)
+        total, first = (steps, 0) if start is None else start.steps(steps, editing=config.unet.in_channels == EDITING)
+        plan = job.choice.schedule(config.scheduler, total, job.kind, sdxl=config.unet.added is not None).part(first)
         source = noise_source(job.noise, job.seeds)
         shape = (config.vae.latent_channels, size[1] // factor, size[0] // factor)
         if start is None:
@@ -244,10 +226,9 @@ class Diffusion:
             noise = source.draw(shape).to(self.device)
             return self._sample(job, plan, noise * plan.start, source, size, channels=edited)
 
-        plan = plan.part(first_step(steps, start.strength))
         inpainting = config.unet.in_channels == INPAINTING
         known, channels = None, None
-        if start.strength < 1 or not inpainting:
+        if not start.all_noise or not inpainting:
             known = start.latents if start.latents is not None else self._draw(start.pixels(), source, job)
         noise = source.draw(shape).to(self.device)
         mask = None if start.mask is None else mask_to_latents(start.mask, factor).to(self.device)
@@ -256,7 +237,7 @@ class Diffusion:
             hidden = self._draw(visible, source, job)  # diffusers draws for it even where no UNet looks at it
             if inpainting:
                 channels = torch.cat([mask.round().expand(len(hidden), -1, -1, -1), hidden], dim=1)
-        if known is None or (mask is not None and start.strength == 1):
+        if known is None or (mask is not None and start.all_noise):
             x = noise * plan.start
         else:
             x = known + noise * float(plan.sigmas[0])
@@ -441,14 +422,6 @@ def free_bytes(device: torch.device) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def first_step(steps: int, strength: float) -> int:
-    """The step at which a picture comes in that is to lose `strength` of itself. Raises UsageError if none is left."""
-    left = min(int(steps * strength), steps)
-    if left < 1:
-        raise UsageError(f"strength {strength:g} of {steps} steps leaves no step: raise either")
-    return steps - left
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:

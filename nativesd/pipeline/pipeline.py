@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from nativesd.errors import UsageError
 from nativesd.pictures import images, masks
 from nativesd.pictures.result import Result
-from nativesd.pipeline.arguments import CallOptions, Checked, Hires, Lora, Prompt, check, read_loras, signed
+from nativesd.pipeline.arguments import CallOptions, Checked, Lora, Prompt, check, read_loras, signed
 from nativesd.pipeline.control import Control, ControlModel
 from nativesd.pipeline.denoiser import Guidance
-from nativesd.pipeline.diffusion import EDITING, INPAINTING, PLAIN, Diffusion, Job, Start
+from nativesd.pipeline.diffusion import EDITING, INPAINTING, PLAIN, Diffusion, Job
+from nativesd.pipeline.hires import LATENT, Hires, enlarge_latents, enlarge_picture
+from nativesd.pipeline.start import Start
 from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedule
 from nativesd.sampling.published import Kind
 from nativesd.text.embedding import read_embedding
@@ -64,6 +65,8 @@ class Pipeline(Diffusion):
                         instruct-pix2pix model
         mask            white where `image` is painted anew
         strength        how much of `image` is given up, 0 to 1. Default 0.8; with a mask or an outpainted border 1
+        steps_as        how `strength` counts steps: as "diffusers" (the default), as "a1111", which takes one more; or
+                        "all" of `steps` are taken whatever it is
         image_guidance_scale  how much an instruct-pix2pix model keeps to `image`
         resize          how `image` comes to another size: "resize", "crop" (the middle) or "fill" (a border)
         outpaint        pixels to add to `image` on the left, top, right and bottom
@@ -100,7 +103,8 @@ class Pipeline(Diffusion):
 
         inputs = self._inputs(asked)
         size = (inputs.width, inputs.height)
-        for side in (*size, *(() if asked.hires is None else self._enlarged(size, asked.hires))):
+        larger = () if asked.hires is None else asked.hires.enlarged(*size, config.vae.factor).size(config.vae.factor)
+        for side in (*size, *larger):
             if side < config.smallest:
                 raise UsageError(
                     f"{config.name} makes pictures of {config.smallest} pixels a side and more, not of {side}"
@@ -129,7 +133,9 @@ class Pipeline(Diffusion):
             strength = asked.strength
             if strength is None:
                 strength = STRENGTH if inputs.mask is None else 1.0
-            start = Start(strength, images.to_tensor([inputs.picture]).to(self.device), mask=inputs.mask)
+            start = Start(
+                strength, images.to_tensor([inputs.picture]).to(self.device), mask=inputs.mask, steps_as=asked.steps_as
+            )
         latents = self.run(job, steps, size, start)
         if asked.hires is not None:
             latents = self._enlarge(job, steps, latents, asked.hires)
@@ -149,6 +155,7 @@ class Pipeline(Diffusion):
             "model": config.name,
             "noise": asked.noise,
             "strength": None if start is None else start.strength,
+            "steps_as": None if start is None or asked.steps_as == "diffusers" else asked.steps_as,
             "guidance_rescale": asked.guidance_rescale or None,
             "eta": asked.eta,
             "clip_skip": asked.clip_skip,
@@ -301,19 +308,26 @@ class Pipeline(Diffusion):
             painted = masks.blur(painted, asked.mask_blur)
         return Inputs(picture.width, picture.height, picture, painted, tuple(notes))
 
-    def _enlarged(self, size: tuple[int, int], hires: Hires) -> tuple[int, int]:
-        """Width and height of the second pass's pictures, in pixels."""
-        factor = self.config.vae.factor
-        width, height = (round(side // factor * hires.scale) * factor for side in size)
-        return width, height
-
     def _enlarge(self, job: Job, steps: int, latents: Tensor, hires: Hires) -> Tensor:
         """The second pass: latents of the larger size."""
         factor = self.config.vae.factor
-        size = self._enlarged((latents.shape[3] * factor, latents.shape[2] * factor), hires)
-        if hires.upscaler == "latent":
-            larger = F.interpolate(latents, size=(size[1] // factor, size[0] // factor), mode="bilinear")
+        size = hires.enlarged(latents.shape[3] * factor, latents.shape[2] * factor, factor)
+        if isinstance(hires.upscaler, str) and hires.upscaler in LATENT:
+            larger = enlarge_latents(latents, size, factor, hires.upscaler)
         else:
-            pictures = [picture.resize(size, Image.Resampling.LANCZOS) for picture in self.decode(latents)]
+            pictures = [enlarge_picture(each, size, factor, hires.upscaler) for each in self.decode(latents)]
             larger = self.encode_tensor(images.to_tensor(pictures))[0]
-        return self.run(job, hires.steps or steps, size, Start(hires.strength, latents=larger))
+        start = Start(hires.strength, latents=size.cut(larger), steps_as="all")
+        return self.run(self._second(job, hires), hires.steps or steps, size.size(factor), start)
+
+    def _second(self, job: Job, hires: Hires) -> Job:
+        """What the second pass is asked for: as the first, but for what `hires` says."""
+        if hires.sampler is not None or hires.schedule is not None:
+            kind = hires.schedule or (None if hires.sampler is not None else job.kind)
+            choice, kind = self._choose(hires.sampler or job.choice.name, kind)
+            job = replace(job, choice=choice, kind=kind)
+        if hires.guidance_scale is not None:
+            job = replace(job, guidance=replace(job.guidance, scale=hires.guidance_scale))
+        prompts = job.prompts if hires.prompt is None else [hires.prompt]
+        negatives = job.negatives if hires.negative_prompt is None else [hires.negative_prompt]
+        return replace(job, prompts=prompts, negatives=negatives)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from nativesd.pictures.infotext import generation_options, parse_infotext, read_infotext
-from nativesd.pipeline.arguments import Hires, Upscaler
+from nativesd.pipeline.hires import UPSCALERS, Hires
+
+_HIRES = {"upscale": "scale"}
 
 
 def options_from(picture: str | Path) -> tuple[dict[str, Any], list[str]]:
@@ -20,14 +22,9 @@ def options_from(picture: str | Path) -> tuple[dict[str, Any], list[str]]:
     options |= {"prompt": info.prompt, "negative_prompt": info.negative_prompt}
     hires: Any = options.pop("hires", None)
     if hires is not None:
-        if "upscale" not in hires:
-            sides = [hires.get(name, 0) / options[name] for name in ("width", "height") if options.get(name)]
-            hires["upscale"] = max(sides, default=1.0)
-        names = {upscaler: upscaler for upscaler in get_args(Upscaler)}
-        upscaler = names.get(str(hires.get("upscaler", "latent")).lower())
-        if upscaler is None:
-            unheeded.append(f"Hires upscaler {hires['upscaler']}")
-        options["hires"] = Hires(
-            hires["upscale"], hires.get("strength", Hires.strength), hires.get("steps") or None, upscaler or "latent"
-        )
+        if str(hires.get("upscaler", "latent")).lower() not in UPSCALERS:
+            unheeded.append(f"Hires upscaler {hires['upscaler']} (taken: latent)")
+            del hires["upscaler"]
+        given: dict[str, Any] = {_HIRES.get(name, name): value for name, value in hires.items() if value}
+        options["hires"] = Hires(**given)
     return options, unheeded

@@ -21,6 +21,8 @@ class Choice:
     """Named by its published class, whose noise is never Brownian but for DPMSolverSDEScheduler's."""
     drops_penultimate: bool = False
     """The program that has this name leaves the last sigma but one out."""
+    name: str = ""
+    """As it was typed."""
 
     @property
     def brownian(self) -> bool:
@@ -79,7 +81,7 @@ def find_sampler(name: str, schedule: str | None = None) -> Choice:
     sampler = _SAMPLERS[key]
     by_class = sampler.published is not None and key == _key(sampler.published)
     drops = sampler.drops != bool(_COMFYUI_DIFFERS.match(bare))
-    return Choice(sampler, kind, by_class, drops_penultimate=drops and not by_class)
+    return Choice(sampler, kind, by_class, drops_penultimate=drops and not by_class, name=name)
 
 
 def find_own(config: SchedulerConfig) -> Choice | None:

@@ -190,9 +190,11 @@ PROGRAMS: dict[str, tuple[str, dict[str, object], list[str]]] = {
         {
             "steps": 25, "sampler": "Euler a", "schedule": "normal", "guidance_scale": 7.0, "seed": 9, "width": 832,
             "height": 1216, "clip_skip": 2, "noise": "cpu", "model": "illust",
-            "hires": {"upscale": 2.0, "steps": 15, "upscaler": "Latent", "strength": 0.3},
+            "hires": {
+                "upscale": 2.0, "steps": 15, "upscaler": "Latent", "guidance_scale": 7.0, "strength": 0.3,
+            },
         },
-        ["Hires CFG Scale", "ADetailer model", "Module 1"],
+        ["ADetailer model", "Module 1"],
     ),
     "Civitai's generator": (
         CIVITAI,
@@ -337,12 +339,12 @@ def test_options_of_the_rarer_fields() -> None:
     assert options == {
         "eta": 0.5,
         "guidance_rescale": 0.7,
-        "hires": {"width": 0, "height": 1024, "strength": 0.25},
+        "hires": {"width": 0, "height": 1024, "sampler": "Heun", "strength": 0.25},
         "noise": "cuda",
     }
     assert unheeded == [
         "Variation seed", "Variation seed strength", "Tiling", "NGMS", "ControlNet 0", "Refiner", "Refiner switch at",
-        "Sigma churn", "Hires sampler",
+        "Sigma churn",
     ]  # fmt: skip
 
 

@@ -17,6 +17,9 @@ from test_pipeline import BETAS, SCHEDULERS, TOLERANCE, save_model
 import nativesd
 from nativesd.errors import UsageError
 from nativesd.pipeline import diffusion, loading
+from nativesd.pipeline.hires import UPSCALERS
+from nativesd.pipeline.start import Start
+from nativesd.sampling.names import find_sampler
 
 SIDE = 64
 SAMPLERS = ("DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras")
@@ -157,23 +160,110 @@ def test_refiner(folders: dict[str, Path], sampler: str) -> None:
 
 
 def test_hires(folders: dict[str, Path]) -> None:
-    """The second pass is image-to-image on the first one's enlarged pictures, from the same seed."""
+    """All 20 steps of the second pass run, the last of int(20 / 0.6) = 33, on the enlarged latents, from the same seed.
+
+    Of 33 steps diffusers runs int(33 * 0.607) = 20.
+    """
     text2image = theirs(diffusers.StableDiffusionPipeline, folders["sd15"], "Euler")
     image2image = diffusers.StableDiffusionImg2ImgPipeline(**text2image.components)
     image2image.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 20, "guidance_scale": 6.0}
-    first = text2image("a cat", generator=torch.Generator().manual_seed(5), output_type="latent", **options).images
+    first = text2image(
+        "a cat", generator=torch.Generator().manual_seed(5), output_type="latent", num_inference_steps=20,
+        guidance_scale=6.0,
+    ).images  # fmt: skip
     larger = torch.nn.functional.interpolate(first, scale_factor=1.5, mode="bilinear")
+    image2image.scheduler = SCHEDULERS["DPM++ 2M"][0].from_config(image2image.scheduler.config)
     expected = image2image(
-        "a cat", image=larger, strength=0.6, generator=torch.Generator().manual_seed(5), output_type="np", **options
-    ).images
+        "a dog", image=larger, strength=0.607, generator=torch.Generator().manual_seed(5), output_type="np",
+        negative_prompt="fog", num_inference_steps=33, guidance_scale=4.0,
+    ).images  # fmt: skip
     ours = nativesd.load(folders["sd15"], device="cpu")
-    hires = nativesd.Hires(1.5, strength=0.6)
-    result = ours("a cat", steps=20, guidance_scale=6.0, seed=5, sampler="Euler", hires=hires)
+    steps: list[int] = []
+    hires = nativesd.Hires(
+        1.5, strength=0.6, sampler="DPM++ 2M", schedule="automatic", prompt="a dog", negative_prompt="fog",
+        guidance_scale=4,
+    )  # fmt: skip
+    result = ours(
+        "a cat", steps=20, guidance_scale=6.0, seed=5, sampler="Euler", hires=hires,
+        on_step=lambda step: steps.append(step.index),
+    )  # fmt: skip
     compare(ours, result, expected)
+    assert steps == [*range(20), *range(20)]
     assert result.images[0].size == (96, 96)
-    lanczos = ours("a cat", steps=20, seed=5, hires=nativesd.Hires(1.5, strength=0.6, steps=5, upscaler="lanczos"))
-    assert lanczos.images[0].size == (96, 96)
+    options, unheeded = nativesd.options_from(result.save(folders["sd15"].parent / "hires.png")[0])
+    assert options["hires"] == hires_of(result)
+    assert unheeded == []
+
+
+def hires_of(result: nativesd.Result) -> nativesd.Hires:
+    fields = dict(result.parameters["hires"])
+    return nativesd.Hires(fields.pop("upscale"), **fields)
+
+
+@pytest.mark.parametrize(
+    ("strength", "steps", "total"), [(0.6, 20, 33), (0.7, 20, 28), (1.0, 20, 20), (0.3, 10, 33), (0.05, 4, 80)]
+)
+def test_hires_runs_every_step_at_any_strength(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, strength: float, steps: int, total: int
+) -> None:
+    assert Start(strength, steps_as="all").steps(steps) == (total, total - steps)
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    seen: list[float] = []
+    ours("a cat", steps=2, seed=5, guidance_scale=1, hires=nativesd.Hires(1, strength, steps), sampler="Euler",
+         schedule="karras", on_step=lambda step: seen.append(step.sigma))  # fmt: skip
+    plan = find_sampler("Euler").schedule(ours.config.scheduler, total, "karras")
+    assert seen[2:] == plan.sigmas[-steps - 1 : -1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("hires", "size", "enlarged", "final"),
+    [  # the numbers are those of A1111's `calculate_target_resolution`, worked out by hand
+        ({"scale": 1.5}, (512, 768), (768, 1152, 0, 0), (768, 1152)),
+        ({"scale": 1.3}, (512, 520), (665, 676, 0, 0), (664, 672)),
+        ({"scale": 2.1}, (72, 72), (151, 151, 0, 0), (144, 144)),
+        ({"width": 1024}, (512, 768), (1024, 1536, 0, 0), (1024, 1536)),
+        ({"height": 1024}, (512, 768), (682, 1024, 0, 0), (680, 1024)),
+        ({"width": 1024, "height": 1024}, (512, 768), (1024, 1536, 0, 64), (1024, 1024)),
+        ({"width": 1024, "height": 1024}, (768, 512), (1536, 1024, 64, 0), (1024, 1024)),
+        ({"width": 1280, "height": 720}, (512, 512), (1280, 1280, 0, 70), (1280, 720)),
+        ({"width": 600, "height": 1024}, (512, 512), (1024, 1024, 53, 0), (600, 1024)),
+    ],
+)
+def test_sizes_of_hires_are_a1111s(
+    hires: dict[str, Any], size: tuple[int, int], enlarged: tuple[int, ...], final: tuple[int, int]
+) -> None:
+    found = nativesd.Hires(**hires).enlarged(*size, factor=8)
+    assert found == enlarged
+    assert found.size(8) == final
+    cells = torch.zeros(1, 4, found.height // 8, found.width // 8)
+    assert found.cut(cells).shape[2:] == (final[1] // 8, final[0] // 8)
+
+
+@pytest.mark.parametrize("upscaler", [*UPSCALERS, "Latent (bicubic antialiased)", "function"])
+def test_upscalers_of_hires(folders: dict[str, Path], upscaler: str) -> None:
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    way: Any = upscaler
+    if upscaler == "function":
+        way = lambda picture: picture.resize((4 * picture.width, 4 * picture.height))  # noqa: E731
+    hires = nativesd.Hires(strength=0.5, steps=2, upscaler=way, width=100, height=72)
+    result = ours("a cat", steps=2, seed=5, sampler="Euler", hires=hires)
+    assert result.images[0].size == (96, 72)
+    assert np.asarray(result.images[0]).std() > 0
+
+
+def test_an_unknown_upscaler_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match=r"hires\.upscaler must be latent, .*, lanczos"):
+        nativesd.load(folders["sd15"], device="cpu")("a cat", hires=nativesd.Hires(upscaler="R-ESRGAN 4x+"))
+
+
+@pytest.mark.parametrize(("strength", "run"), [(0.5, 11), (0.75, 16), (1.0, 20), (0.0, 1), (0.01, 1), (0.999, 20)])
+def test_image_to_image_as_a1111_counts(folders: dict[str, Path], strength: float, run: int) -> None:
+    """int(min(s, 0.999) n) + 1 steps, the picture never given up wholly."""
+    seen: list[float] = []
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    ours("a cat", image=photo(), strength=strength, steps_as="a1111", steps=20, seed=1, guidance_scale=1,
+         sampler="Euler", on_step=lambda step: seen.append(step.sigma))  # fmt: skip
+    assert len(seen) == run == int(min(strength, 0.999) * 20) + 1
 
 
 def test_outpainting(folders: dict[str, Path]) -> None:
