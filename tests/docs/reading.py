@@ -1,7 +1,7 @@
 """The README and the pages of docs/ as the tests read them: blocks of code, links, headings, and code in sentences.
 
-A fenced block names its language first. Blocks of `sh`, `console` and `python` are run, unless the rest of that line
-says "not run: REASON", which readers of the source see; "exits with N" says how the last command ends.
+A fenced block names its language first. Blocks of `sh`, `console`, `python` and `pycon` (doctests) are run, unless the
+rest of that line says "not run: REASON", which the source shows; "exits with N" says how the last command ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-RUN, SHOWN = {"sh", "console", "python"}, {"text", "toml", "json", "cpp"}
+RUN, SHOWN = {"sh", "console", "python", "pycon"}, {"text", "toml", "json", "cpp"}
 REASONS = ("it installs packages", "it needs a GPU", "it takes", "it downloads", "it exports", "a build takes",
            "the test suite runs it", "another page runs it")  # fmt: skip
 
@@ -56,6 +56,17 @@ def blocks(page: Path) -> Iterator[Block]:
                 raise AssertionError(f"{page}: {token.info!r} is neither 'not run: REASON' nor 'exits with N'")
             assert token.map is not None
             yield Block(page, token.map[0] + 1, language, token.content, skipped, int(ends[1]) if ends else 0)
+
+
+def commands_of(block: Block) -> Iterator[tuple[str, str]]:
+    """The block's commands, each with the output that is shown with it: in a console those behind "$ "."""
+    text = block.text.replace("\\\n", " ")
+    if block.language == "sh":
+        yield from ((line, "") for line in text.splitlines() if line.strip() and not line.startswith("#"))
+        return
+    for part in re.split(r"^\$ ", text, flags=re.M)[1:]:
+        command, _, wanted = part.partition("\n")
+        yield command, wanted
 
 
 def inline(page: Path) -> Iterator[Token]:

@@ -9,24 +9,35 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
+import numpy as np
 import pytest
 import torch
-from reading import PAGES, REASONS, ROOT, RUN, SHOWN, Block, anchors, blocks, links, spans
+from PIL import Image
+from reading import PAGES, REASONS, ROOT, RUN, SHOWN, anchors, blocks, commands_of, links, spans
 from safetensors.torch import save_file
 
 import nativesd
 from conftest import Done, Run
 from nativesd.cli.common import main
+from nativesd.export import library
+from nativesd.export.graphs import FILE
+from nativesd.export.library import Part
+from nativesd.export.sessions import OnnxRunner
+from nativesd.export.store import Store
 from oracles import published_manifests, sparse
 
 BY_NAME = [page.relative_to(ROOT).as_posix() for page in PAGES]
+OWN_LOOP = ROOT / "docs" / "your-own-loop.md"
 pytestmark = pytest.mark.filterwarnings("ignore:.* of no published form")
 pages = pytest.mark.parametrize("page", PAGES, ids=BY_NAME)
+
+Play = Callable[[Path], None]
 
 
 # --- blocks
@@ -70,51 +81,70 @@ def workplace(stand_ins: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pages
-def test_blocks_run(
-    page: Path, workplace: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def play(workplace: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Play:
+    """Runs a page's blocks in the workplace, one after the other."""
+
+    def script(command: list[str]) -> Done:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command)
+            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+        captured = capsys.readouterr()
+        return Done(0, captured.out, captured.err)
+
+    def play_page(page: Path) -> None:
+        monkeypatch.chdir(workplace)
+        namespace: dict[str, object] = {"__name__": page.stem}
+        for block in blocks(page):
+            if block.skipped is not None or block.language not in RUN:
+                continue
+            if block.language == "python":
+                exec(compile(block.text, str(block), "exec"), namespace)
+                capsys.readouterr()
+                continue
+            if block.language == "pycon":
+                test = doctest.DocTestParser().get_doctest(block.text, namespace, str(block), None, block.line)
+                said: list[str] = []
+                failed, _ = doctest.DocTestRunner(verbose=False).run(test, out=said.append, clear_globs=False)
+                assert not failed, "".join(said)
+                continue
+            commands = list(commands_of(block))
+            for number, (command, wanted) in enumerate(commands):
+                program, *arguments = shlex.split(command, comments=True)
+                assert program in ("nativesd", "python"), f"{block}: {command}: only these two are run"
+                done = run(*arguments) if program == "nativesd" else script(arguments)
+                expected = block.exit_code if number == len(commands) - 1 else 0
+                assert done.returncode == expected, f"{block}: {command}\n{done.stdout}{done.stderr}"
+                if block.language == "console":
+                    same = doctest.OutputChecker().check_output(wanted, done.stdout, doctest.ELLIPSIS)
+                    assert same, f"{block}: {command} prints\n{done.stdout}"
+
+    return play_page
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != OWN_LOOP], ids=lambda page: page.name)
+def test_blocks_run(page: Path, play: Play) -> None:
+    play(page)
+
+
+def test_the_own_loop_paints_the_picture_of_generate(
+    workplace: Path, play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(workplace)
-    namespace: dict[str, object] = {"__name__": page.stem}
-    for block in blocks(page):
-        if block.skipped is not None or block.language not in RUN:
-            continue
-        if block.language == "python":
-            exec(compile(block.text, str(block), "exec"), namespace)
-            capsys.readouterr()
-            continue
-        commands = list(_commands(block))
-        for number, (command, wanted) in enumerate(commands):
-            done = _run(command, run, capsys, monkeypatch)
-            expected = block.exit_code if number == len(commands) - 1 else 0
-            assert done.returncode == expected, f"{block}: {command}\n{done.stdout}{done.stderr}"
-            if block.language == "console":
-                same = doctest.OutputChecker().check_output(wanted, done.stdout, doctest.ELLIPSIS)
-                assert same, f"{block}: {command} prints\n{done.stdout}"
+    """The page's own blocks; then the same graphs in a pipeline, without control and with it: no value differs."""
+    play(OWN_LOOP)
+    assert len((ROOT / "docs" / "own_loop.py").read_text().splitlines()) < 80
 
+    def exported(part: Part, store: Store, device: torch.device) -> OnnxRunner:
+        graph = part.graph()
+        return OnnxRunner(workplace / "exported" / part.name / FILE, graph.schema, graph.dtype, device)
 
-def _commands(block: Block) -> Iterator[tuple[str, str]]:
-    """The block's commands, each with the output that is shown with it: in a console those behind "$ "."""
-    text = block.text.replace("\\\n", " ")
-    if block.language == "sh":
-        yield from ((line, "") for line in text.splitlines() if line.strip() and not line.startswith("#"))
-        return
-    for part in re.split(r"^\$ ", text, flags=re.M)[1:]:
-        command, _, wanted = part.partition("\n")
-        yield command, wanted
-
-
-def _run(command: str, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Done:
-    """A command of this package, or a script of this checkout, in this process."""
-    program, *arguments = shlex.split(command, comments=True)
-    if program == "nativesd":
-        return run(*arguments)
-    assert program == "python", f"only nativesd and python are run: {command}"
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", arguments)
-        runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
-    captured = capsys.readouterr()
-    return Done(0, captured.out, captured.err)
+    monkeypatch.setattr(library, "onnx_runner", exported)
+    pipe = nativesd.load().accelerate("onnx", engines=workplace / "none")
+    options: dict[str, Any] = {"seed": 3, "noise": "cuda", "sampler": "DDIM"}
+    own, steered = (np.asarray(Image.open(name)) for name in ("own.png", "steered.png"))
+    assert (np.asarray(pipe("a strawberry on a yellow background", **options).images[0]) == own).all()
+    edges = nativesd.Control("tiny", "edges.png")
+    assert (np.asarray(pipe("a cactus on a blue background", control=[edges], **options).images[0]) == steered).all()
 
 
 @pages
@@ -176,7 +206,7 @@ def test_commands_and_options_exist(page: Path) -> None:
     tools = {match for file in ROOT.glob("tools/*.py") for match in re.findall(r'"(--[\w-]+)"', file.read_text())}
     every = {"--no-deps"}.union(tools, *(options(command) for command in known.values()))
     text = [*spans(page), *(line for block in blocks(page) if block.language in ("sh", "console")
-                            for line, _ in _commands(block))]  # fmt: skip
+                            for line, _ in commands_of(block))]  # fmt: skip
     for span in text:
         words = span.split()
         flags = {word.partition("=")[0] for word in words if re.fullmatch(r"--?[a-z][\w-]*(=.*)?", word)}
