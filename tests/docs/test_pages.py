@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from reading import PAGES, REASONS, ROOT, RUN, SHOWN, anchors, blocks, commands_of, links, spans
 from safetensors.torch import save_file
+from test_pipeline import save_model
 
 import nativesd
 from conftest import Done, Run
@@ -132,19 +133,42 @@ def test_the_own_loop_paints_the_picture_of_generate(
 ) -> None:
     """The page's own blocks; then the same graphs in a pipeline, without control and with it: no value differs."""
     play(OWN_LOOP)
-    assert len((ROOT / "docs" / "own_loop.py").read_text().splitlines()) < 80
+    assert len(OWN_LOOP.with_name("own_loop.py").read_text(encoding="utf-8").splitlines()) < 80
+    pipe = exported_pipeline("tiny", workplace / "exported", monkeypatch)
+    own, steered = (np.asarray(Image.open(name)) for name in ("own.png", "steered.png"))
+    assert (np.asarray(pipe("a strawberry on a yellow background", **AS_OWN).images[0]) == own).all()
+    edges = nativesd.Control("tiny", "edges.png")
+    assert (np.asarray(pipe("a cactus on a blue background", control=[edges], **AS_OWN).images[0]) == steered).all()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("form", "dtype"), [("sdxl", "float32"), ("sd15", "float16")])
+def test_the_own_loop_of_other_families(form: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two text encoders, zeros for the empty negative prompt, noise prediction, float16."""
+    save_model(form, tmp_path / "model")
+    nativesd.export_onnx(tmp_path / "model", tmp_path / "exported", dtype=dtype)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["own_loop.py", "exported", "a cat", "own.png"])
+    runpy.run_path(str(OWN_LOOP.with_name("own_loop.py")), run_name="__main__")
+    pipe = exported_pipeline(tmp_path / "model", tmp_path / "exported", monkeypatch, dtype=dtype)
+    assert (np.asarray(pipe("a cat", **AS_OWN).images[0]) == np.asarray(Image.open("own.png"))).all()
+
+
+AS_OWN: dict[str, Any] = {"seed": 3, "noise": "cuda", "sampler": "DDIM"}
+"""What own_loop.py has written into it."""
+
+
+def exported_pipeline(
+    source: str | Path, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> nativesd.Pipeline:
+    """A model that ONNX Runtime runs by the graphs of an exported folder."""
 
     def exported(part: Part, store: Store, device: torch.device) -> OnnxRunner:
         graph = part.graph()
-        return OnnxRunner(workplace / "exported" / part.name / FILE, graph.schema, graph.dtype, device)
+        return OnnxRunner(folder / part.name / FILE, graph.schema, graph.dtype, device)
 
     monkeypatch.setattr(library, "onnx_runner", exported)
-    pipe = nativesd.load().accelerate("onnx", engines=workplace / "none")
-    options: dict[str, Any] = {"seed": 3, "noise": "cuda", "sampler": "DDIM"}
-    own, steered = (np.asarray(Image.open(name)) for name in ("own.png", "steered.png"))
-    assert (np.asarray(pipe("a strawberry on a yellow background", **options).images[0]) == own).all()
-    edges = nativesd.Control("tiny", "edges.png")
-    assert (np.asarray(pipe("a cactus on a blue background", control=[edges], **options).images[0]) == steered).all()
+    return nativesd.load(source, **options).accelerate("onnx", engines=folder / "none")
 
 
 @pages
