@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nativesd.errors import NativesdError
+from nativesd.errors import Interrupted, NativesdError, NativesdWarning
 from nativesd.version import __version__
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ _LAZY = {name: f"nativesd.{module}" for module, names in _HOMES.items() for name
 __all__ = [
     "Control",
     "Hires",
+    "Interrupted",
     "NativesdError",
+    "NativesdWarning",
     "Pipeline",
     "Result",
     "Step",

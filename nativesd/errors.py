@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+
+class NativesdWarning(UserWarning):
+    """The category of every warning of nativesd's, so that a program can filter them."""
+
 
 class NativesdError(Exception):
     """Base of every error that nativesd raises on purpose. `exit_code` is what the command line ends with."""
 
     exit_code = 3
+
+
+class Interrupted(NativesdError):  # noqa: N818  # it is no mistake
+    """A call was ended by `Pipeline.interrupt`. `latents`, a tensor (B, C, h, w), are the clean ones of its last step.
+
+    `Pipeline.decode` makes pictures of them.
+    """
+
+    exit_code = 130
+
+    def __init__(self, message: str, latents: Any) -> None:
+        super().__init__(message)
+        self.latents = latents
 
 
 class UsageError(NativesdError, ValueError):

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from nativesd.errors import UsageError
+from nativesd.errors import NativesdWarning, UsageError
 from nativesd.export.runner import Runner
 from nativesd.models.clip import TextEncoder, TextOutput
 from nativesd.models.controlnet import ControlNet
@@ -49,7 +49,7 @@ class Delegate:
             return self.runner.run(tensors)
         if reason not in self.fallbacks:
             self.fallbacks.add(reason)
-            warnings.warn(f"{self.name}: {reason}: PyTorch runs it instead", stacklevel=4)
+            warnings.warn(f"{self.name}: {reason}: PyTorch runs it instead", NativesdWarning, stacklevel=4)
         return None
 
 

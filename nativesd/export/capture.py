@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from nativesd.errors import UsageError
+from nativesd.errors import NativesdWarning, UsageError
 from nativesd.export.graphs import Graph
 from nativesd.export.slots import Request
 
@@ -133,6 +133,7 @@ class Captures:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 warnings.warn(
                     f"{self._name} runs without CUDA graphs, which is slower: recording one fails ({reason})",
+                    NativesdWarning,
                     stacklevel=2,
                 )
                 return call()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ JPEG_EXIF_BYTES = 65533
 """What one JPEG segment holds beside its length (ITU-T T.81, B.1.1.4)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """`images`, their `seeds`, the call's `parameters`, and the `latents` (B, C, h, w) as the sampler left them."""
 
@@ -32,6 +36,22 @@ class Result:
     seeds: list[int]
     parameters: dict[str, Any]
     latents: Tensor
+
+    def __repr__(self) -> str:
+        count = len(self.images)
+        seeds = f"seed {self.seeds[0]}" if count == 1 else f"seeds {self.seeds[0]}, ..."
+        width, height = self.images[0].size
+        return f"<Result: {count} {'picture' if count == 1 else 'pictures'} of {width}x{height}, {seeds}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the pictures side by side, each with its parameters as the text that hovers over it."""
+        return "".join(self._shown(index) for index in range(len(self.images)))
+
+    def _shown(self, index: int) -> str:
+        data = BytesIO()
+        self.images[index].save(data, format="PNG")
+        text = escape(self.infotext(index), quote=True)
+        return f'<img src="data:image/png;base64,{b64encode(data.getvalue()).decode()}" title="{text}">'
 
     def infotext(self, index: int = 0) -> str:
         """The parameters of picture `index` in the text form that A1111 writes and many tools read.
@@ -91,7 +111,7 @@ class Result:
         that are too long for JPEG, SourceError where the file cannot be written.
         """
         path = Path(path)
-        kind = picture_format(path)
+        kind = check_target(path)
         paths = [path]
         if len(self.images) > 1:
             paths = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(len(self.images))]
@@ -132,6 +152,21 @@ def write_picture(image: Image.Image, path: Path, **options: Any) -> None:
             image.save(temporary, format=kind, **options)
         except ValueError as error:  # a size that the format does not have
             raise SourceError(f"{path} cannot be written: {error}") from error
+
+
+def check_target(path: Path) -> str:
+    """The format of a picture file that is to be written, before there is a picture.
+
+    Raises UsageError for a suffix that is no picture format, SourceError where the folder is missing or not writable.
+    """
+    kind = picture_format(path)
+    if path.is_dir():
+        raise SourceError(f"{path} cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise SourceError(f"{path} cannot be written: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise SourceError(f"{path} cannot be written: the folder {path.parent} is not writable")
+    return kind
 
 
 def _number(value: float | None) -> str | None:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from nativesd.errors import UsageError
+from nativesd.errors import NativesdWarning, UsageError
 from nativesd.export import library
 from nativesd.export.accelerate import Delegate, accelerate_module
 from nativesd.export.capture import CapturedRunner, CudaQueue
@@ -85,7 +85,9 @@ class Acceleration:
             except UsageError as error:
                 if not self.backend.startswith("tensorrt"):
                     raise
-                warnings.warn(f"{error}: PyTorch runs it; `nativesd export tensorrt` builds one", stacklevel=4)
+                warnings.warn(
+                    f"{error}: PyTorch runs it; `nativesd export tensorrt` builds one", NativesdWarning, stacklevel=4
+                )
                 continue
             delegates[component] = Delegate(label, runner, changed)
         return accelerate_module(module, delegates) if delegates else module

@@ -2,22 +2,20 @@
 
 `CallOptions` is what callers may pass, `Checked` what a call works with; a field of it is a row of the table: name,
 type, default, and the reader that takes a value or says why it cannot be. What depends on the model is checked by the
-pipeline.
+pipeline. Over half of this file are tables: they stand together so that a new option is seen in all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import operator
-import reprlib
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from inspect import Parameter, Signature
-from os import PathLike, fspath
+from os import fspath
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -42,6 +40,7 @@ from nativesd.pictures.images import Fit, ImageSource
 from nativesd.pipeline.control import Control
 from nativesd.pipeline.diffusion import Diffusion, Step
 from nativesd.pipeline.hires import UPSCALERS, Hires, Upscaler
+from nativesd.pipeline.readers import Reader, flag, is_list, is_path, one_of, real, shown, text, to_whole, whole
 from nativesd.pipeline.start import StepsAs
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.noise import NoiseKind
@@ -52,8 +51,6 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[str | None] | None
 Lora = str | Path | tuple[str | Path, float] | tuple[str | Path, float, float]
 Border = tuple[int, int, int, int]
-Reader = Callable[[str, Any], Any]
-"""From an argument's name and value to the value that a call works with; UsageError names the argument."""
 Function = TypeVar("Function", bound=Callable[..., object])
 
 SEEDS = 1 << 64
@@ -154,8 +151,8 @@ def check(prompt: Prompt, options: CallOptions) -> Checked:
     prompts = _prompts("prompt", prompt)
     seeds = _seeds(given.pop("seed", None), given.pop("num_images", None), len(prompts))
     checked = Checked(
-        prompts=prompts, one_prompt=not _is_list(prompt), seeds=seeds,
-        one_negative=not _is_list(given.get("negative_prompt")),
+        prompts=prompts, one_prompt=not is_list(prompt), seeds=seeds,
+        one_negative=not is_list(given.get("negative_prompt")),
         **{name: rows[name](name, value) for name, value in given.items()},
     )  # fmt: skip
     if checked.schedule is not None:
@@ -214,111 +211,26 @@ def signed(options: type) -> Callable[[Function], Function]:
     return sign
 
 
-def whole(low: int, high: int | None = None) -> Reader:
-    """A whole number in a range: of any type that is one, 2.0 and "2" included."""
-
-    def read(name: str, value: Any) -> int:
-        number = _whole(name, value)
-        if number < low or (high is not None and number > high):
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise UsageError(f"{name} must be {bounds}, not {shown(value)}")
-        return number
-
-    return read
-
-
-def real(low: float, high: float = math.inf, *, above: bool = False) -> Reader:
-    """A finite number in a range, without `low` itself where it has to be `above` that: 7 and "7" included."""
-
-    def read(name: str, value: Any) -> float:
-        number = _real(name, value)
-        if not math.isfinite(number) or number < low or number > high or (above and number == low):
-            least = f"above {low:g}" if above else f"of at least {low:g}"
-            bounds = f"a finite number {least}" if math.isinf(high) else f"between {low:g} and {high:g}"
-            if above and not math.isinf(high):
-                bounds = f"above {low:g} and at most {high:g}"
-            raise UsageError(f"{name} must be {bounds}, not {shown(value)}")
-        return number
-
-    return read
-
-
-def one_of(*words: str) -> Reader:
-    """One of several words."""
-
-    def read(name: str, value: Any) -> str:
-        if value not in words:
-            raise UsageError(f"{name} must be {' or '.join(words)}, not {shown(value)}")
-        return str(value)
-
-    return read
-
-
-def shown(value: object) -> str:
-    """A value in a sentence: short, whatever it is."""
-    if isinstance(value, str | int | float | complex | bytes | list | tuple | dict | None):
-        return reprlib.repr(value)
-    return f"a {type(value).__name__}" if getattr(value, "ndim", None) != 0 else str(value)
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    number = _real(name, value, "a whole number")
-    if not math.isfinite(number) or number != int(number):
-        raise UsageError(f"{name} must be a whole number, not {shown(value)}")
-    return int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdecimal() else int(number)
-
-
-def _real(name: str, value: Any, what: str = "a number") -> float:
-    try:
-        if not isinstance(value, bool | bytes) and getattr(value, "ndim", 0) == 0:
-            return float(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise UsageError(f"{name} must be {what}, not {shown(value)}")
-
-
-def _flag(name: str, value: Any) -> bool:
-    """A bool, or numpy's, or 0 or 1; a text such as "false" is not guessed at."""
-    if isinstance(value, str) or value not in (False, True):
-        raise UsageError(f"{name} must be True or False, not {shown(value)}")
-    return bool(value)
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UsageError(f"{name} must be a name, not {shown(value)}")
-    return value
-
-
 def _picture(name: str, value: Any) -> Any:
     if not isinstance(value, Image.Image | np.ndarray | torch.Tensor | str | Path):
         raise UsageError(f"{name} must be a picture (PIL, an array, a tensor) or its file, not {shown(value)}")
     return value
 
 
-def _is_list(value: object) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
-
-
 def _prompts(name: str, value: Any) -> list[str]:
     """One text, or several; None is the empty one."""
-    texts = list(value) if _is_list(value) else [value]
+    texts = list(value) if is_list(value) else [value]
     if not texts:
         raise UsageError(f"there is no {name}: pass a text, or several")
-    for text in texts:
-        if not isinstance(text, str | None):
-            raise UsageError(f"{name} must be a text, or a list of texts, not {shown(text)}")
-    return [text or "" for text in texts]
+    for each in texts:
+        if not isinstance(each, str | None):
+            raise UsageError(f"{name} must be a text, or a list of texts, not {shown(each)}")
+    return [each or "" for each in texts]
 
 
 def _seeds(value: Any, num_images: Any, prompts: int) -> list[int]:
     """Every picture's seed, as they were listed or counting up from the one given; `num_images` of each prompt."""
-    listed = [_seed(each) for each in value] if _is_list(value) and getattr(value, "ndim", 1) == 1 else None
+    listed = [_seed(each) for each in value] if is_list(value) and getattr(value, "ndim", 1) == 1 else None
     if num_images is None:
         num_images = 1 if listed is None else max(len(listed) // prompts, 1)
     total = whole(1)("num_images", num_images) * prompts
@@ -336,7 +248,7 @@ def _seed(value: Any) -> int:
     """A seed; None and -1 are a random one."""
     if isinstance(value, torch.Generator):
         raise UsageError("seed must be a whole number: pass the one that the generator was seeded with")
-    number = -1 if value is None else _whole("seed", value)
+    number = -1 if value is None else to_whole("seed", value)
     if number == -1:
         return secrets.randbits(32)
     if not 0 <= number < SEEDS:
@@ -345,7 +257,7 @@ def _seed(value: Any) -> int:
 
 
 def _border(name: str, value: Any) -> Border:
-    sides = [whole(0)(name, side) for side in value] if _is_list(value) else []
+    sides = [whole(0)(name, side) for side in value] if is_list(value) else []
     if len(sides) != 4:
         raise UsageError(f"{name} must be four numbers of pixels (left, top, right, bottom), not {shown(value)}")
     left, top, right, bottom = sides
@@ -358,8 +270,8 @@ def _hires(name: str, value: Any) -> Hires:
     of = f"{name}.{{}}" if isinstance(value, Hires) else name
     readers: dict[str, Reader] = {
         "scale": real(0, MOST_HIRES, above=True), "strength": real(0, 1, above=True), "steps": whole(1, 999),
-        "upscaler": _upscaler, "width": whole(1), "height": whole(1), "sampler": _text, "schedule": _text,
-        "prompt": _text, "negative_prompt": _text, "guidance_scale": real(0),
+        "upscaler": _upscaler, "width": whole(1), "height": whole(1), "sampler": text, "schedule": text,
+        "prompt": text, "negative_prompt": text, "guidance_scale": real(0),
     }  # fmt: skip
     values: dict[str, Any] = {field: getattr(given, field) for field in readers}
     for field, each in values.items():
@@ -381,17 +293,17 @@ def _upscaler(name: str, value: Any) -> Upscaler:
 
 def read_loras(name: str, value: Any) -> list[tuple[str, float, float]]:
     """One LoRA or several: (file, scale of the UNet's part, scale of the text encoders')."""
-    numbered = isinstance(value, tuple) and len(value) in (2, 3) and not _is_path(value[1])
-    given = [value] if _is_path(value) or numbered else value
-    if not _is_list(given):
+    numbered = isinstance(value, tuple) and len(value) in (2, 3) and not is_path(value[1])
+    given = [value] if is_path(value) or numbered else value
+    if not is_list(given):
         raise UsageError(f"{name} must be files, or (file, scale), or (file, scale, scale), not {shown(value)}")
     out = []
     for lora in given:
-        file, *scales = (lora,) if _is_path(lora) or not _is_list(lora) else lora
-        if not _is_path(file) or len(scales) > 2:
+        file, *scales = (lora,) if is_path(lora) or not is_list(lora) else lora
+        if not is_path(file) or len(scales) > 2:
             raise UsageError(f"{name} must be files, or (file, scale), or (file, scale, scale), not {shown(lora)}")
-        unet, text = [_scale(name, scale) for scale in scales or (1.0,)] * (1 if len(scales) == 2 else 2)
-        out.append((fspath(file), unet, text))
+        unet, encoders = [_scale(name, scale) for scale in scales or (1.0,)] * (1 if len(scales) == 2 else 2)
+        out.append((fspath(file), unet, encoders))
     return out
 
 
@@ -399,13 +311,9 @@ def _scale(name: str, value: Any) -> float:
     return float(real(-math.inf)(f"a scale of {name}", value))
 
 
-def _is_path(value: object) -> bool:
-    return isinstance(value, str | PathLike)
-
-
 def _control(name: str, value: Any) -> list[Control]:
     """One control or several, each with its numbers in range."""
-    given = list(value) if _is_list(value) else [value]
+    given = list(value) if is_list(value) else [value]
     for control in given:
         if not isinstance(control, Control):
             raise UsageError(f"{name} must be nativesd.Control(model, image), or several, not {shown(control)}")
@@ -449,8 +357,8 @@ class Checked:
     height: Annotated[int | None, whole(1)] = None
     steps: Annotated[int | None, whole(1, 999)] = None  # of the 1000 noise levels that all models are trained on
     guidance_scale: Annotated[float | None, real(0)] = None
-    sampler: Annotated[str | None, _text] = None
-    schedule: Annotated[str | None, _text] = None
+    sampler: Annotated[str | None, text] = None
+    schedule: Annotated[str | None, text] = None
     image: Annotated[ImageSource | None, _picture] = None
     mask: Annotated[ImageSource | None, _picture] = None
     strength: Annotated[float | None, real(0, 1)] = None
@@ -464,11 +372,11 @@ class Checked:
     refiner_at: Annotated[float, real(0, 1)] = 0.8
     loras: Annotated[Sequence[tuple[str, float, float]], read_loras] = ()
     control: Annotated[Sequence[Control], _control] = ()
-    guess_mode: Annotated[bool, _flag] = False
+    guess_mode: Annotated[bool, flag] = False
     guidance_rescale: Annotated[float, real(0, 1)] = 0.0
     eta: Annotated[float | None, real(0, 1)] = None
     clip_skip: Annotated[int | None, whole(1)] = None
-    literal: Annotated[bool, _flag] = False
+    literal: Annotated[bool, flag] = False
     noise: Annotated[NoiseKind, one_of(*get_args(NoiseKind))] = "cpu"
     on_step: Annotated[Callable[[Step], object] | None, _callable] = None
 

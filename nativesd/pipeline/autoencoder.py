@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nativesd.config import SD_VAE, SDXL_VAE, TinyVAEConfig, VAEConfig
-from nativesd.errors import NativesdError, UsageError
+from nativesd.errors import NativesdError, NativesdWarning, UsageError
 from nativesd.models.layers import ResnetBlock, Upsample
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.vae import VAE, Stage
@@ -138,7 +138,9 @@ def _finite(vae: VAE | TinyVAE, run: Callable[[torch.dtype], Tensor], what: str)
     dtype = next(vae.parameters()).dtype
     out = run(dtype).float()
     if not out.isfinite().all() and dtype != torch.float32:
-        warnings.warn("the VAE overflowed in half precision: it runs in float32 from now on", stacklevel=3)
+        warnings.warn(
+            "the VAE overflowed in half precision: it runs in float32 from now on", NativesdWarning, stacklevel=3
+        )
         untune(vae)  # what is fast in half precision is not all exact enough
         vae.float()
         out = run(torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -17,18 +17,24 @@ from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.pictures.images import ImageSource, fit, read_image, to_tensor
 from nativesd.pictures.preprocess import preprocess
 from nativesd.pipeline.denoiser import Conditioning
+from nativesd.pipeline.turns import Turns
 
 # xinsir6/ControlNetPlus README: the kinds of hint by number
 UNION_KINDS = {"openpose": 0, "depth": 1, "scribble": 2, "hed": 2, "canny": 3, "lineart": 3, "mlsd": 3, "normal": 4,
                "segment": 5, "tile": 6, "inpaint": 7}  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ControlModel:
     """A loaded ControlNet or T2I-Adapter, and the name it is spoken of by."""
 
     name: str
     module: ControlNet | ControlNetUnion | T2IAdapter
+    turns: Turns = field(default_factory=Turns, compare=False)
+    """Of the calls that use it."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self.module).__name__} {self.name}>"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nativesd.config import Prediction
+from nativesd.errors import NativesdWarning
 from nativesd.models.layers import CachedContext
 from nativesd.models.unet import UNet
 from nativesd.sampling.published import EDM
@@ -129,7 +130,11 @@ def make_denoiser(
             except torch.cuda.OutOfMemoryError:
                 if len(sides) == 1:
                     raise
-                warnings.warn("not enough memory for prompt and negative prompt at once: one by one now", stacklevel=2)
+                warnings.warn(
+                    "not enough memory for prompt and negative prompt at once: one by one now",
+                    NativesdWarning,
+                    stacklevel=2,
+                )
                 sequential = True
         if sequential:
             outputs = [answer(scaled, time, sigma, side) for side in sides]

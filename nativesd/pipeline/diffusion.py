@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nativesd.config import Prediction, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from nativesd.errors import NativesdWarning
 from nativesd.models.clip import TextEncoder
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
@@ -25,6 +26,7 @@ from nativesd.pipeline import autoencoder
 from nativesd.pipeline.control import Control, ControlModel, make_hint, steer
 from nativesd.pipeline.denoiser import Conditioning, Guidance, guidance_embedding, keep_known, make_denoiser, watch
 from nativesd.pipeline.start import Start
+from nativesd.pipeline.turns import Turns
 from nativesd.sampling.names import Choice
 from nativesd.sampling.noise import BrownianNoise, NoiseKind, NoiseSource, move_noise, noise_source
 from nativesd.sampling.published import Kind, SchedulerConfig
@@ -94,12 +96,13 @@ class PipelineConfig:
         return self.steps or (4 if self.few_steps else 20)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Step:
     """What `on_step` receives, once for every step, after the model has answered.
 
     `latents` (B, C, h, w) are the sampler's, noise included, at `sigma`; `denoised` the clean latents it predicts.
-    `preview()` makes a quick picture of these, maybe smaller, a batch side by side.
+    `preview()` makes a quick picture of these, maybe smaller, a batch side by side. In another thread than `on_step`'s
+    it waits for the end of the call.
     """
 
     index: int
@@ -107,7 +110,10 @@ class Step:
     sigma: float
     latents: Tensor
     denoised: Tensor
-    preview: Callable[[], Image.Image] = field(repr=False)
+    preview: Callable[[], Image.Image]
+
+    def __repr__(self) -> str:
+        return f"<Step {self.index + 1} of {self.total}, sigma {self.sigma:.3g}>"
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ class Closes(Protocol):
         """Free it; returns how many bytes that was, as far as it is known."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Diffusion:
     """A loaded model. The modules are bare: the VAE's scaling factor is applied here.
 
@@ -170,14 +176,20 @@ class Diffusion:
     """What LoRAs are merged into, and which are in it now."""
     load_control: Callable[[str | Path], ControlModel] | None = None
     """Loads the models of a `Control` that names one."""
-    _controls: dict[str, ControlModel] = field(default_factory=dict, repr=False)
-    _loras: dict[str, LoraFile] = field(default_factory=dict, repr=False)
+    turns: Turns = field(default_factory=Turns)
+    """Of the calls on these weights; pipelines that share the weights share them too."""
+    _controls: dict[str, ControlModel] = field(default_factory=dict)
+    _loras: dict[str, LoraFile] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<{type(self).__name__} {self.config.name} ({self.config.family}) on {self.device} in {dtype}>"
 
     def encode_prompt(
         self, prompts: Sequence[str], *, literal: bool = False, clip_skip: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Context (B, T, C), both encoders' side by side, and the last encoder's pooled embedding (B, P)."""
-        with self._visiting(*self.text_encoders):
+        with self.turns.wait(), self._visiting(*self.text_encoders):
             return encode_prompts(
                 prompts, self.text_encoders, self.tokenizers, literal=literal, clip_skip=clip_skip,
                 embeddings=self.embeddings, device=self.device,
@@ -193,7 +205,7 @@ class Diffusion:
         """Scaled latents (B, C, h, w) to pixels (B, 3, H, W) in [0, 1], float32. Raises NativesdError."""
         config = self.config.vae
         side = (latents.shape[2] * config.factor, latents.shape[3] * config.factor)
-        with self._visiting(self.vae):
+        with self.turns.wait(), self._visiting(self.vae):
             return autoencoder.decode(
                 self.vae, latents, scaling=config.scaling, name=self.config.name, **self._room(side, len(latents))
             )
@@ -202,7 +214,7 @@ class Diffusion:
     def encode_tensor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) in [-1, 1] to mean and standard deviation of the scaled latents, float32."""
         options = self._room((pixels.shape[2], pixels.shape[3]), len(pixels))
-        with self._visiting(self.vae):
+        with self.turns.wait(), self._visiting(self.vae):
             return autoencoder.encode(
                 self.vae, pixels.to(self.device), scaling=self.config.vae.scaling, name=self.config.name, **options
             )
@@ -355,7 +367,7 @@ class Diffusion:
 
     def preview(self, latents: Tensor) -> Image.Image:
         """A quick picture of clean latents (B, C, h, w), maybe smaller, a batch side by side."""
-        with self._visiting(self.vae):
+        with self.turns.wait(), self._visiting(self.vae):
             return autoencoder.LatentPreview(self.vae, self.config.vae.scaling, self.previewer).preview(latents)
 
     def _room(self, side: tuple[int, int], batch: int) -> dict[str, Any]:
@@ -377,6 +389,7 @@ class Diffusion:
             warnings.warn(
                 f"{len(job.seeds)} pictures of {width}x{height} may not fit: a step takes about {needed / 1e9:.1f} GB "
                 f"beside the weights, and {free / 1e9:.1f} GB are free; make fewer at a time, or smaller ones",
+                NativesdWarning,
                 stacklevel=2,
             )
         return replace(job, guidance=replace(job.guidance, sequential=True))
@@ -387,9 +400,9 @@ class Diffusion:
         if not self.offload:
             yield
             return
-        for module in modules:
-            module.to(self.device)
         try:
+            for module in modules:
+                module.to(self.device)
             yield
         finally:
             for module in modules:

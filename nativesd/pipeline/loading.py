@@ -21,7 +21,7 @@ from nativesd.config import (
     UNetConfig,
     VAEConfig,
 )
-from nativesd.errors import SourceError, UsageError, WeightsError
+from nativesd.errors import NativesdWarning, SourceError, UsageError, WeightsError
 from nativesd.models.clip import TextEncoder
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.t2i_adapter import T2IAdapter
@@ -295,6 +295,7 @@ def settle_scheduler(
         warnings.warn(
             "scheduler_config.json asks for zero terminal SNR of a model that predicts epsilon: at the first step that "
             "says nothing of the picture. Such models predict v: pass prediction= if the file says it wrong",
+            NativesdWarning,
             stacklevel=2,
         )
     steps = None
@@ -445,6 +446,7 @@ def describe(
         warnings.warn(
             f"{path} is a UNet of no published form: its head counts are taken by the family's rule, as no header says "
             f"them; load its folder, with config.json, where the pictures are wrong",
+            NativesdWarning,
             stacklevel=2,
         )
     turbo = "denoiser.sigmas" in keys and family == "sd2"  # Stability's sgm export of SD-Turbo

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Unpack
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from nativesd.errors import UsageError
+from nativesd.errors import Interrupted, UsageError
 from nativesd.pictures import images, masks
 from nativesd.pictures.result import Result
 from nativesd.pipeline.arguments import CallOptions, Checked, Lora, Prompt, check, read_loras, signed
 from nativesd.pipeline.control import Control, ControlModel
 from nativesd.pipeline.denoiser import Guidance
-from nativesd.pipeline.diffusion import EDITING, INPAINTING, PLAIN, Diffusion, Job
+from nativesd.pipeline.diffusion import EDITING, INPAINTING, PLAIN, Diffusion, Job, Step
 from nativesd.pipeline.hires import LATENT, Hires, enlarge_latents, enlarge_picture
 from nativesd.pipeline.start import Start
+from nativesd.pipeline.turns import take_turns
 from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedule
 from nativesd.sampling.published import Kind
 from nativesd.text.embedding import read_embedding
@@ -46,6 +48,9 @@ class Inputs:
 
 class Pipeline(Diffusion):
     """A loaded model that makes pictures when it is called. See `Diffusion` for what it consists of."""
+
+    _ending: Event | None = None
+    """Set to end the call that is running; None where none is."""
 
     @signed(CallOptions)
     @torch.inference_mode()
@@ -85,9 +90,32 @@ class Pipeline(Diffusion):
         noise           "cpu", as diffusers, or "cuda": what an NVIDIA card would draw, as A1111
         on_step         called with a `Step` at every step
 
-        None stands for the default of each. Raises UsageError for an option that cannot be.
+        None stands for the default of each. Calls on the same weights take turns, from whatever threads they come.
+        Raises UsageError for an option that cannot be, Interrupted where `interrupt` ended it, what `on_step` raises.
         """
         asked = check(prompt, options)
+        models = {self.turns, *(() if asked.refiner is None else (asked.refiner.turns,))}
+        given = [control.model for control in asked.control if isinstance(control.model, ControlModel)]
+        with take_turns(models, {model.turns for model in given}):
+            self._ending = Event()
+            try:
+                return self._make(asked, _ending(asked.on_step, self._ending))
+            finally:
+                self._ending = None
+
+    def interrupt(self) -> bool:
+        """End the call of this pipeline that is running, after its step, with `Interrupted`; from any thread.
+
+        Returns whether one was. Calls that wait for their turn are not ended, nor one that only has to be decoded.
+        """
+        ending = self._ending
+        if ending is None:
+            return False
+        ending.set()
+        return True
+
+    def _make(self, asked: Checked, on_step: Callable[[Step], object]) -> Result:
+        """What a call does in its turn."""
         config = self.config
         inferred = dict(config.inferred)
         steps, guidance_scale = asked.steps, asked.guidance_scale
@@ -109,7 +137,7 @@ class Pipeline(Diffusion):
                 raise UsageError(
                     f"{config.name} makes pictures of {config.smallest} pixels a side and more, not of {side}"
                 )
-        self.set_loras(asked.loras)
+        self._merge(asked.loras)
         job = Job(
             prompts=asked.prompts,
             negatives=asked.negative_prompt,
@@ -125,7 +153,7 @@ class Pipeline(Diffusion):
             guess=asked.guess_mode,
             refiner=asked.refiner,
             refiner_at=asked.refiner_at,
-            on_step=asked.on_step,
+            on_step=on_step,
         )
 
         start = None
@@ -201,11 +229,13 @@ class Pipeline(Diffusion):
         """
         from nativesd.pipeline.acceleration import accelerate
 
-        return accelerate(self, backend, engines=engines, components=components)
+        with self.turns.wait():
+            return accelerate(self, backend, engines=engines, components=components)
 
     def close(self) -> int:
         """Free what an accelerated pipeline's backend holds; returns how many bytes that was, as far as it is known."""
-        return 0 if self.acceleration is None else self.acceleration.close()
+        with self.turns.wait():
+            return 0 if self.acceleration is None else self.acceleration.close()
 
     def load_embedding(self, path: str | Path, name: str | None = None) -> str:
         """Take in a textual inversion (.safetensors); returns the name that prompts call it by, the file's by default.
@@ -214,12 +244,16 @@ class Pipeline(Diffusion):
         """
         embedding = read_embedding(path, name)
         embedding.fit([encoder.config.width for encoder in self.text_encoders])
-        self.embeddings[embedding.name] = embedding
+        with self.turns.wait():
+            self.embeddings[embedding.name] = embedding
         return embedding.name
 
     def set_loras(self, loras: Lora | Sequence[Lora]) -> None:
         """Make these the LoRAs in the weights. Raises WeightsError where one does not fit, or not as a whole."""
-        wanted = read_loras("loras", loras)
+        with self.turns.call():
+            self._merge(read_loras("loras", loras))
+
+    def _merge(self, wanted: Sequence[tuple[str, float, float]]) -> None:
         if self.lora_state is None:
             if wanted:
                 raise UsageError("LoRAs are merged from the model's files: load it with nativesd.load()")
@@ -331,3 +365,15 @@ class Pipeline(Diffusion):
         prompts = job.prompts if hires.prompt is None else [hires.prompt]
         negatives = job.negatives if hires.negative_prompt is None else [hires.negative_prompt]
         return replace(job, prompts=prompts, negatives=negatives)
+
+
+def _ending(on_step: Callable[[Step], object] | None, ending: Event) -> Callable[[Step], object]:
+    """`on_step`, and after it the call's end where that is asked for."""
+
+    def report(step: Step) -> None:
+        if on_step is not None:
+            on_step(step)
+        if ending.is_set():
+            raise Interrupted(f"interrupted after step {step.index + 1} of {step.total}", step.denoised)
+
+    return report

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from nativesd.config import Prediction
-from nativesd.errors import SourceError
+from nativesd.errors import NativesdWarning, SourceError
 
 Spacing = Literal["leading", "trailing", "linspace", "skipping"]
 """The spacings of Lin et al. 2023, table 2, and LCM's, which skips through the distilled model's own steps."""
@@ -89,7 +89,11 @@ class SchedulerConfig:
             if data.get(field, allowed[0]) not in allowed
         ]
         if unknown := sorted(data.keys() - _READ - _NOISE.keys() - _SAMPLER.keys() - _HARMLESS):
-            warnings.warn(f"scheduler_config.json: not understood and not used: {', '.join(unknown)}", stacklevel=2)
+            warnings.warn(
+                f"scheduler_config.json: not understood and not used: {', '.join(unknown)}",
+                NativesdWarning,
+                stacklevel=2,
+            )
         prediction = data.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
             raise SourceError(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from nativesd.errors import UsageError
+from nativesd.errors import NativesdWarning, UsageError
 from nativesd.text.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:  # torch is not needed to read a prompt
@@ -105,7 +105,9 @@ def parse_prompt(
     if literal:
         return [(Piece(prompt),)]
     if AND.search(prompt):
-        warnings.warn("AND in a prompt is read as a word: it does not combine prompts here", stacklevel=2)
+        warnings.warn(
+            "AND in a prompt is read as a word: it does not combine prompts here", NativesdWarning, stacklevel=2
+        )
     pattern, invoked = _names(embeddings)
     return [tuple(_find_embeddings(part, pattern, invoked)) for part in _parse_weights(prompt)]
 
