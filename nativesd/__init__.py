@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from nativesd.checkpoints.convert import convert as convert
     from nativesd.checkpoints.export import export_onnx as export_onnx
     from nativesd.checkpoints.export import export_tensorrt as export_tensorrt
+    from nativesd.loading.control import load_control as load_control
+    from nativesd.loading.load import load as load
     from nativesd.pictures.preprocess import canny as canny
     from nativesd.pictures.result import Result as Result
     from nativesd.pipeline.arguments import GenerateOptions, Prompt
     from nativesd.pipeline.control import Control as Control
     from nativesd.pipeline.diffusion import Step as Step
     from nativesd.pipeline.hires import Hires as Hires
-    from nativesd.pipeline.loading import load as load
-    from nativesd.pipeline.loading import load_control as load_control
     from nativesd.pipeline.pipeline import Pipeline as Pipeline
     from nativesd.pipeline.repeat import options_from as options_from
 
@@ -39,7 +39,8 @@ _HOMES = {
     "pictures.preprocess": ("canny",),
     "pictures.result": ("Result",),
     "pipeline.control": ("Control",),
-    "pipeline.loading": ("load", "load_control"),
+    "loading.control": ("load_control",),
+    "loading.load": ("load",),
     "pipeline.hires": ("Hires",),
     "pipeline.diffusion": ("Step",),
     "pipeline.pipeline": ("Pipeline",),
@@ -74,8 +75,8 @@ def generate(prompt: Prompt, model: str | Path = "tiny", **options: Unpack[Gener
 
     Those of the call are checked before anything is loaded. Raises what the two raise.
     """
+    from nativesd.loading.load import load
     from nativesd.pipeline.arguments import check, split
-    from nativesd.pipeline.loading import load
 
     loading, asked = split(options)
     check(prompt, asked)

@@ -45,7 +45,7 @@ with safe_open(sys.argv[1] + '/diffusion_pytorch_model.safetensors', 'pt') as fi
     "nativesd": """
 from pathlib import Path
 import torch
-from nativesd.pipeline.build import build
+from nativesd.models.build import build
 from nativesd.weights.checkpoint import fill
 from nativesd.weights.maps.identify import identify_all
 from nativesd.weights.maps.keymap import load_tables

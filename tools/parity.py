@@ -43,8 +43,8 @@ from nativesd.export.graphs import FILE, graph_of
 from nativesd.export.onnx import export_onnx
 from nativesd.export.sessions import OnnxRunner
 from nativesd.export.slots import Component, Request
+from nativesd.models.build import build
 from nativesd.models.controlnet import ControlNet
-from nativesd.pipeline.build import build
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

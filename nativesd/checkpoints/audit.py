@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from nativesd.errors import SourceError, UsageError
-from nativesd.pipeline.build import expected
+from nativesd.models.build import expected
 from nativesd.shipped import TINY
 from nativesd.weights.audit import AuditReport, ComponentReport, report_components
 from nativesd.weights.diff import DiffReport, Parameter, compare_parameters, parameters, unmapped

@@ -21,9 +21,9 @@ from nativesd.config import (
 )
 from nativesd.destination import copy_file, fresh
 from nativesd.errors import UsageError
-from nativesd.pipeline.build import expected
-from nativesd.pipeline.loading import Model, describe, identify_known, locate
+from nativesd.models.build import expected
 from nativesd.text.tokenizer import FILES, ClipTokenizer, pad_token
+from nativesd.weights.files.locate import Located, locate_model
 from nativesd.weights.files.source import open_source
 from nativesd.weights.maps.keymap import BoundMap, KeyMap, load_tables
 from nativesd.weights.maps.published import (
@@ -35,6 +35,7 @@ from nativesd.weights.maps.published import (
     unet_json,
     vae_json,
 )
+from nativesd.weights.model import Model, choose, identify, identify_known
 from nativesd.weights.writing import Entry, entries, write
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
@@ -88,7 +89,7 @@ def _convert(
     source: str | Path, out: Path, layout: str, dtype: str | None, tables: Mapping[str, KeyMap]
 ) -> tuple[int, dict[str, str]]:
     """Write to `out`; returns how many tensors, and what was left out with the reasons."""
-    place = locate(source, half=dtype == "f16")
+    place = locate_model(source, half=dtype == "f16")
     identities = identify_known(place, open_source(place, half=dtype == "f16"), tables)
     parts = {c.name: (member, c) for member, identity in identities for c in identity.components}
     for name, (_, component) in parts.items():
@@ -100,7 +101,7 @@ def _convert(
         [(name, (member, component))] = parts.items()
         model = Model.of(place, name, member, component)
     else:
-        model = describe(place, tables, half=dtype == "f16")
+        model = choose(identify(Located(place), tables, half=dtype == "f16"))
     cast_to = DTYPES[dtype] if dtype is not None else None
     tensors: dict[str, dict[str, Entry]] = {}
     ignored = {key: reason for _, identity in identities for key, reason in identity.ignored.items()}

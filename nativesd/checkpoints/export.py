@@ -20,11 +20,11 @@ from nativesd.export.store import Store
 from nativesd.export.tensorrt.build import Progress
 from nativesd.export.tensorrt.product import Backend, device_target, parse_target
 from nativesd.export.tensorrt.profiles import ready_profile
+from nativesd.loading.load import load
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.vae import VAE
 from nativesd.pipeline.arguments import Lora
 from nativesd.pipeline.control import check_controlnet
-from nativesd.pipeline.loading import load
 from nativesd.pipeline.pipeline import Pipeline
 
 OnPart = Callable[[str, int, int], None]

@@ -14,10 +14,10 @@ from torch import Tensor
 from nativesd.config import TextEncoderConfig, UNetConfig
 from nativesd.destination import copy_file, fresh, inside
 from nativesd.errors import UsageError, WeightsError
-from nativesd.pipeline.build import expected
-from nativesd.pipeline.loading import identify_known, locate
+from nativesd.models.build import expected
 from nativesd.text.tokenizer import FILES
 from nativesd.weights.checkpoint import apply, revert
+from nativesd.weights.files.locate import locate_model
 from nativesd.weights.files.source import Member, components, open_source
 from nativesd.weights.files.tensors import DTYPES, read_tensor
 from nativesd.weights.lora.file import Place, Use, resolve
@@ -25,6 +25,7 @@ from nativesd.weights.lora.merge import Applied, gather, merged
 from nativesd.weights.maps.identify import Component
 from nativesd.weights.maps.keymap import KeyMap, Source, load_tables
 from nativesd.weights.maps.plan import make_plan
+from nativesd.weights.model import identify_known
 from nativesd.weights.writing import Entry, write
 
 AVERAGE = "model_ema."
@@ -58,7 +59,7 @@ def merge_checkpoint(
 
     DEST appears when it is complete. Raises UsageError, SourceError, WeightsError, NetworkError.
     """
-    place, path = locate(source, half=False), Path(dest)
+    place, path = locate_model(source, half=False), Path(dest)
     if not uses:
         raise UsageError("there is no LoRA to merge")
     if (path.suffix == ".safetensors") != place.is_file():

@@ -27,10 +27,10 @@ from nativesd.export.accelerate import Delegate, accelerate_module
 from nativesd.export.capture import CapturedRunner, CudaQueue, Queue
 from nativesd.export.graphs import graph_of
 from nativesd.export.slots import Component
+from nativesd.loading.placement import find_device
 from nativesd.models.layers import CachedContext, Context
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
-from nativesd.pipeline.loading import find_device
 from nativesd.tuning.fp8 import use_fp8, why_not_fp8
 from nativesd.tuning.tune import compile_blocks, processor, tune
 

@@ -229,7 +229,7 @@ def estimate(name: str, family: Family, dtype: str) -> Need:
 
 def weight_bytes(config: Config, dtype: torch.dtype) -> int:
     """What a component's parameters take in a dtype."""
-    from nativesd.pipeline.build import expected
+    from nativesd.models.build import expected
 
     return sum(math.prod(shape) for shape in expected(config).values()) * dtype.itemsize
 

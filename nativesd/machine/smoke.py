@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from nativesd.config import Config, ControlNetConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from nativesd.errors import NativesdError, UsageError
 from nativesd.export.check import tf32
+from nativesd.loading.load import load
 from nativesd.machine import doctor
 from nativesd.machine.probe import FAMILIES, Family, first_line, weight_bytes
+from nativesd.models.build import build
 from nativesd.models.vae import VAE
-from nativesd.pipeline.build import build
 from nativesd.pipeline.control import Control
 from nativesd.pipeline.diffusion import free_bytes
-from nativesd.pipeline.loading import load
 from nativesd.tuning.fp8 import use_fp8, why_not_fp8
 
 Size = Literal["small", "published"]

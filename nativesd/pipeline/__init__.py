@@ -1,1 +1,1 @@
-"""From a source to a pipeline, and from a prompt to latents and pictures."""
+"""From a prompt to latents and pictures: a call, its passes, and what steers them."""

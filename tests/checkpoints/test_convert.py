@@ -32,7 +32,7 @@ from nativesd.config import (
     VAEConfig,
 )
 from nativesd.errors import SourceError, UsageError, WeightsError
-from nativesd.pipeline.build import build
+from nativesd.models.build import build
 from nativesd.weights.checkpoint import unmap
 from nativesd.weights.files.header import read_header
 from nativesd.weights.maps.keymap import load_table
@@ -273,7 +273,7 @@ def test_left_over_tensors_stop_loading_and_conversion(tmp_path: Path) -> None:
 
 LOAD = """
 import sys, threading, time, torch, diffusers, nativesd
-from nativesd.pipeline import loading
+from nativesd.loading import load
 def anonymous():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) * 1024
 peak, who, source, dtype = [0], sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])

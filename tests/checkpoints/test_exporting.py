@@ -26,7 +26,7 @@ from nativesd.config import ControlNetConfig, Level, UNetConfig
 from nativesd.errors import NativesdError, UsageError
 from nativesd.export import check, library
 from nativesd.export.store import MANIFEST, Store
-from nativesd.pipeline.build import build
+from nativesd.models.build import build
 from nativesd.pipeline.control import ControlModel
 from nativesd.sampling.schedule import SchedulerConfig
 from nativesd.text.tokenizer import ClipTokenizer, pad_id

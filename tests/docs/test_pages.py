@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 from reading import PAGES, REASONS, ROOT, RUN, SHOWN, anchors, blocks, commands_of, links, spans
 from safetensors.torch import save_file
-from test_pipeline import save_model
 
 import nativesd
 from conftest import Done, Run
@@ -32,6 +31,7 @@ from nativesd.export.library import Part
 from nativesd.export.sessions import OnnxRunner
 from nativesd.export.store import Store
 from oracles import published_manifests, sparse
+from pipeline.test_pipeline import save_model
 
 BY_NAME = [page.relative_to(ROOT).as_posix() for page in PAGES]
 OWN_LOOP = ROOT / "docs" / "your-own-loop.md"

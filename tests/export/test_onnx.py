@@ -30,8 +30,8 @@ from nativesd.export.onnx import export_onnx
 from nativesd.export.runner import Runner
 from nativesd.export.sessions import OnnxRunner, OpenVinoRunner
 from nativesd.export.slots import CHUNK, Component, Convention, Request, Schema
+from nativesd.models.build import build
 from nativesd.models.layers import Attention
-from nativesd.pipeline.build import build
 from oracles import difference, draw
 
 onnx = pytest.importorskip("onnx", reason='needs pip install "nativesd[onnx]"')

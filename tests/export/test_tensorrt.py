@@ -51,7 +51,7 @@ from nativesd.export.tensorrt.product import (
     why_not_on,
 )
 from nativesd.export.tensorrt.profiles import Profile, ready_profile
-from nativesd.pipeline.build import build
+from nativesd.models.build import build
 from oracles import draw
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'nativesd[tensorrt-rtx]'")

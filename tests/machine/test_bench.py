@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_models import UNETS
 
 from conftest import Run
+from models.test_models import UNETS
 from nativesd.machine import bench
 from oracles import TOLERANCE, difference
 

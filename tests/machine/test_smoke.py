@@ -28,7 +28,7 @@ from nativesd.export.check import tf32
 from nativesd.machine import doctor, smoke
 from nativesd.machine.probe import FAMILIES, Device, Family, Found
 from nativesd.machine.smoke import BFLOAT16, FLOAT16, FLOAT32, FP8, TF32, Check, SmokeReport
-from nativesd.pipeline.build import build
+from nativesd.models.build import build
 
 CPU = torch.device("cpu")
 

@@ -31,11 +31,11 @@ from nativesd.config import (
     UNetConfig,
     UnionConfig,
 )
+from nativesd.models.build import build
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
-from nativesd.pipeline.build import build
 from nativesd.weights.maps.keymap import load_table
 from nativesd.weights.maps.published import t2i_adapter_json, tiny_vae_json
 from oracles import (

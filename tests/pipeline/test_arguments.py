@@ -16,9 +16,9 @@ from PIL import Image
 
 import nativesd
 from nativesd.errors import UsageError
+from nativesd.loading.load import load
 from nativesd.pipeline import arguments
 from nativesd.pipeline.arguments import CallOptions, Checked, GenerateOptions, LoadOptions, check
-from nativesd.pipeline.loading import load
 
 CONTROL = nativesd.Control("tiny", Image.new("RGB", (64, 64)))
 STYLE = ("x.safetensors", 1.0, 1.0)

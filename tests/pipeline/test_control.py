@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_image_modes import compare, hole, photo, theirs
-from test_pipeline import save_model
 
 import nativesd
 from nativesd.errors import SourceError, UsageError, WeightsError
+from nativesd.loading.control import load_control
 from nativesd.models.controlnet import ControlNet
-from nativesd.pipeline.loading import load_control
 from nativesd.pipeline.pipeline import Control
 from nativesd.weights.checkpoint import unmap
 from nativesd.weights.maps.keymap import load_table
+from pipeline.test_image_modes import compare, hole, photo, theirs
+from pipeline.test_pipeline import save_model
 
 OPTIONS = {"num_inference_steps": 20, "guidance_scale": 6.0, "output_type": "np"}
 OURS = {"steps": 20, "guidance_scale": 6.0}

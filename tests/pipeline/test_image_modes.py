@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_pipeline import BETAS, SCHEDULERS, TOLERANCE, save_model
 
 import nativesd
 from nativesd.errors import UsageError
-from nativesd.pipeline import diffusion, loading
+from nativesd.pipeline import diffusion
 from nativesd.pipeline.hires import UPSCALERS
 from nativesd.pipeline.start import Start
 from nativesd.sampling.names import find_sampler
+from nativesd.weights import model as weights_model
+from pipeline.test_pipeline import BETAS, SCHEDULERS, TOLERANCE, save_model
 
 SIDE = 64
 SAMPLERS = ("DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras")
@@ -355,7 +356,7 @@ def test_taesd(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mon
     tiny = diffusers.AutoencoderTiny()
     tiny.save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
-    monkeypatch.setattr(loading, "taesd", lambda family: file)
+    monkeypatch.setattr(weights_model, "locate_taesd", lambda family: file)
     ours = nativesd.load(folders["sd15"], device="cpu", vae="taesd", preview="taesd")
     oracle = theirs(diffusers.StableDiffusionImg2ImgPipeline, folders["sd15"], "Euler")
     oracle.vae = tiny

@@ -139,7 +139,7 @@ def test_an_overflowing_vae_is_said_and_mended() -> None:
 
 MEMORY = """
 import resource, sys, torch, nativesd
-from nativesd.pipeline.build import build
+from nativesd.models.build import build
 from nativesd.weights.checkpoint import fill
 from nativesd.weights.maps.identify import identify_all
 from nativesd.weights.maps.keymap import load_tables
@@ -318,3 +318,25 @@ def test_a_safety_checker_is_ignored(folder: Path, weights: str | None) -> None:
     assert report.ok
     ignored = {i.key for c in report.components for i in c.ignored}
     assert ignored == ({"special_care_embeds"} if weights == "model.safetensors" else set())
+
+
+def test_an_option_takes_its_own_kind_only(folder: Path, tmp_path: Path) -> None:
+    """A whole model named for its VAE lends the VAE, and nothing else; the same for its text encoders."""
+    other = tmp_path / "other"
+    shutil.copytree(TINY, other)
+    for part in ("vae/diffusion_pytorch_model", "text_encoder/model"):
+        file = other / f"{part}.safetensors"
+        save_file({name: tensor * 0.5 for name, tensor in load_file(file).items()}, file)
+
+    def parts(**options: str) -> tuple[float, float]:
+        pipe = nativesd.load(folder, device="cpu", fast=False, **options)  # type: ignore[arg-type]
+        return float(pipe.vae.quant_conv.weight.norm()), float(pipe.text_encoders[0].token_embedding.weight.norm())
+
+    vae, text = parts()
+    assert parts(vae=str(other)) == pytest.approx((vae / 2, text), rel=1e-3)
+    assert parts(text_encoders=[str(other)]) == pytest.approx((vae, text / 2), rel=1e-3)  # type: ignore[arg-type]
+
+
+def test_an_option_that_finds_nothing_of_its_kind_says_so(folder: Path) -> None:
+    with pytest.raises(SourceError, match=r"has no vae, so vae= cannot take one from it \(found: text_encoder\)"):
+        nativesd.load(folder, vae=folder / "text_encoder")

@@ -9,7 +9,7 @@ from PIL import Image
 
 import nativesd
 import tiny_scenes as scenes
-from nativesd.pipeline.loading import probe_prediction
+from nativesd.loading.settle import probe_prediction
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.sampling.schedule import alphas_cumprod
 

@@ -15,12 +15,11 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_models import prompts as token_rows
-from test_models import text_config
-from test_pipeline import save_model
 from torch import Tensor
 
 import nativesd
+from models.test_models import prompts as token_rows
+from models.test_models import text_config
 from nativesd.config import TEXT_ENCODERS
 from nativesd.errors import SourceError, UsageError
 from nativesd.models.clip import TextOutput
@@ -29,6 +28,7 @@ from nativesd.text.encode import encode_prompts, hidden_layer
 from nativesd.text.prompt import NO_EMBEDDINGS, Piece, explain_tokens, parse_prompt
 from nativesd.text.tokenizer import ClipTokenizer
 from oracles import difference, text_pair, unet_inputs
+from pipeline.test_pipeline import save_model
 
 TOLERANCE = 1e-5
 FORMS = ("sd15", "sd21-base", "sdxl")

@@ -9,19 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_models import UNETS
 from torch import Tensor, nn
 
 import nativesd
+from models.test_models import UNETS
 from nativesd.config import UNetConfig
 from nativesd.errors import UsageError
+from nativesd.loading import control as loading_control
+from nativesd.loading import placement
 from nativesd.machine import smoke
 from nativesd.machine.probe import FAMILIES
 from nativesd.machine.smoke import picture_difference
+from nativesd.models.build import build
 from nativesd.models.layers import TransformerBlock
 from nativesd.models.unet import UNet
-from nativesd.pipeline import loading
-from nativesd.pipeline.build import build
 from nativesd.tuning.fp8 import Fp8Linear, is_fp8, to_fp8, use_fp8, why_not_fp8
 from oracles import draw
 
@@ -153,8 +154,8 @@ def test_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"for NVIDIA GPUs \(RTX 40, H100 and newer\), and the device is cpu"):
         nativesd.load("tiny", device="cpu", fp8=True)
     card = torch.device("cuda", 0)
-    monkeypatch.setattr(loading, "find_device", lambda device: card)
-    monkeypatch.setattr(loading, "why_not_fp8", lambda device: "Rowwise scaling is not supported")
+    monkeypatch.setattr(placement, "find_device", lambda device: card)
+    monkeypatch.setattr(placement, "why_not_fp8", lambda device: "Rowwise scaling is not supported")
     for dtype, sentence in (
         (None, "fp8=True needs an RTX 40, an H100 or newer, .* cuda:0 says Rowwise scaling is not supported"),
         ("float32", "saves memory where the rest is float16 or bfloat16: pass one of them as dtype"),
@@ -177,7 +178,7 @@ def test_what_the_device_says(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_control_net_that_is_a_difference_needs_the_weights(unet: UNet) -> None:
     use_fp8(unet)
     with pytest.raises(UsageError, match="difference from a UNet, and the model's is in float8: load it without fp8"):
-        loading._add(nn.Linear(2, 2), unet, Path("control.safetensors"))
+        loading_control._add(nn.Linear(2, 2), unet, Path("control.safetensors"))
 
 
 @pytest.mark.full

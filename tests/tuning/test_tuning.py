@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import UNETS
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import nativesd
+from models.test_models import UNETS
 from nativesd.config import UNetConfig, VAEConfig
 from nativesd.errors import UsageError
+from nativesd.loading.placement import compiles
 from nativesd.models.layers import GEGLU, Attention, CachedContext, TransformerBlock, Upsample, attention
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
 from nativesd.pipeline.denoiser import Conditioning, Guidance, make_denoiser
-from nativesd.pipeline.loading import _compiles
 from nativesd.tuning import fast
 from nativesd.tuning import tune as tuning
 from nativesd.tuning.tune import (
@@ -534,13 +534,13 @@ def test_compiled_pictures(graphs: Callable[[], int]) -> None:
 
 
 def test_compiling_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nativesd.pipeline.loading.find_spec", lambda _: None)
+    monkeypatch.setattr("nativesd.loading.placement.find_spec", lambda _: None)
     for asked, device, does in ((True, "cpu", True), ("auto", "cpu", False), ("auto", "cuda", False)):
-        assert _compiles(asked, torch.device(device)) is does  # type: ignore[arg-type]
+        assert compiles(asked, torch.device(device)) is does  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="compile=True needs Triton on CUDA: pip install triton"):
-        _compiles(True, torch.device("cuda"))
-    monkeypatch.setattr("nativesd.pipeline.loading.find_spec", lambda _: True)
-    assert _compiles("auto", torch.device("cuda"))
+        compiles(True, torch.device("cuda"))
+    monkeypatch.setattr("nativesd.loading.placement.find_spec", lambda _: True)
+    assert compiles("auto", torch.device("cuda"))
 
 
 def test_nothing_is_chosen_for_what_has_no_fast_path() -> None:

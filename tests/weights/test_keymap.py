@@ -30,7 +30,7 @@ from nativesd.config import (
     UNetConfig,
     VAEConfig,
 )
-from nativesd.pipeline.build import expected
+from nativesd.models.build import expected
 from nativesd.weights.maps.keymap import BoundMap, KeyMap, Shape, TableError, evaluate, load_table
 from nativesd.weights.maps.plan import Plan, make_plan
 from oracles import published_manifests, text_kwargs, unet_kwargs, vae_kwargs

@@ -42,7 +42,7 @@ from nativesd.config import (
     Config,
 )
 from nativesd.errors import NativesdError
-from nativesd.pipeline.build import expected
+from nativesd.models.build import expected
 from nativesd.weights.audit import AuditReport, report_components
 from nativesd.weights.checkpoint import apply
 from nativesd.weights.files.header import TensorInfo

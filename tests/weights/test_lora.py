@@ -19,23 +19,24 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_convert import single
-from test_pipeline import save_model
 from torch import Tensor, nn
 
 import nativesd
+from checkpoints.test_convert import single
 from nativesd.checkpoints.merge import merge_checkpoint
 from nativesd.config import SDXL_UNET
 from nativesd.errors import SourceError, UsageError, WeightsError
-from nativesd.pipeline.build import build, expected
-from nativesd.pipeline.loading import describe
+from nativesd.models.build import build, expected
 from nativesd.weights.checkpoint import fill, unmap
 from nativesd.weights.files.header import read_header
+from nativesd.weights.files.locate import Located
 from nativesd.weights.lora.audit import bases
 from nativesd.weights.lora.file import Place, Use, read_lora, resolve
 from nativesd.weights.lora.merge import Host, Merged, host, set_loras
 from nativesd.weights.maps.keymap import KeyMap, TableError, load_table, load_tables
+from nativesd.weights.model import choose, identify
 from oracles import difference, published_manifests, sparse
+from pipeline.test_pipeline import save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* of no published form")
 
@@ -86,7 +87,7 @@ def as_published(component: str, module: nn.Module) -> Tensors:
 def hosts(source: Path, dtype: torch.dtype = torch.float32) -> dict[str, Host]:
     """Our modules of a model's UNet and text encoders, filled."""
     out = {}
-    for name, (member, component) in describe(source, load_tables()).parts.items():
+    for name, (member, component) in choose(identify(Located(source), load_tables())).parts.items():
         if name != "vae":
             assert component.config is not None
             module = build(component.config)

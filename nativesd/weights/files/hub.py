@@ -71,9 +71,9 @@ def fetch_file(repo_id: str, name: str) -> Path:
         return Path(hf_hub_download(repo_id, name))
 
 
-def fetch_component(repo_id: str) -> Path:
-    """The local folder of a repository that is one component (a ControlNet, an adapter). Raises NetworkError."""
-    fetch_file(repo_id, "diffusion_pytorch_model.safetensors")
+def fetch_component(repo_id: str, stem: str = "diffusion_pytorch_model") -> Path:
+    """The local folder of a repository that is one component (a VAE, a ControlNet). Raises NetworkError."""
+    fetch_file(repo_id, f"{stem}.safetensors")
     return fetch_file(repo_id, "config.json").parent
 
 

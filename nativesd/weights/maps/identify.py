@@ -176,14 +176,17 @@ def _unet(
 
 
 def identify_all(
-    members: Sequence[Member], tables: Mapping[str, KeyMap], *, believed: tuple[str, str] | None = None
+    members: Sequence[Member],
+    tables: Mapping[str, KeyMap],
+    *,
+    family: str = "",
+    believed: tuple[str, str] | None = None,
 ) -> list[tuple[Member, Identity]]:
     """Identify every checkpoint of a source, those with a UNet first, since its family decides about the others.
 
-    Raises what `identify` raises.
+    `family` and `believed` are those of `identify`. Raises what `identify` raises.
     """
     out: list[tuple[Member, Identity]] = []
-    family = ""
     for member in sorted(members, key=lambda member: member.name != "unet"):
         if member.name in UNUSED:
             out.append((member, Identity(ignored=dict.fromkeys(member.tensors, UNUSED[member.name]))))

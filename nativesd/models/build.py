@@ -23,7 +23,6 @@ from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
-from nativesd.weights.maps.keymap import Shape
 
 
 def build(config: Config) -> nn.Module:
@@ -52,6 +51,6 @@ def _build(config: Config) -> nn.Module:
 
 
 @cache
-def expected(config: Config) -> dict[str, Shape]:
+def expected(config: Config) -> dict[str, tuple[int, ...]]:
     """The module's parameters and their shapes."""
     return {name: tuple(tensor.shape) for name, tensor in build(config).state_dict().items()}

@@ -1,0 +1,1 @@
+"""From a source to a pipeline: located, identified, chosen from, built, filled, settled."""

@@ -1,0 +1,112 @@
+"""A source (the embedded model, a folder, a single file, a hub id) to a Pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+
+from nativesd.config import Prediction, TextEncoderConfig
+from nativesd.errors import UsageError
+from nativesd.loading.control import load_control
+from nativesd.loading.modules import build_modules, by_name, fill_modules, speed_up
+from nativesd.loading.placement import find_placement
+from nativesd.loading.settle import settle
+from nativesd.pipeline.pipeline import Pipeline
+from nativesd.text.tokenizer import DEFAULT, ClipTokenizer, pad_id, pad_token
+from nativesd.weights.files.locate import locate
+from nativesd.weights.lora.merge import Merged, host
+from nativesd.weights.maps.keymap import load_tables
+from nativesd.weights.model import Model, choose, identify
+
+if TYPE_CHECKING:
+    from nativesd.export.library import BackendName
+
+
+def load(
+    source: str | Path = "tiny",
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    prediction: Prediction | None = None,
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
+    text_encoders: Sequence[str | Path] = (),
+    preview: str | Path | None = None,
+    offload: bool = False,
+    maps: str | Path | None = None,
+    backend: Literal["torch"] | BackendName = "torch",
+    engines: str | Path | None = None,
+    fast: bool = True,
+    compile: bool | Literal["auto"] = False,
+    fp8: bool = False,
+) -> Pipeline:
+    """Load a model.
+
+    source         "tiny" (the embedded model), a folder in the published layout, a single safetensors file of any
+                   layout that the tables know, or a hub id such as "org/name"
+    device         default: cuda where there is one, else cpu
+    dtype          float16, bfloat16 or float32; default float16 on CUDA, float32 elsewhere
+    prediction     "epsilon", "v" or "sample", where the source says it wrong or not at all
+    unet, vae      files or folders with these components, instead of the source's; vae="taesd" is the family's TAESD
+    text_encoders  the same for the text encoders; which is which is read off them
+    preview        a TAESD ("taesd", or a file or folder) for the previews of `on_step`
+    offload        keep the modules in main memory, and each on the device only while it is used
+    maps           a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
+    backend        what runs the components: torch, or as in `Pipeline.accelerate`, which also says what engines is
+    fast           compute by what a short probe finds faster here (`tuning.tune`): on a CPU other operators, on CUDA
+                   maybe another layout of the weights
+    compile        torch.compile the UNet's repeated block (`tuning.compile_blocks`), which the first picture waits for;
+                   "auto": on CUDA, where Triton is installed. On a CPU `fast` alone is as fast
+    fp8            keep and multiply the UNet's transformer blocks in float8 (`models.fp8`): less memory, larger errors,
+                   no LoRAs. For GPUs of compute capability 8.9 (RTX 40, H100) and newer
+
+    With all files local no request is made. Raises SourceError and WeightsError for what cannot be read or does not
+    fit, NetworkError for the hub, UsageError for an argument that cannot be.
+    """
+    placement = find_placement(device, dtype, offload=offload, fp8=fp8)
+    if prediction is not None and prediction not in get_args(Prediction):
+        raise UsageError(f"prediction must be one of {', '.join(get_args(Prediction))}, not {prediction!r}")
+    tables = load_tables(None if maps is None else Path(maps))
+    half = placement.half
+
+    located = locate(source, unet=unet, vae=vae, text_encoders=text_encoders, preview=preview, half=half)
+    model = choose(identify(located, tables, half=half))
+    modules = build_modules(model)
+    fill_modules(modules, model, placement)
+    speed_up(modules, placement, fast=fast, compile=compile)
+    name = Path(source).stem if Path(source).is_file() else Path(source).name
+    config = settle(model, modules, located, name, prediction)
+
+    hosts = {part: host(module, *model.parts[part], tables) for part, module in by_name(modules, model).items()}
+    fast = fast and not offload
+    pipeline = Pipeline(
+        config,
+        modules.unet,
+        modules.vae,
+        modules.text_encoders,
+        tuple(tokenizer(model, part) for part in model.text_encoders),
+        placement.device,
+        placement.dtype,
+        offload=offload,
+        previewer=modules.previewer,
+        lora_state=Merged(hosts),
+        load_control=partial(
+            load_control, device=placement.home, dtype=placement.dtype, maps=maps, unet=modules.unet, fast=fast
+        ),
+    )
+    return pipeline if backend == "torch" else pipeline.accelerate(backend, engines=engines)
+
+
+def tokenizer(model: Model, name: str) -> ClipTokenizer:
+    """A text encoder's own tokenizer files, or the vocabulary in the package with the family's padding."""
+    config = model.parts[name][1].config
+    assert isinstance(config, TextEncoderConfig)
+    own = model.path / name.replace("text_encoder", "tokenizer")
+    default = pad_token(config)
+    if (own / "vocab.json").is_file() or (own / "tokenizer.json").is_file():
+        return ClipTokenizer(own, pad=pad_id(own, default), length=config.length)
+    return ClipTokenizer(DEFAULT, pad=default, length=config.length)

@@ -1,0 +1,96 @@
+"""What a caller names, as local paths: the embedded model, a file, a folder, or a hub id, which is fetched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nativesd.errors import SourceError
+from nativesd.shipped import TINY
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+TAESD = "taesd"
+"""What a caller says for the family's TAESD: which one it is, the family decides."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """The local paths of a model and of the components that replace its own; TAESD stays the word that it is."""
+
+    path: Path
+    unet: Path | None = None
+    vae: Path | str | None = None
+    text_encoders: tuple[Path, ...] = ()
+    preview: Path | str | None = None
+
+    @property
+    def unet_file(self) -> Path | None:
+        """The single file that the UNet is in: its name may say what no tensor does."""
+        file = self.unet or self.path
+        return file if self.unet is not None or file.is_file() else None
+
+
+def locate(
+    source: str | Path,
+    *,
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
+    text_encoders: Sequence[str | Path] = (),
+    preview: str | Path | None = None,
+    half: bool = False,
+) -> Located:
+    """Where everything lies, fetched where it is on the hub. Raises SourceError, NetworkError."""
+
+    def autoencoder(named: str | Path | None) -> Path | str | None:
+        return named if named is None or named == TAESD else locate_part(named)
+
+    return Located(
+        path=locate_model(source, half=half),
+        unet=None if unet is None else locate_part(unet),
+        vae=autoencoder(vae),
+        text_encoders=tuple(locate_part(encoder, stem="model") for encoder in text_encoders),
+        preview=autoencoder(preview),
+    )
+
+
+def locate_model(source: str | Path, *, half: bool = False) -> Path:
+    """A model's local folder or file; of a hub model the files that loading needs. Raises SourceError, NetworkError."""
+    if source == "tiny":
+        return TINY
+    path = Path(source)
+    if path.exists():
+        return path
+    if not _on_hub(source):
+        raise SourceError(f"{source} does not exist; a model is 'tiny', a folder, a file, or a hub id such as org/name")
+    from nativesd.weights.files.hub import fetch  # the hub's client is not needed for local files
+
+    return fetch(str(source), half=half)
+
+
+def locate_part(source: str | Path, *, stem: str = "diffusion_pytorch_model") -> Path:
+    """The local folder or file of one component; `stem` is what its file is called in a repository of its own.
+
+    Raises SourceError, NetworkError.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    if not _on_hub(source):
+        raise SourceError(f"{source} does not exist: name a file, a folder, or a hub id such as org/name")
+    from nativesd.weights.files.hub import fetch_component
+
+    return fetch_component(str(source), stem)
+
+
+def locate_taesd(family: str) -> Path:
+    """The published TAESD of a family, from the cache or the hub. Raises NetworkError."""
+    from nativesd.weights.files.hub import fetch_file
+
+    name = "madebyollin/taesdxl" if family in ("sdxl", "refiner") else "madebyollin/taesd"
+    return fetch_file(name, "diffusion_pytorch_model.safetensors")
+
+
+def _on_hub(source: str | Path) -> bool:
+    return isinstance(source, str) and HUB_ID.fullmatch(source) is not None
