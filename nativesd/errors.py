@@ -28,6 +28,11 @@ class Interrupted(NativesdError):  # noqa: N818  # it is no mistake
         self.latents = latents
 
 
+def install_line(extra: str) -> str:
+    """The command that installs what an extra brings: from the checkout, as no package index has nativesd yet."""
+    return f'pip install ".[{extra}]"'
+
+
 class UsageError(NativesdError, ValueError):
     """An option or argument that cannot be: an unknown sampler, a size the model cannot make."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nativesd.errors import SourceError, UsageError
+from nativesd.errors import SourceError, UsageError, install_line
 from nativesd.export.graphs import DTYPES
 from nativesd.export.slots import Request, Schema, Slot
 
@@ -187,7 +187,7 @@ def backend(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UsageError(f'{module} is not installed ({error}): pip install "nativesd[{extra}]"') from error
+        raise UsageError(f"{module} is not installed ({error}): {install_line(extra)}") from error
 
 
 def _has_schema(model: Any) -> bool:

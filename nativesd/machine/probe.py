@@ -40,6 +40,7 @@ from nativesd.config import (
     UNetConfig,
     VAEConfig,
 )
+from nativesd.errors import install_line
 from nativesd.version import __version__
 
 if TYPE_CHECKING:
@@ -335,7 +336,7 @@ def _install_line(distribution: str) -> str:
     for requirement in requirements:
         match = re.match(r"([\w.-]+).*;.*extra == ['\"]([\w-]+)['\"]", requirement)
         if match is not None and match[1].lower().replace("_", "-") == distribution and match[2] != "test":
-            return f'pip install "nativesd[{match[2]}]"'
+            return install_line(match[2])
     return f"pip install {distribution}"
 
 

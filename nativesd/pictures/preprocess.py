@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nativesd.errors import UsageError
+from nativesd.errors import UsageError, install_line
 
 
 def preprocess(image: Image.Image, name: str) -> Image.Image:
@@ -38,6 +38,6 @@ def canny(image: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
     try:
         cv2: Any = importlib.import_module("cv2")
     except ImportError as error:
-        raise UsageError("the canny preprocessor needs OpenCV: pip install 'nativesd[control]'") from error
+        raise UsageError(f"the canny preprocessor needs OpenCV: {install_line('control')}") from error
     edges = cv2.Canny(np.asarray(image.convert("RGB")), low, high)
     return Image.fromarray(np.repeat(edges[:, :, None], 3, axis=2))

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from nativesd.errors import UsageError
+from nativesd.errors import UsageError, install_line
 
 NoiseKind = Literal["cpu", "cuda"]
 """Whose `torch.randn` the noise is: the CPU's, or that of an NVIDIA card, imitated on the CPU."""
@@ -142,7 +142,7 @@ class BrownianNoise:
         try:
             torchsde: Any = importlib.import_module("torchsde")
         except ImportError:
-            raise UsageError("this sampler's noise needs torchsde: pip install 'nativesd[samplers]'") from None
+            raise UsageError(f"this sampler's noise needs torchsde: {install_line('samplers')}") from None
         self._device = x.device
         self._kind = kind
         self._ascending = sigma_min < sigma_max

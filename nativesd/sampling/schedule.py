@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nativesd.errors import UsageError
+from nativesd.errors import UsageError, install_line
 from nativesd.sampling.published import EDM, Kind, SchedulerConfig, Spacing
 
 LARGEST_SIGMA_ALPHA = 2**-24  # in place of zero terminal SNR's alpha of 0 (EulerDiscreteScheduler of diffusers)
@@ -139,7 +139,7 @@ def beta_sigmas(steps: int, smallest: float, largest: float, alpha: float = 0.6,
     try:
         from scipy.stats import beta as distribution
     except ImportError as error:
-        raise UsageError("the beta schedule needs SciPy: pip install 'nativesd[samplers]'") from error
+        raise UsageError(f"the beta schedule needs SciPy: {install_line('samplers')}") from error
     quantiles = torch.from_numpy(distribution.ppf(torch.linspace(1, 0, steps, dtype=torch.float64), alpha, beta))
     return smallest + quantiles * (largest - smallest)
 

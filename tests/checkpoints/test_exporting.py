@@ -304,13 +304,13 @@ except UsageError as error:
 @pytest.mark.parametrize(
     ("call", "sentences"),
     [
-        ("load('tiny', device='cpu', backend='onnx')", ["onnx_ir is not installed", 'pip install "nativesd[onnx]"']),
+        ("load('tiny', device='cpu', backend='onnx')", ["onnx_ir is not installed", 'pip install ".[onnx]"']),
         (
             "load('tiny', device='cpu', backend='openvino')",
-            ["onnx_ir is not installed", 'pip install "nativesd[onnx]"'],
+            ["onnx_ir is not installed", 'pip install ".[onnx]"'],
         ),
         ("load('tiny', device='cpu', backend='cudagraphs')", ["CUDA graphs run on a GPU, and the model is on cpu"]),
-        ("export_onnx('tiny', 'out')", ["onnx_ir is not installed", 'pip install "nativesd[onnx]"']),
+        ("export_onnx('tiny', 'out')", ["onnx_ir is not installed", 'pip install ".[onnx]"']),
         ("export_tensorrt('tiny', targets=['sm120'])", ["TensorRT-RTX is not installed: pip install"]),
     ],
 )

@@ -34,8 +34,8 @@ from nativesd.models.build import build
 from nativesd.models.layers import Attention
 from oracles import difference, draw
 
-onnx = pytest.importorskip("onnx", reason='needs pip install "nativesd[onnx]"')
-ort = pytest.importorskip("onnxruntime", reason='needs pip install "nativesd[onnx]"')
+onnx = pytest.importorskip("onnx", reason='needs pip install ".[onnx]"')
+ort = pytest.importorskip("onnxruntime", reason='needs pip install ".[onnx]"')
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -501,7 +501,7 @@ Open = Callable[[Path, Schema], Runner]
 
 
 def by_openvino(path: Path, schema: Schema) -> Runner:
-    pytest.importorskip("openvino", reason='needs pip install "nativesd[openvino]"')
+    pytest.importorskip("openvino", reason='needs pip install ".[openvino]"')
     return OpenVinoRunner(path, schema, torch.float32, torch.float32)
 
 

@@ -54,7 +54,7 @@ from nativesd.export.tensorrt.profiles import Profile, ready_profile
 from nativesd.models.build import build
 from oracles import draw
 
-rtx = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'nativesd[tensorrt-rtx]'")
+rtx = pytest.importorskip("tensorrt_rtx", reason='needs TensorRT-RTX: pip install ".[tensorrt-rtx]"')
 
 
 def encoder(config: UNetConfig) -> ControlNetConfig:
@@ -397,7 +397,7 @@ def test_engines_compute_what_torch_does(graphs: int, exported: Export, tmp_path
 
 def test_packages_that_are_not_there_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(UsageError, match=r"^TensorRT is not installed: pip install 'nativesd\[tensorrt\]'$"):
+    with pytest.raises(UsageError, match=r'^TensorRT is not installed: pip install "\.\[tensorrt\]"$'):
         load_backend("tensorrt")
 
     def broken(name: str) -> None:

@@ -374,8 +374,8 @@ def test_backends_are_installed_by_their_extra(monkeypatch: pytest.MonkeyPatch) 
     required = ["torch>=2.10", 'torchsde; extra == "samplers"', "tensorrt_rtx>=1.2; extra == 'engines'", 
                 'onnx; extra == "test"']  # fmt: skip
     monkeypatch.setattr(machine.importlib.metadata, "requires", lambda name: required)
-    assert machine._install_line("torchsde") == 'pip install "nativesd[samplers]"'
-    assert machine._install_line("tensorrt-rtx") == 'pip install "nativesd[engines]"'
+    assert machine._install_line("torchsde") == 'pip install ".[samplers]"'
+    assert machine._install_line("tensorrt-rtx") == 'pip install ".[engines]"'
     assert machine._install_line("onnx") == "pip install onnx"
 
 

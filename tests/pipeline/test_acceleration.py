@@ -31,7 +31,7 @@ from nativesd.pipeline.acceleration import accelerate
 from nativesd.pipeline.control import ControlModel
 from oracles import draw
 
-pytest.importorskip("onnxruntime", reason='needs pip install "nativesd[onnx]"')
+pytest.importorskip("onnxruntime", reason='needs pip install ".[onnx]"')
 
 PROMPT = "a fox on a yellow background"
 BOUND = 2  # of 255
@@ -67,7 +67,7 @@ def fast(store: Path) -> nativesd.Pipeline:
 @pytest.fixture(scope="module")
 def by_openvino(fast: nativesd.Pipeline, store: Path) -> nativesd.Pipeline:
     """From the files that ONNX Runtime has: nothing is exported."""
-    pytest.importorskip("openvino", reason='needs pip install "nativesd[openvino]"')
+    pytest.importorskip("openvino", reason='needs pip install ".[openvino]"')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "export_onnx", None)
         out = nativesd.load("tiny", device="cpu", backend="openvino", engines=store)
@@ -164,7 +164,7 @@ def test_the_same_pictures_by_openvino(
 @pytest.mark.parametrize("case", ["a prompt", "controlled"])
 def test_bfloat16_by_openvino(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """bfloat16 has 8 bits, and rounds at other places here and there: pictures are alike, no more."""
-    pytest.importorskip("openvino", reason='needs pip install "nativesd[openvino]"')
+    pytest.importorskip("openvino", reason='needs pip install ".[openvino]"')
     half = nativesd.load("tiny", device="cpu", dtype="bfloat16")
     other = half.accelerate("openvino", engines=tmp_path)
     other(PROMPT, steps=1, control=[nativesd.Control("tiny", hint())])
@@ -457,5 +457,5 @@ def test_a_backend_that_is_not_installed(
     assert fast.acceleration is not None  # its graphs are in the store
     for module, name in (("onnxruntime", "onnx"), ("openvino", "openvino")):
         monkeypatch.setitem(__import__("sys").modules, module, None)
-        with pytest.raises(UsageError, match=rf'{module} is not installed .*: pip install "nativesd\[{name}\]"'):
+        with pytest.raises(UsageError, match=rf'{module} is not installed .*: pip install "\.\[{name}\]"'):
             plain.accelerate(name, engines=store, components=["text_encoder"])  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from nativesd.errors import UsageError
+from nativesd.errors import UsageError, install_line
 from nativesd.export.slots import Slot
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]
@@ -30,7 +30,7 @@ def load_backend(backend: Backend) -> Any:
     except Exception as error:  # of whatever kind: the packages look for their libraries in several ways
         missing = isinstance(error, ModuleNotFoundError) and error.name == MODULES[backend]
         problem = "is not installed" if missing else f"cannot be imported ({reason([str(error)])})"
-        raise UsageError(f"{PRODUCTS[backend]} {problem}: pip install 'nativesd[{backend}]'") from error
+        raise UsageError(f"{PRODUCTS[backend]} {problem}: {install_line(backend)}") from error
 
 
 def backend_version(backend: Backend) -> str:
