@@ -198,15 +198,15 @@ def _parts(pipeline: Pipeline, components: Sequence[str], control: Sequence[str 
     """The components that are asked for. Raises UsageError for one that there is not."""
     if unknown := set(components) - set(EXPORTED):
         raise UsageError(f"there is no component {', '.join(sorted(unknown))}: there are {', '.join(EXPORTED)}")
-    family, source = pipeline.config.family, pipeline.config.name
+    family, source, merged = pipeline.config.family, pipeline.config.name, pipeline.lora_state
     out = []
     if "text_encoder" in components:
         out += [
-            Part(numbered("text_encoder", i), "text_encoder", encoder, family, source)
+            Part(numbered("text_encoder", i), "text_encoder", encoder, family, source, merged)
             for i, encoder in enumerate(pipeline.text_encoders, 1)
         ]
     if "unet" in components:
-        out.append(Part("unet", "unet", pipeline.unet, family, source))
+        out.append(Part("unet", "unet", pipeline.unet, family, source, merged))
     if "controlnet" in components and pipeline.load_control is not None:
         for i, each in enumerate(control, 1):
             model = pipeline.load_control(each)

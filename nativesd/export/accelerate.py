@@ -23,16 +23,26 @@ from nativesd.models.vae import VAE
 
 Stale = Callable[[], str | None]
 """Why the weights are no longer those of the graph; None where they are."""
+Renew = Callable[[], Runner | None]
+"""A runner of the weights as they are now; None where there is none."""
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class Delegate:
-    """A runner with what decides whether it may answer, and the fallback's warnings, one of each kind."""
+    """A runner with what decides whether it may answer, and the fallback's warnings, one of each kind.
 
-    def __init__(self, name: str, runner: Runner, stale: Stale) -> None:
+    dtype  of the graph's weights
+    renew  asked for another runner where the weights have changed
+    """
+
+    def __init__(
+        self, name: str, runner: Runner, stale: Stale, *, dtype: torch.dtype | None = None, renew: Renew | None = None
+    ) -> None:
         self.name = name
         self.runner = runner
         self.stale = stale
+        self.dtype = dtype
+        self.renew = renew
         self.fallbacks: set[str] = set()
 
     def run(self, given: Mapping[str, Tensor | None], *, unfit: str | None = None) -> dict[str, Tensor] | None:
@@ -40,17 +50,34 @@ class Delegate:
 
         unfit  what of the call the graph has no input for
         """
-        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
         reason = unfit or self.stale()
+        if reason is not None and unfit is None and self.renew is not None:
+            runner = self.renew()
+            if runner is not None:
+                self.runner.close()
+                self.runner, reason = runner, None
+        schema = self.runner.schema
+        kinds = {slot.name: slot.kind for slot in schema.inputs}
+        tensors = {
+            name: tensor.to(self.dtype) if self.dtype is not None and kinds.get(name) == "weights" else tensor
+            for name, tensor in given.items()
+            if tensor is not None
+        }
         if reason is None:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            reason = self.runner.refusal(self.runner.schema.given(tensors.keys()).request(shapes))
+            reason = self.runner.refusal(schema.given(tensors.keys()).request(shapes))
         if reason is None:
             return self.runner.run(tensors)
         if reason not in self.fallbacks:
             self.fallbacks.add(reason)
             warnings.warn(f"{self.name}: {reason}: PyTorch runs it instead", NativesdWarning, stacklevel=4)
         return None
+
+
+def fetch(module: nn.Module, device: torch.device) -> None:
+    """Have a module's weights where PyTorch is to compute with them: while graphs did, they may have stayed away."""
+    if next(module.parameters()).device != device:
+        module.to(device)
 
 
 class AcceleratedUNet(UNet):
@@ -86,6 +113,7 @@ class AcceleratedUNet(UNet):
         answer = self.delegate.run(given, unfit=unfit)
         if answer is not None:
             return answer["out_sample"].to(latents)
+        fetch(self, latents.device)
         return super().forward(
             latents, timestep, context, pooled=pooled, time_ids=time_ids, guidance=guidance, residuals=residuals,
             adapter=adapter,
@@ -116,6 +144,7 @@ class AcceleratedControlNet(ControlNet):
         answer = self.delegate.run(given)
         if answer is not None:
             return [answer[slot.name].to(latents) * scale for slot in self.delegate.runner.schema.outputs]
+        fetch(self, latents.device)
         return super().forward(latents, timestep, context, hint, pooled=pooled, time_ids=time_ids, scale=scale)
 
 
@@ -129,10 +158,12 @@ class AcceleratedTextEncoder(TextEncoder):
         unfit = "exported text encoders take tokens, and a textual inversion is none" if embedded is not None else None
         answer = self.delegate.run({"input_ids": tokens}, unfit=unfit)
         if answer is None:
+            fetch(self, tokens.device)
             return super().forward(tokens, embedded=embedded, hidden=hidden)
-        like = self.position_embedding.weight
+        dtype = self.position_embedding.weight.dtype
         layer = self.config.hidden if hidden is None else hidden
-        return TextOutput(answer["hidden_states"][layer].to(like), answer["pooled"].to(like))
+        states, pooled = answer["hidden_states"][layer], answer["pooled"]
+        return TextOutput(states.to(tokens.device, dtype), pooled.to(tokens.device, dtype))
 
 
 class AcceleratedVAE(VAE):

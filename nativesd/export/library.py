@@ -8,12 +8,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nativesd.cache import cache_folder
 from nativesd.errors import SourceError, UsageError
@@ -26,6 +26,8 @@ from nativesd.export.slots import Component, Convention, Request
 from nativesd.export.store import Building, Entry, Key, Store, verify
 from nativesd.tuning.tune import untuned
 from nativesd.version import __version__
+from nativesd.weights.lora.file import LoraFile
+from nativesd.weights.lora.merge import Merged
 
 BackendName = Literal["cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
@@ -36,13 +38,40 @@ def default_store() -> Path:
     return cache_folder() / "engines"
 
 
-def weights_hash(module: nn.Module) -> str:
-    """16 hexadecimal digits of a module's parameters as they are now: names, dtypes, shapes and values."""
+def weights_hash(module: nn.Module, own: Mapping[str, Callable[[], Tensor]] | None = None) -> str:
+    """16 hexadecimal digits of a module's parameters: names, dtypes, shapes and values, as they are now.
+
+    own  reads some of them as they were before
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if own is not None and name in own:
+            tensor = own[name]().to(tensor.dtype)
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def weights_name(module: nn.Module, merged: Merged | None) -> str:
+    """`weights_hash` without LoRAs; where some are merged in, a hash of that, of their files, and of the strengths.
+
+    Not of the merged numbers: half precision rounds them differently on different devices.
+    """
+    component = None if merged is None else merged.component(module)
+    if merged is None or component is None or not merged.merged_into(component):
+        return weights_hash(module)
+    host = merged.hosts[component]
+    own = {name: partial(host.read, name) for name in merged.touched[component]}
+    loras = sorted(f"{_file_hash(lora)} {strength!r}" for lora, strength in merged.merged_into(component))
+    return hashlib.sha256("\n".join([weights_hash(module, own), *loras]).encode()).hexdigest()[:16]
+
+
+def _file_hash(lora: LoraFile) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(set(lora.member.files.values())):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def numbered(name: str, number: int) -> str:
@@ -60,13 +89,13 @@ class Part:
     family: str
     source: str = ""
     """The model's name."""
-    named: Callable[[], str] | None = None
-    """Its weights' hash, where that is not the one of the numbers that are in the module now."""
+    merged: Merged | None = None
+    """The LoRAs that may be in its weights."""
 
     @cached_property
     def weights(self) -> str:
         """What its weights are called."""
-        return weights_hash(self.module) if self.named is None else self.named()
+        return weights_name(self.module, self.merged)
 
     def graph(self, *, control: bool = True) -> Graph:
         """As a function of named tensors."""

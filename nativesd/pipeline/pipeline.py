@@ -211,6 +211,8 @@ class Pipeline(Diffusion):
         *,
         engines: str | Path | None = None,
         components: Sequence[str] | None = None,
+        refit: bool = False,
+        weight_budget: int | None = None,
     ) -> Pipeline:
         """This pipeline with its components run by another backend; it shares the weights of this one, which stays.
 
@@ -221,8 +223,13 @@ class Pipeline(Diffusion):
                     with `nativesd export tensorrt`
         components  what is accelerated, of text_encoder, unet, controlnet (those that controls name), and vae;
                     default: all, and with cudagraphs unet and controlnet
+        refit       where other LoRAs are in the weights at a call, find their graphs, or make them (ONNX Runtime and
+                    OpenVINO), which takes time once; without, PyTorch runs what they are in
+        weight_budget  bytes of weights that stay on the GPU, of engines that were built with --weight-streaming;
+                    default: what there is room for
 
-        LoRAs that are merged now are in the graphs (cudagraphs takes any later). What a graph has no input for
+        LoRAs that are merged now are in the graphs (cudagraphs takes any later). Weights that are written to afterwards
+        (not through `.data`) are noticed, and PyTorch runs them. What a graph has no input for
         (T2I-Adapters, textual inversions, other LoRAs, sizes outside an engine's profiles) is run by PyTorch, with a
         warning that says why. Raises UsageError for what cannot be, NativesdError where a graph does not compute what
         PyTorch does.
@@ -230,7 +237,9 @@ class Pipeline(Diffusion):
         from nativesd.pipeline.acceleration import accelerate
 
         with self.turns.wait():
-            return accelerate(self, backend, engines=engines, components=components)
+            return accelerate(
+                self, backend, engines=engines, components=components, refit=refit, weight_budget=weight_budget
+            )
 
     def close(self) -> int:
         """Free what an accelerated pipeline's backend holds; returns how many bytes that was, as far as it is known."""

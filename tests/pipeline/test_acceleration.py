@@ -17,16 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import nativesd
-from nativesd.config import AdapterStage, Level, T2IAdapterConfig, UNetConfig
+from nativesd.config import AdapterStage, Level, T2IAdapterConfig, TextTime, UNetConfig
 from nativesd.errors import SourceError, UsageError
 from nativesd.export import library
-from nativesd.export.accelerate import AcceleratedUNet, Delegate, accelerate_module
+from nativesd.export.accelerate import AcceleratedUNet, Delegate, accelerate_module, fetch
 from nativesd.export.slots import Request, Schema, unet_schema
+from nativesd.export.store import Store
 from nativesd.models.clip import TextEncoder
 from nativesd.models.controlnet import ControlNet
 from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
+from nativesd.pipeline import acceleration
 from nativesd.pipeline.acceleration import accelerate
 from nativesd.pipeline.control import ControlModel
 from oracles import draw
@@ -309,11 +311,11 @@ def test_loras_after_acceleration(store: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"steps": 3, "seed": 1}
     plainly = pipe(PROMPT, **options)
     expected = pipe(PROMPT, **options, loras=[first])
-    sentences = [CHANGED.format("text_encoder"), CHANGED.format("unet")]
-    assert apart(expected, warned(lambda: other(PROMPT, **options, loras=[first]), *sentences)) == 0
+    sentence = CHANGED.format("text_encoder")  # the UNet's graph is still right
+    assert apart(expected, warned(lambda: other(PROMPT, **options, loras=[first]), sentence)) <= BOUND
     assert apart(plainly, expected) > BOUND
     expected = pipe(PROMPT, **options, loras=[second])
-    assert apart(expected, warned(lambda: other(PROMPT, **options, loras=[second]))) == 0  # warned of once
+    assert apart(expected, warned(lambda: other(PROMPT, **options, loras=[second]))) <= BOUND  # warned of once
     with no_warning():  # the graphs are right again
         assert apart(plainly, other(PROMPT, **options)) <= BOUND
 
@@ -331,6 +333,68 @@ def test_loras_before_acceleration(tmp_path: Path) -> None:
     plainly = pipe(PROMPT, **options)
     assert apart(plainly, expected) > BOUND
     assert apart(plainly, warned(lambda: other(PROMPT, **options), CHANGED.format("text_encoder"))) == 0
+
+
+def test_loras_later_with_refit(store: Path, tmp_path: Path) -> None:
+    """Their graphs are made, and found when they come again."""
+    pipe = nativesd.load("tiny", device="cpu")
+    file = lora_file(pipe, tmp_path / "style.safetensors", 1)
+    other = pipe.accelerate("onnx", engines=store, components=["text_encoder"], refit=True)
+    options: dict[str, Any] = {"steps": 2, "seed": 1}
+    graphs = len(list(store.glob("text_encoder__*")))
+    for loras in ([(file, 0.8)], [], [(file, 0.8)]):
+        expected = pipe(PROMPT, **options, loras=loras)
+        with no_warning():
+            assert apart(expected, other(PROMPT, **options, loras=loras)) <= BOUND
+    assert len(list(store.glob("text_encoder__*"))) == graphs + 1
+    assert other(PROMPT, **options).images
+    with torch.no_grad():
+        pipe.text_encoders[0].final_norm.weight.mul_(1.5)
+    expected = pipe(PROMPT, **options)
+    found = warned(lambda: other(PROMPT, **options), WRITTEN.format("text_encoder", "final_norm.weight"))
+    assert apart(expected, found) == 0
+
+
+WRITTEN = "{}: its weights were written to ({}) after its graph was made: accelerate it again: PyTorch runs it instead"
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "unet", "vae"])
+def test_weights_that_are_written_to_are_noticed(component: str, store: Path, tmp_path: Path) -> None:
+    pipe = nativesd.load("tiny", device="cpu", fast=False)
+    file = lora_file(pipe, tmp_path / "style.safetensors", 1)
+    other = part(pipe, store, component)
+    options: dict[str, Any] = {"steps": 2, "seed": 1}
+    pipe(PROMPT, **options, loras=[file])
+    with no_warning():  # LoRAs that came and went leave the weights as they were
+        assert apart(pipe(PROMPT, **options), other(PROMPT, **options)) <= BOUND
+    module = {"text_encoder": pipe.text_encoders[0], "unet": pipe.unet, "vae": pipe.vae}[component]
+    name, weight = list(module.named_parameters())[-1]
+    with torch.no_grad():
+        weight.add_(0.1)
+    label = "vae_decoder" if component == "vae" else component
+    expected = pipe(PROMPT, **options)
+    found = warned(lambda: other(PROMPT, **options), WRITTEN.format(label, name))
+    assert apart(expected, found) == 0
+
+
+def test_what_weights_are_called_does_not_depend_on_merged_numbers(tmp_path: Path) -> None:
+    """Half precision rounds a merge differently on different devices: the files and scales are what counts."""
+    pipe = nativesd.load("tiny", device="cpu")
+    encoder, merged = pipe.text_encoders[0], pipe.lora_state
+    first, second = (lora_file(pipe, tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2))
+    names = {}
+    for label, loras in {"none": [], "one": [first], "weaker": [(first, 0.5)], "other": [second]}.items():
+        pipe.set_loras(loras)
+        names[label] = library.weights_name(encoder, merged)
+        assert library.weights_name(pipe.unet, merged) == library.weights_hash(pipe.unet)  # none of them is in it
+        if loras:
+            assert merged is not None
+            [touched] = merged.touched["text_encoder"]
+            encoder.get_parameter(touched).data.view(torch.int32).add_(1)  # as if rounded elsewhere
+            assert library.weights_name(encoder, merged) == names[label]
+    assert len(set(names.values())) == 4
+    pipe.set_loras([])
+    assert library.weights_name(encoder, merged) == names["none"] == library.weights_hash(encoder)
 
 
 def test_a_vae_that_goes_to_another_dtype(store: Path) -> None:
@@ -423,6 +487,49 @@ def test_graphs_without_slots_take_no_control() -> None:
     assert runner.given == []
     other(latents, 5.0, context)
     assert runner.given == [{"sample", "timestep", "encoder_hidden_states"}]
+
+
+@torch.inference_mode()
+def test_inputs_come_in_the_graphs_dtype() -> None:
+    """LCM's guidance embedding and SDXL's pooled text come in float32, and half precision's engines refuse that."""
+    levels = (Level(32, (1,), (1, 1), 2), Level(32, (None,), (None, None), 2))
+    with torch.device("meta"):
+        module = UNet(UNetConfig(levels, (1,), context=8, groups=8, guidance=16, added=TextTime(8, 6, 8)))
+    draw(module, 0)
+    module.half()
+    seen: dict[str, torch.dtype] = {}
+
+    class Runner(Recorder):
+        def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            seen.update({name: tensor.dtype for name, tensor in given.items()})
+            return super().run(given)
+
+    runner = Runner(unet_schema(module.config))
+    other = accelerate_module(module, {"unet": Delegate("unet", runner, lambda: None, dtype=torch.float16)})
+    rows = torch.ones(1, 4, 8, 8).half()
+    residuals = [torch.ones(shape) for shape in module.residual_shapes(1, 8, 8)]
+    added: dict[str, Any] = {"guidance": torch.ones(1, 16), "pooled": torch.ones(1, 8), "time_ids": torch.ones(1, 6)}
+    other(rows, 5.0, torch.ones(1, 77, 8), residuals=residuals, **added)
+    exact = {"timestep", "time_ids"}
+    assert {name: torch.float32 if name in exact else torch.float16 for name in seen} == seen
+    assert seen.keys() == {slot.name for slot in runner.schema.inputs}
+
+
+def test_weights_stay_away_while_engines_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go to main memory when all of a module has engines, and come back when PyTorch has to run it."""
+    module, moves = small_unet(), list[str]()
+    monkeypatch.setattr(UNet, "to", lambda self, device: moves.append(str(device)))
+    monkeypatch.setattr(acceleration, "engine_runner", lambda *_, **__: Recorder(unet_schema(module.config)))
+    monkeypatch.setattr(acceleration, "Arena", lambda queue: None)
+    monkeypatch.setattr(acceleration, "CudaQueue", lambda device: None)
+    graphs = acceleration.Acceleration("tensorrt-rtx", Store("nowhere"), torch.device("cuda"), "sd2")
+    other = graphs.module("unet", module, ["unet"], away=True)
+    assert moves == ["cpu"]
+    with torch.inference_mode():
+        other(torch.ones(1, 4, 8, 8), 5.0, torch.ones(1, 77, 8))
+        assert moves == ["cpu"]
+        fetch(module, torch.device("meta"))
+    assert moves == ["cpu", "meta"]
 
 
 # --- what cannot be

@@ -10,7 +10,7 @@ Nothing is kept for taking LoRAs out: the weights are read from the model's file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from nativesd.errors import SourceError, WeightsError
 from nativesd.weights.checkpoint import apply
 from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import NAMES, read_tensor
-from nativesd.weights.lora.file import Change, Place, Resolution, Use, resolve
+from nativesd.weights.lora.file import Change, LoraFile, Place, Resolution, Use, resolve
 from nativesd.weights.lora.parts import DORA, dora_axis
 from nativesd.weights.maps.identify import Component
 from nativesd.weights.maps.keymap import KeyMap, Shape, Source, load_tables
@@ -205,6 +205,18 @@ def host(module: nn.Module, member: Member, component: Component, tables: Mappin
     return Host(module, member, component, Place(component.config, shapes, tables or load_tables()), written, addresses)
 
 
+def writes(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """How often each parameter was written to, by its name, as far as torch counts: not through `.data`.
+
+    Those that were made or cast in inference mode have no count and are left out. Layers with packed weights
+    (`nativesd.tuning.fast`) stay packed.
+    """
+    for prefix, part in module.named_modules():
+        for name, parameter in part.__dict__["_parameters"].items():
+            if parameter is not None and not parameter.is_inference():
+                yield f"{prefix}.{name}" if prefix else name, parameter._version
+
+
 @dataclass
 class Merged:
     """The LoRAs that are in a model's weights now. `hosts`: unet, text_encoder, text_encoder_2, as far as there are."""
@@ -214,6 +226,19 @@ class Merged:
     resolutions: tuple[Resolution, ...] = ()
     touched: dict[str, set[str]] = field(default_factory=dict)
     """component -> parameters that are not as in the files"""
+    writes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """component -> parameter -> how often it had been written to when it was last merged into, or put back"""
+
+    def component(self, module: nn.Module) -> str | None:
+        """What a module, or another with its parameters, is called here; None: nothing is merged into it."""
+        first = next(module.parameters(), None)
+        return next((name for name, each in self.hosts.items() if next(each.module.parameters()) is first), None)
+
+    def merged_into(self, component: str | None) -> tuple[tuple[LoraFile, float], ...]:
+        """The LoRAs that are in a component's weights, with their strengths."""
+        if component is None or not self.touched.get(component):
+            return ()
+        return tuple((use.lora, strength) for use in self.uses if (strength := use.strength(component)))
 
 
 @torch.no_grad()
@@ -257,6 +282,8 @@ def _set_component(state: Merged, name: str, wanted: Mapping[str, Sequence[Appli
         else:
             tensor.copy_(own)
             touched.discard(parameter)
+        if not tensor.is_inference():
+            state.writes.setdefault(name, {})[parameter] = tensor._version
 
 
 def gather(uses: Sequence[Use], resolutions: Sequence[Resolution]) -> dict[str, dict[str, list[Applied]]]:
