@@ -58,6 +58,7 @@ BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx
 @click.option("--refiner", help="SDXL refiner for the last steps: a folder, a file, or a hub id.")
 @click.option("--refiner-at", type=float, help="How far on the refiner takes over [default: 0.8].")
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE[:TEXT]]", help="LoRA to merge in; repeatable.")
+@click.option("--lora-dir", "lora_dirs", type=click.Path(), multiple=True, help="Folder of LoRAs that prompts name.")
 @click.option("--control", nargs=2, multiple=True, metavar="MODEL IMAGE", help="ControlNet or T2I-Adapter; repeatable.")
 @click.option("--control-scale", type=float, multiple=True, help="One per --control, in its order [default: 1].")
 @click.option("--control-start", type=float, multiple=True, help="From which part of the steps on [default: 0].")
@@ -125,6 +126,8 @@ def generate(
         if "model" not in options and model not in (None, "tiny"):
             raise click.UsageError(f"{picture} was made with the model {model}: pass it with --model")
         options = {**repeated, **options}
+        if "strength" in repeated and "image" not in options:
+            raise click.UsageError(f"{picture} was made from a picture: pass that with --image")
     if "prompt" not in options:
         raise click.UsageError("pass a prompt, or a picture to repeat with --from")
     for path in filter(None, (output, preview)):

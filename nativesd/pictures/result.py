@@ -17,7 +17,8 @@ from torch import Tensor
 
 from nativesd.destination import fresh
 from nativesd.errors import SourceError, UsageError
-from nativesd.pictures.infotext import shown_schedule, user_comment_exif, write_infotext
+from nativesd.pictures.embedded import user_comment_exif
+from nativesd.pictures.infotext import shown_schedule, write_infotext
 from nativesd.version import __version__
 
 QUALITY = 95

@@ -101,6 +101,7 @@ class CallOptions(TypedDict, total=False):
     refiner: Diffusion | None
     refiner_at: float | None
     loras: Lora | Sequence[Lora] | None
+    lora_dirs: str | Path | Sequence[str | Path] | None
     control: Control | Sequence[Control] | None
     guess_mode: bool | None
     guidance_rescale: float | None
@@ -285,9 +286,7 @@ def _upscaler(name: str, value: Any) -> Upscaler:
     if not isinstance(value, str) and callable(value):
         return cast("Upscaler", value)
     if not isinstance(value, str) or value.lower() not in UPSCALERS:
-        raise UsageError(
-            f"{name} must be {', '.join(UPSCALERS)}, or a function that makes a picture larger, not {shown(value)}"
-        )
+        raise UsageError(f"{name} must be {', '.join(UPSCALERS)} or a function, not {shown(value)}")
     return value.lower()
 
 
@@ -305,6 +304,13 @@ def read_loras(name: str, value: Any) -> list[tuple[str, float, float]]:
         unet, encoders = [_scale(name, scale) for scale in scales or (1.0,)] * (1 if len(scales) == 2 else 2)
         out.append((fspath(file), unet, encoders))
     return out
+
+
+def _folders(name: str, value: Any) -> list[Path]:
+    given = [value] if is_path(value) else value
+    if not is_list(given) or not all(map(is_path, given)):
+        raise UsageError(f"{name} must be folders, not {shown(value)}")
+    return [Path(folder) for folder in given]
 
 
 def _scale(name: str, value: Any) -> float:
@@ -371,6 +377,7 @@ class Checked:
     refiner: Annotated[Diffusion | None, _refiner] = None
     refiner_at: Annotated[float, real(0, 1)] = 0.8
     loras: Annotated[Sequence[tuple[str, float, float]], read_loras] = ()
+    lora_dirs: Annotated[Sequence[Path], _folders] = ()
     control: Annotated[Sequence[Control], _control] = ()
     guess_mode: Annotated[bool, flag] = False
     guidance_rescale: Annotated[float, real(0, 1)] = 0.0

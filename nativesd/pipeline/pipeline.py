@@ -21,10 +21,12 @@ from nativesd.pipeline.denoiser import Guidance
 from nativesd.pipeline.diffusion import EDITING, INPAINTING, PLAIN, Diffusion, Job, Step
 from nativesd.pipeline.hires import LATENT, Hires, enlarge_latents, enlarge_picture
 from nativesd.pipeline.start import Start
+from nativesd.pipeline.tagged import tagged_prompts
 from nativesd.pipeline.turns import take_turns
 from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedule
 from nativesd.sampling.published import Kind
 from nativesd.text.embedding import read_embedding
+from nativesd.text.tags import take_tags
 from nativesd.tuning.fp8 import is_fp8
 from nativesd.weights.lora.file import Use, read_lora
 from nativesd.weights.lora.merge import set_loras
@@ -81,6 +83,7 @@ class Pipeline(Diffusion):
         refiner_at      from how far on it takes them, 0 to 1. Default 0.8
         loras           files, or (file, scale), or (file, scale of the UNet's part, of the text encoders'): merged into
                         the weights for this call and taken out, to the bit, when a later one does not name them
+        lora_dirs       folders in which LoRAs are that prompts name, as <lora:name:0.8>
         control         ControlNets and T2I-Adapters with their pictures, as `Control`; they add up
         guess_mode      ControlNets act for the prompt only, and the deeper the stronger
         guidance_rescale  0 to 1: against the contrast of strong guidance (for zero-terminal-SNR models 0.7)
@@ -137,9 +140,12 @@ class Pipeline(Diffusion):
                 raise UsageError(
                     f"{config.name} makes pictures of {config.smallest} pixels a side and more, not of {side}"
                 )
-        self._merge(asked.loras)
+        prompts, loras = (asked.prompts, asked.loras)
+        if not asked.literal:
+            prompts, loras = tagged_prompts(asked.prompts, asked.loras, asked.lora_dirs)
+        self._merge(loras)
         job = Job(
-            prompts=asked.prompts,
+            prompts=prompts,
             negatives=asked.negative_prompt,
             literal=asked.literal,
             clip_skip=asked.clip_skip,
@@ -317,8 +323,9 @@ class Pipeline(Diffusion):
                     f"width and height must be positive multiples of {factor} pixels for this model, not {pixels}"
                 )
         if image is None:
-            if mask is not None or outpaint is not None:
-                raise UsageError(f"{'mask' if mask is not None else 'outpaint'} is for a picture: pass image= too")
+            given = {"mask": mask, "outpaint": outpaint, "strength": asked.strength}
+            if needing := [name for name, value in given.items() if value is not None]:
+                raise UsageError(f"{needing[0]} is for a picture to begin from: pass image= too")
             if channels != PLAIN:
                 kind = {INPAINTING: "image= and mask= (inpainting)", EDITING: "image= (a picture to edit)"}
                 raise UsageError(
@@ -371,7 +378,7 @@ class Pipeline(Diffusion):
             job = replace(job, choice=choice, kind=kind)
         if hires.guidance_scale is not None:
             job = replace(job, guidance=replace(job.guidance, scale=hires.guidance_scale))
-        prompts = job.prompts if hires.prompt is None else [hires.prompt]
+        prompts = job.prompts if hires.prompt is None else [take_tags(hires.prompt)[0]]
         negatives = job.negatives if hires.negative_prompt is None else [hires.negative_prompt]
         return replace(job, prompts=prompts, negatives=negatives)
 

@@ -5,26 +5,57 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nativesd.pictures.infotext import generation_options, parse_infotext, read_infotext
+from nativesd.errors import UsageError
+from nativesd.pictures.programs.find import read_recipe
 from nativesd.pipeline.hires import UPSCALERS, Hires
+from nativesd.sampling.names import find_sampler, find_schedule
 
+_NUMBERS = {"steps": int, "seed": int, "width": int, "height": int, "guidance_scale": float, "clip_skip": int}
 _HIRES = {"upscale": "scale"}
 
 
 def options_from(picture: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """The options that make a picture again, out of its own parameters, and the fields among these that are not heeded.
+    """The options that make a picture again, out of its own parameters, and what among these is not heeded.
 
-    `model` among the options is a name, not a path. Raises SourceError for a picture without parameters, UsageError
-    for a value that cannot be.
+    `picture` is one of A1111 and its forks, ComfyUI, InvokeAI, NovelAI, Fooocus, SwarmUI or nativesd, or a .txt file
+    with A1111's text; a picture without any has the .txt file beside it. What is not heeded is named with what is taken
+    instead. `model` among the options is a name, not a path; `strength` says that it was made from a picture, which has
+    to be passed. Raises SourceError for a picture without parameters, UsageError for a value that cannot be.
     """
-    info = parse_infotext(read_infotext(picture))
-    options, unheeded = generation_options(info)
-    options |= {"prompt": info.prompt, "negative_prompt": info.negative_prompt}
+    recipe = read_recipe(picture)
+    options, unheeded = dict(recipe.options), list(recipe.unheeded)
+    for name, kind in _NUMBERS.items():
+        if name in options:
+            options[name] = _read(kind, name, options[name])
+    if isinstance(options.get("seed"), int) and not 0 <= options["seed"] < 1 << 64:
+        unheeded.append(f"seed {options.pop('seed')} (taken: a random one)")
+    _name_unknown(options, unheeded, "")
     hires: Any = options.pop("hires", None)
     if hires is not None:
         if str(hires.get("upscaler", "latent")).lower() not in UPSCALERS:
-            unheeded.append(f"Hires upscaler {hires['upscaler']} (taken: latent)")
-            del hires["upscaler"]
+            unheeded.append(f"Hires upscaler {hires.pop('upscaler')} (taken: latent)")
+        _name_unknown(hires, unheeded, "Hires ")
         given: dict[str, Any] = {_HIRES.get(name, name): value for name, value in hires.items() if value}
         options["hires"] = Hires(**given)
-    return options, unheeded
+    return {**options, "prompt": recipe.prompt, "negative_prompt": recipe.negative_prompt}, unheeded
+
+
+def _read(kind: type[int] | type[float], name: str, value: object) -> int | float:
+    try:
+        return kind(str(value)) if kind is float else int(float(str(value))) if "." in str(value) else int(str(value))
+    except (ValueError, OverflowError):
+        raise UsageError(f"{name}: {value!r} is not a number") from None
+
+
+def _name_unknown(options: dict[str, Any], unheeded: list[str], of: str) -> None:
+    """Take out a sampler and a schedule that are not here, and name them."""
+    if "schedule" in options:
+        try:
+            options["schedule"] = find_schedule(str(options["schedule"]))
+        except UsageError:
+            unheeded.append(f"{of}schedule {options.pop('schedule')} (taken: the model's own)")
+    if "sampler" in options:
+        try:
+            find_sampler(str(options["sampler"]), options.get("schedule"))
+        except UsageError:
+            unheeded.append(f"{of}sampler {options.pop('sampler')} (taken: the model's own)")

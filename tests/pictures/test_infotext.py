@@ -6,7 +6,6 @@ The chunks have the forms that the named programs write; their contents are made
 from __future__ import annotations
 
 import contextlib
-import json
 import struct
 import time
 from collections.abc import Mapping
@@ -23,18 +22,17 @@ from sd_parsers import ParserManager
 from sd_parsers.extractors import _jpeg_usercomment
 
 from nativesd.errors import SourceError, UsageError
-from nativesd.pictures.infotext import (
-    Infotext,
-    generation_options,
-    parse_infotext,
-    read_infotext,
-    schedule_named,
-    shown_schedule,
-    user_comment_exif,
-    write_infotext,
-)
+from nativesd.pictures.embedded import read_texts, user_comment_exif
+from nativesd.pictures.infotext import Infotext, parse_infotext, schedule_named, shown_schedule, write_infotext
+from nativesd.pictures.programs.a1111 import generation_options
+from nativesd.pictures.programs.find import read_recipe
 from nativesd.pictures.result import Result
 from nativesd.version import __version__
+
+
+def text_of(path: Path) -> str:
+    return read_texts(path).parameters
+
 
 # ---- writing and parsing
 
@@ -54,7 +52,7 @@ def kept(prompt: str) -> str:
 @given(TEXTS, TEXTS, st.dictionaries(NAMES, TEXTS, min_size=3, max_size=6))
 def test_what_is_written_is_parsed(prompt: str, negative: str, fields: dict[str, str]) -> None:
     lines = [line.strip() for line in f"{prompt}\n{negative}".split("\n")]
-    assume(not any(line.startswith("Negative prompt:") for line in lines))
+    assume(not any(line.startswith(("Negative prompt:", "Steps:")) for line in lines))
     info = parse_infotext(write_infotext(prompt, negative, fields))
     assert info == Infotext(kept(prompt), kept(negative), fields)
 
@@ -84,16 +82,36 @@ def test_the_text_is_a1111s() -> None:
     assert write_infotext("", "", {"Steps": 1}) == "Steps: 1"
 
 
-def test_a_line_of_fewer_than_three_pairs_belongs_to_the_prompts() -> None:
-    assert parse_infotext("a cat\nSteps: 20, Seed: 1") == Infotext("a cat\nSteps: 20, Seed: 1", "", {})
-    negative = parse_infotext("a cat\nNegative prompt: dog\nSteps: 20, Seed: 1")
-    assert negative == Infotext("a cat", "dog\nSteps: 20, Seed: 1", {})
+def test_a_line_of_fewer_than_three_pairs_without_steps_belongs_to_the_prompts() -> None:
+    assert parse_infotext("a cat\nSize: 20x3, Seed: 1") == Infotext("a cat\nSize: 20x3, Seed: 1", "", {})
+    negative = parse_infotext("a cat\nNegative prompt: dog\nSize: 20x3, Seed: 1")
+    assert negative == Infotext("a cat", "dog\nSize: 20x3, Seed: 1", {})
+    assert parse_infotext("a cat\nSteps: 20, Seed: 1") == Infotext("a cat", "", {"Steps": "20", "Seed": "1"})
+    assert parse_infotext("a cat\nSteps: up the hill") == Infotext("a cat\nSteps: up the hill", "", {})
 
 
-def test_only_the_last_line_is_fields() -> None:
-    info = parse_infotext("ten Steps: 5, Seed: 2, Size: 1x1\nfurther\nSteps: 20, Seed: 1, Size: 8x8")
-    assert info.prompt == "ten Steps: 5, Seed: 2, Size: 1x1\nfurther"
+def test_the_fields_begin_at_the_last_line_that_starts_with_steps() -> None:
+    info = parse_infotext("ten Steps: 5, Seed: 2, Size: 1x1\nSteps: 3\nSteps: 20, Seed: 1, Size: 8x8")
+    assert info.prompt == "ten Steps: 5, Seed: 2, Size: 1x1\nSteps: 3"
     assert info.fields == {"Steps": "20", "Seed": "1", "Size": "8x8"}
+
+
+def test_what_follows_the_fields_belongs_to_them() -> None:
+    """sd-dynamic-prompts' templates, quoted values over lines, and fields on a line each."""
+    info = parse_infotext(
+        "a cat\nNegative prompt: dog\nSteps: 20, Sampler: Euler a, Seed: 1, Size: 8x8\n"
+        "Template: {a|b} cat, style: __s__\nmore of it\nNegative Template: dog, Seed: 7"
+    )
+    assert (info.prompt, info.negative_prompt) == ("a cat", "dog")
+    assert info.fields == {
+        "Steps": "20", "Sampler": "Euler a", "Seed": "1", "Size": "8x8",
+        "Template": "{a|b} cat, style: __s__\nmore of it", "Negative Template": "dog, Seed: 7",
+    }  # fmt: skip
+    info = parse_infotext('a cat\nSteps: 20, ADetailer prompt: "a face,\nlit: well", Seed: 1\nSize: 8x8,\nModel: m')
+    assert info.prompt == "a cat"
+    assert info.fields == {
+        "Steps": "20", "ADetailer prompt": "a face,\nlit: well", "Seed": "1", "Size": "8x8", "Model": "m",
+    }  # fmt: skip
 
 
 def test_bare_json_is_one_value() -> None:
@@ -175,13 +193,13 @@ PROGRAMS: dict[str, tuple[str, dict[str, object], list[str]]] = {
             "width": 512, "height": 768, "clip_skip": 2, "noise": "cuda", "model": "v1-5-pruned-emaonly",
             "hires": {"upscale": 1.5, "steps": 10, "upscaler": "R-ESRGAN 4x+", "strength": 0.4},
         },
-        ["VAE", "ENSD", "Lora hashes"],
+        ["VAE", "ENSD"],
     ),
     "A1111 2022": (
         A1111_OLD,
         {
             "steps": 28, "sampler": "DPM++ SDE Karras", "guidance_scale": 7.5, "seed": 42, "width": 640, "height": 512,
-            "noise": "cuda",
+            "noise": "cuda", "model": "of hash 7460a6fa",
         },
         ["Face restoration", "First pass size", "Denoising strength"],
     ),
@@ -200,7 +218,7 @@ PROGRAMS: dict[str, tuple[str, dict[str, object], list[str]]] = {
         CIVITAI,
         {
             "steps": 30, "sampler": "DPM++ 2M Karras", "guidance_scale": 5.0, "seed": 639466906728691, "width": 832,
-            "height": 1216, "clip_skip": 2, "noise": "cpu",
+            "height": 1216, "clip_skip": 2, "noise": "cpu", "model": "DreamShaper, XL",
         },
         [],
     ),
@@ -311,6 +329,7 @@ def test_a_schedule_that_is_not_named(sampler: str, version: str, schedule: str 
         ({"Version": "v1.10.1"}, "cuda"),
         ({"Version": "v1.10.1", "RNG": "CPU"}, "cpu"),
         ({"Version": "v1.10.1", "RNG": "NV"}, "cuda"),
+        ({"Version": "v1.10.1", "RNG": "cuda"}, "cuda"),
         ({"Version": "1.6.0", "Civitai resources": "[]"}, "cuda"),
         ({"Version": "f2.0.1v1.10.1-previous-659-gc055f2d4"}, "cuda"),
         ({"Version": "c5934fb6e3"}, "cuda"),
@@ -323,7 +342,7 @@ def test_a_schedule_that_is_not_named(sampler: str, version: str, schedule: str 
     ],
 )
 def test_whose_noise(fields: dict[str, str], noise: str | None) -> None:
-    options, unheeded = generation_options(Infotext("", "", {"Sampler": "Euler a", **fields}))
+    options, unheeded = generation_options(Infotext("", "", {"Sampler": "Euler a", "Model": "m", **fields}))
     assert options.get("noise") == noise
     assert unheeded == []
 
@@ -341,16 +360,18 @@ def test_options_of_the_rarer_fields() -> None:
         "guidance_rescale": 0.7,
         "hires": {"width": 0, "height": 1024, "sampler": "Heun", "strength": 0.25},
         "noise": "cuda",
+        "refiner_at": 0.8,
+        "model": "of hash 12",
     }
     assert unheeded == [
-        "Variation seed", "Variation seed strength", "Tiling", "NGMS", "ControlNet 0", "Refiner", "Refiner switch at",
-        "Sigma churn",
+        "Variation seed", "Variation seed strength", "Tiling", "NGMS", "ControlNet 0",
+        "Refiner sdxl_refiner: pass it with --refiner", "Sigma churn",
     ]  # fmt: skip
 
 
 def test_strength_without_hires_is_an_option() -> None:
     options, _ = generation_options(Infotext("", "", {"Denoising strength": "0.25", "Mask blur": "4"}))
-    assert options["strength"] == 0.25
+    assert (options["strength"], options["steps_as"]) == (0.25, "a1111")
     assert "hires" not in options
 
 
@@ -365,20 +386,52 @@ def test_strength_without_hires_is_an_option() -> None:
         ("CFG Scale", "nan"),
         ("Size", "512"),
         ("Size", "512x768x3"),
-        ("Clip skip", "two"),
-        ("Denoising strength", "inf"),
-        ("Hires upscale", "x2"),
-        ("Hires resize", "big"),
-        ("RNG", "dice"),
     ],
 )
-def test_a_broken_value_is_named(name: str, value: str) -> None:
+def test_what_no_picture_is_without_must_be_whole(name: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"^{name}: {value!r} "):
         generation_options(Infotext("", "", {name: value}))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("Clip skip", "two"),
+        ("Denoising strength", "inf"),
+        ("Eta", "inf"),
+        ("Hires steps", "many"),
+        ("Hires resize", "big"),
+        ("RNG", "dice"),
+    ],
+)
+def test_another_broken_value_is_named_with_what_is_taken(name: str, value: str) -> None:
+    options, unheeded = generation_options(Infotext("", "", {"Model": "m", name: value}))
+    (line,) = unheeded
+    assert line.startswith(f"{name}: {value!r} is not ")
+    assert line.endswith("(taken: the default)")
+    assert options.keys() <= {"model", "noise"}
+
+
+def test_values_in_other_spellings() -> None:
+    fields = {"Model": "m", "Clip skip": "2.0", "Size": "512 x 768", "Hires upscale": "4x-UltraSharp"}
+    options, unheeded = generation_options(Infotext("", "", fields))
+    assert (options["clip_skip"], options["width"], options["height"]) == (2, 512, 768)
+    assert options["hires"] == {"upscaler": "4x-UltraSharp"}
+    assert unheeded == []
+
+
+def test_a_model_that_is_not_named_is_said() -> None:
+    assert generation_options(Infotext("", "", {"Model hash": "12ab"}))[0]["model"] == "of hash 12ab"
+    options, unheeded = generation_options(Infotext("", "", {"Seed": "1"}))
+    assert "model" not in options
+    assert unheeded == ["the model, which is not named (taken: the one that is asked for)"]
+
+
 def test_an_empty_value_says_nothing() -> None:
-    assert generation_options(Infotext("", "", {"Seed": "", "Model": " ", "Tiling": ""})) == ({"noise": "cuda"}, [])
+    assert generation_options(Infotext("", "", {"Seed": "", "Model": "m", "Tiling": ""})) == (
+        {"noise": "cuda", "model": "m"},
+        [],
+    )
 
 
 @pytest.mark.parametrize(
@@ -481,7 +534,7 @@ def test_saved_pictures_are_read_by_us_and_others(tmp_path: Path, monkeypatch: p
     paths = made.save(tmp_path / f"bear{suffix}")
     assert [path.name for path in paths] == [f"bear-0{suffix}", f"bear-1{suffix}"]
     for index, path in enumerate(paths):
-        assert read_infotext(path) == made.infotext(index)
+        assert text_of(path) == made.infotext(index)
         monkeypatch.setattr(
             _jpeg_usercomment, "_image_id", None
         )  # it takes a new picture at an old address for the old
@@ -521,7 +574,7 @@ def test_user_comment_has_its_type_in_exif() -> None:
 def test_other_formats_carry_no_parameters(tmp_path: Path) -> None:
     (path,) = result().save(tmp_path / "plain.bmp")
     with pytest.raises(SourceError, match="holds no generation parameters"):
-        read_infotext(path)
+        read_recipe(path)
 
 
 def test_a_format_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -538,8 +591,8 @@ def test_parameters_too_long_for_jpeg_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     fits = result(prompt="w" * 32_000)
     for path in (*long.save(tmp_path / "long.webp"), *long.save(tmp_path / "long.png")):
-        assert parse_infotext(read_infotext(path)).prompt == ("word " * 8000).strip()
-    assert len(read_infotext(fits.save(tmp_path / "fits.jpg")[0])) > 32_000
+        assert parse_infotext(text_of(path)).prompt == ("word " * 8000).strip()
+    assert len(text_of(fits.save(tmp_path / "fits.jpg")[0])) > 32_000
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
@@ -573,7 +626,7 @@ def test_user_comments_of_other_writers(tmp_path: Path, comment: bytes, picture_
     exif.get_ifd(0x8769)[0x9286] = comment
     path = tmp_path / "picture"
     Image.new("RGB", (8, 8)).save(path, picture_format, exif=exif.tobytes())
-    assert read_infotext(path) == TEXT
+    assert text_of(path) == TEXT
 
 
 def png(path: Path, texts: dict[str, str]) -> Path:
@@ -586,7 +639,7 @@ def png(path: Path, texts: dict[str, str]) -> Path:
 
 @pytest.mark.parametrize("text", ["café, 1 ÷ 2", "熊 🐻"])
 def test_png_texts_in_both_encodings(tmp_path: Path, text: str) -> None:
-    assert read_infotext(png(tmp_path / "a.png", {"parameters": text})) == text
+    assert text_of(png(tmp_path / "a.png", {"parameters": text})) == text
 
 
 def test_png_texts_after_the_pixels(tmp_path: Path) -> None:
@@ -595,42 +648,17 @@ def test_png_texts_after_the_pixels(tmp_path: Path) -> None:
     text_at, pixels_at, end_at = (data.index(name) - 4 for name in (b"tEXt", b"IDAT", b"IEND"))
     assert text_at < pixels_at
     path.write_bytes(data[:text_at] + data[pixels_at:end_at] + data[text_at:pixels_at] + data[end_at:])
-    assert read_infotext(path) == "a cat"
-
-
-GRAPH = json.dumps({"3": {"class_type": "KSampler", "inputs": {"seed": 5}}})
-
-
-def test_a_workflow_alone_is_named(tmp_path: Path) -> None:
-    both = png(tmp_path / "both.png", {"prompt": GRAPH, "workflow": '{"nodes": []}', "parameters": "a cat"})
-    assert read_infotext(both) == "a cat"
-    pictures = [png(tmp_path / "a.png", {"prompt": GRAPH}), png(tmp_path / "b.png", {"workflow": '{"nodes": []}'})]
-    exif = Image.Exif()
-    exif[0x0110] = f"prompt:{GRAPH}"
-    Image.new("RGB", (8, 8)).save(tmp_path / "c.webp", exif=exif)
-    Image.new("RGB", (8, 8)).save(tmp_path / "d.jpg", exif=user_comment_exif(GRAPH))
-    for path in (*pictures, tmp_path / "c.webp", tmp_path / "d.jpg"):
-        with pytest.raises(
-            SourceError, match="holds a ComfyUI workflow and no parameters text: workflow graphs are not"
-        ):
-            read_infotext(path)
-
-
-def test_other_texts_are_not_taken_for_parameters(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r'neither a PNG text chunk "parameters" nor an EXIF UserComment'):
-        read_infotext(png(tmp_path / "a.png", {"prompt": "a cat", "Comment": "nice"}))
-    with pytest.raises(SourceError, match="as JSON, which is not read"):
-        read_infotext(png(tmp_path / "b.png", {"parameters": '{"prompt": "a cat", "steps": 30}'}))
+    assert text_of(path) == "a cat"
 
 
 def test_what_is_no_picture_is_said(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"gone\.png does not exist"):
-        read_infotext(tmp_path / "gone.png")
+        text_of(tmp_path / "gone.png")
     with pytest.raises(SourceError, match="cannot be read as a picture"):
-        read_infotext(tmp_path)
+        text_of(tmp_path)
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(SourceError, match="cannot be read as a picture"):
-        read_infotext(tmp_path / "a.png")
+        text_of(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
@@ -648,4 +676,4 @@ def test_broken_pictures_are_read_or_refused(
     path = folder / f"broken{suffix}"
     path.write_bytes(broken[: data.draw(st.integers(0, len(broken)))])
     with contextlib.suppress(SourceError):  # and no other error
-        parse_infotext(read_infotext(path))
+        parse_infotext(text_of(path))

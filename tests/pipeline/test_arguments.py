@@ -112,9 +112,9 @@ def test_what_plainly_means_something_is_taken(options: dict[str, Any], name: st
         ({"hires": math.nan}, "hires must be above 0"),
         ({"hires": 1e9}, "hires must be above 0"),
         ({"hires": True}, "hires must be a number, not True"),
-        ({"hires": nativesd.Hires(2, strength=3)}, "hires.strength must be between 0 and 1, not 3"),
-        ({"hires": nativesd.Hires(2, steps=0)}, "hires.steps must be at least 1"),
-        ({"hires": nativesd.Hires(2, upscaler="best")}, "hires.upscaler must be latent or lanczos"),  # type: ignore[arg-type]
+        ({"hires": nativesd.Hires(2, strength=3)}, "hires.strength must be above 0 and at most 1, not 3"),
+        ({"hires": nativesd.Hires(2, steps=0)}, "hires.steps must be between 1 and 999, not 0"),
+        ({"hires": nativesd.Hires(2, upscaler="best")}, "hires.upscaler must be latent, "),  # type: ignore[arg-type]
         ({"loras": 5}, "loras must be files"),
         ({"loras": [("x", 1, 2, 3)]}, "loras must be files"),
         ({"loras": {"x": 1}}, "loras must be files"),

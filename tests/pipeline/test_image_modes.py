@@ -290,6 +290,7 @@ def test_sizes_are_adapted_and_said(folders: dict[str, Path]) -> None:
     [
         ("sd15", {"mask": hole()}, "pass image= too"),
         ("sd15", {"outpaint": (8, 0, 0, 0)}, "pass image= too"),
+        ("sd15", {"strength": 0.5}, "strength is for a picture to begin from: pass image= too"),
         ("inpaint", {}, "9 input channels: pass image= and mask="),
         ("inpaint", {"image": photo()}, "inpainting model: pass mask="),
         ("edit", {}, "8 input channels: pass image="),

@@ -1,0 +1,1 @@
+"""What each program writes about its pictures, read into the options that make them again."""

@@ -1,0 +1,52 @@
+"""From the LoRAs that prompts name to files: those that were passed, and those in the folders to look in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from nativesd.errors import UsageError
+from nativesd.text.tags import Tag, take_tags
+
+LoraUse = tuple[str, float, float]
+"""A file, and the scales of the UNet's part and of the text encoders'."""
+SUFFIX = ".safetensors"
+
+
+def tagged_prompts(
+    prompts: Sequence[str], loras: Sequence[LoraUse], folders: Sequence[Path]
+) -> tuple[list[str], list[LoraUse]]:
+    """The prompts without their tags, and all LoRAs: a tag takes the scale of one that was passed, or adds one.
+
+    Raises UsageError where prompts of one batch name different LoRAs, which are merged for all of it, and for a name
+    that is not found, or twice.
+    """
+    bare, tags = zip(*map(take_tags, prompts), strict=True)
+    if any(set(other) != set(tags[0]) for other in tags):
+        raise UsageError("the prompts of a batch must name the same LoRAs, as these are merged for all of it")
+    uses = {Path(file).stem.lower(): (file, unet, text) for file, unet, text in loras} if tags[0] else {}
+    if not tags[0]:
+        return list(bare), list(loras)
+    for tag in tags[0]:
+        name = tag.name.lower()
+        file = uses[name][0] if name in uses else _find(tag, folders, [Path(file).stem for file, _, _ in loras])
+        uses[name] = (file, tag.unet, tag.text)
+    return list(bare), list(uses.values())
+
+
+def _find(tag: Tag, folders: Sequence[Path], passed: Sequence[str]) -> str:
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(f"lora_dirs: {folder} is no folder")
+    files = [file for folder in folders for file in sorted(folder.rglob(f"*{SUFFIX}"))]
+    found = [file for file in files if file.stem.lower() == tag.name.lower()]
+    if len(found) > 1:
+        raise UsageError(f"the prompt names the LoRA {tag.name}, and there are several: {found[0]} and {found[1]}")
+    if found:
+        return str(found[0])
+    close = get_close_matches(tag.name, [*passed, *(file.stem for file in files)], 1)
+    raise UsageError(
+        f"the prompt names the LoRA {tag.name}, which is not here: pass its file with loras=, or a folder that has "
+        f"{tag.name}{SUFFIX} with lora_dirs=" + (f" (there is {close[0]})" if close else "")
+    )
