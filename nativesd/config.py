@@ -122,6 +122,8 @@ class VAEConfig:
     latents_mean and latents_std)."""
     std: tuple[float, ...] | None = None
     groups: int = 32
+    half: Literal["encoder", "decoder"] | None = None
+    """The only half there is; None: both."""
     force_upcast: bool = False
     """The published weights overflow in float16, so the pipeline runs this VAE in float32 (SDXL's `force_upcast`)."""
 

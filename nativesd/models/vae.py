@@ -114,16 +114,18 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder with the 1x1 convolutions on the latents' side of each."""
+    """Encoder and decoder with the 1x1 convolutions on the latents' side of each, or the half that `config` names."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
         channels = config.latent_channels
-        self.encoder = Encoder(config)
-        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
-        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
-        self.decoder = Decoder(config)
+        if config.half != "decoder":
+            self.encoder = Encoder(config)
+            self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        if config.half != "encoder":
+            self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+            self.decoder = Decoder(config)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents of `images` (B, 3, H, W) in [-1, 1], (B, channels, H / f, W / f)."""

@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +79,9 @@ def decode(
     name     of the model, for the error's sentence
 
     A VAE that overflows in half precision is said to, and stays in float32 from then on. Raises NativesdError where
-    the picture is not finite in float32 either.
+    the picture is not finite in float32 either, UsageError where the VAE is an encoder alone.
     """
+    _require(vae, "decoder", name)
     latents = latents / scaling
     if (spread := _spread(vae, latents)) is not None:
         latents = latents * spread[1] + spread[0]
@@ -104,8 +105,10 @@ def encode(
     """Images (B, 3, H, W) in [-1, 1] to mean and standard deviation of their scaled latents, each (B, C, h, w) float32.
 
     H and W are multiples of the VAE's factor. The options are those of `decode`. TAESD's latents have no distribution:
-    the standard deviation is 0. Raises NativesdError where the latents are not finite.
+    the standard deviation is 0. Raises NativesdError where the latents are not finite, UsageError where the VAE is a
+    decoder alone.
     """
+    _require(vae, "encoder", name)
 
     def run(dtype: torch.dtype) -> Tensor:
         return _run(lambda x: _encode_one(vae, x, tile), images.to(dtype), one_by_one=slicing or tile is not None)
@@ -118,6 +121,14 @@ def encode(
     if (spread := _spread(vae, mean)) is not None:
         mean, deviation = (mean - spread[0]) / spread[1], deviation / spread[1]
     return mean * scaling, deviation * scaling
+
+
+def _require(vae: VAE | TinyVAE, half: Literal["encoder", "decoder"], name: str) -> None:
+    if vae.config.half not in (None, half):
+        raise UsageError(
+            f"{name}: its VAE is the {vae.config.half} alone, and this call needs the {half}: load a whole VAE, or put "
+            f"the file of the other half beside this one"
+        )
 
 
 def _spread(vae: VAE | TinyVAE, latents: Tensor) -> tuple[Tensor, Tensor] | None:

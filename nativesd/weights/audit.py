@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -280,7 +280,7 @@ def compare(
     """Account for every tensor and every parameter of one component; `head` is its name, family, layout and prefix."""
     shapes, dtypes = ({key: getattr(info, part) for key, info in tensors.items()} for part in ("shape", "dtype"))
     plan = make_plan(table, shapes, parameters, dtypes)
-    near = nearest({key for keys in plan.missing.values() for key in keys}, plan.unexpected)
+    near = nearest({key for keys in plan.missing.values() for key in keys}, plan.unexpected, table.words)
     back = {key: (name, hint) for name, (key, hint) in near.items()}
     missing: dict[tuple[str, ...], Missing] = {}
     for name, keys in plan.missing.items():
@@ -351,11 +351,14 @@ _PIECE = re.compile(r"[^._:/]*[._:/]?|.+")
 """A part of a name, with what ends it."""
 
 
-def nearest(expected: Iterable[str], unexpected: Iterable[str]) -> dict[str, tuple[str, str]]:
+def nearest(
+    expected: Iterable[str], unexpected: Iterable[str], words: Collection[str] = ()
+) -> dict[str, tuple[str, str]]:
     """expected name -> (the unexpected one that is probably meant, in which way); each is used once.
 
     A name with something before it is told from a misspelt one; misspellings are looked for among names that have most
-    of their parts in common.
+    of their parts in common. A number, or one of the layout's own `words`, is no misspelling of another: `to_v` is not
+    meant where `proj_out` is missing.
     """
     out: dict[str, tuple[str, str]] = {}
     left = dict.fromkeys(unexpected)
@@ -372,11 +375,16 @@ def nearest(expected: Iterable[str], unexpected: Iterable[str]) -> dict[str, tup
     parts = {key: _parts(key) for key in left}
     for name in sorted(set(expected) - set(out)):
         own = _parts(name)
-        similar = [key for key in left if len(parts[key] ^ own) <= 2]
+        similar = [key for key in left if len(parts[key] ^ own) <= 2 and not _other(parts[key] - own, words)]
         for key in get_close_matches(name, similar, n=1, cutoff=0.8):
             out[name] = key, "a misspelling?"
             del left[key]
     return out
+
+
+def _other(parts: Iterable[tuple[int, str]], words: Collection[str]) -> bool:
+    """Whether what a name differs by says something else, and is not misspelt."""
+    return any(word in words or word.isdecimal() for _, word in parts)
 
 
 def _tail(name: str) -> str:

@@ -14,10 +14,11 @@ from nativesd.weights.audit import grouped
 from nativesd.weights.files.folder import read_json
 from nativesd.weights.files.locate import TAESD, Located, locate_taesd
 from nativesd.weights.files.source import Member, open_source
-from nativesd.weights.maps.describe import OWN_FORM, prediction, unet_family
+from nativesd.weights.maps.describe import OWN_FORM, unet_family
 from nativesd.weights.maps.identify import Component, Identity, identify_all
 from nativesd.weights.maps.keymap import KeyMap
 from nativesd.weights.maps.published import picture_size, scheduler_json
+from nativesd.weights.maps.stated import prediction
 
 Part = tuple[Member, Component]
 """A component, and the checkpoint that it is in."""

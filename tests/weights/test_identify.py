@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import nativesd
 from nativesd.checkpoints.convert import convert
-from nativesd.config import CLIP_L, OPENCLIP_H, SDXL_BIGG, SDXL_CLIP_L, TextEncoderConfig
+from nativesd.config import CLIP_L, OPENCLIP_H, PLAYGROUND_VAE, SDXL_BIGG, SDXL_CLIP_L, TextEncoderConfig
 from nativesd.weights.maps.identify import Identity, identify
 from nativesd.weights.maps.keymap import Shape, load_tables
+from nativesd.weights.maps.stated import FewSteps, few_steps
 from oracles import published_manifests
 
 MANIFESTS = published_manifests()
@@ -126,3 +127,45 @@ def test_the_image_tower_is_no_text_encoder() -> None:
     [component] = identity_of(whole).components
     assert (component.config, set(component.found.keys)) == (CLIP_L, set(whole))
     assert not identity_of(vision_tower(24, 1024)).components
+
+
+@pytest.mark.parametrize(
+    ("stem", "expected"),
+    [
+        ("HyperRealism", None), ("hyper_realism_v2", None), ("realCMix_v3", None), ("turbine", None), ("sd15", None),
+        ("sd_xl_turbo_1.0_fp16", ("turbo", 4)), ("dreamshaperXL_v21TurboDPMSDE", ("turbo", 4)),
+        ("sdxl_lightning_8step", ("lightning", 8)), ("realvisxlV50_v50LightningBakedvae", ("lightning", 4)),
+        ("Hyper-SDXL-1step", ("hyper", 1)), ("HyperSD15", ("hyper", 8)), ("hyper_model_12steps", ("hyper", 12)),
+        ("LCM_Dreamshaper_v7", ("lcm", 4)), ("dreamshaper-lcm", ("lcm", 4)), ("8stepsToHeaven", None),
+    ],
+)  # fmt: skip
+def test_few_steps_by_whole_words(stem: str, expected: tuple[str, int] | None) -> None:
+    found = few_steps(stem)
+    assert (None if found is None else (found.word, found.steps)) == expected
+
+
+def test_few_steps_by_the_metadatas_title() -> None:
+    found = few_steps("model", {"modelspec.title": "Some XL Lightning, 8-step"})
+    assert found is not None
+    assert (found.word, found.steps, found.why) == ("lightning", 8, "the file's title says lightning")
+    assert few_steps("model", {"modelspec.title": "HyperRealism XL"}) is None
+    assert few_steps("sdxl_lightning_1step_x0") == FewSteps("lightning", 1, "the file's name says lightning", True)
+
+
+def test_markers_and_metadata_say_what_is_predicted() -> None:
+    sd21 = MANIFESTS["sd21.checkpoint.ldm"].shapes
+    for keys, metadata, expected, determined in (
+        (SDXL | {"v_pred": (0,)}, {}, "v", True),
+        (SDXL | {"edm_vpred.sigma_max": (), "edm_vpred.sigma_min": ()}, {}, "v", True),
+        (SDXL | {"edm_mean": (4,), "edm_std": (4,)}, {"modelspec.predict_key": "v"}, "epsilon", True),
+        (sd21, {"modelspec.predict_key": "epsilon"}, "epsilon", True),
+        (SDXL, {"modelspec.prediction_type": "v"}, "v", True),
+        (SD15, {"ss_v_parameterization": "True"}, "v", True),
+        (sd21, {"modelspec.predict_key": "nonsense"}, "v", False),
+        (SDXL, {}, "epsilon", False),
+    ):
+        found = identify(keys, load_tables(), metadata=metadata)
+        guess = next(e for e in found.components[0].evidence if e.what == "prediction")
+        assert (found.prediction, guess.determined) == (expected, determined)
+    vae = next(c for c in identity_of(SDXL | {"edm_mean": (4,), "edm_std": (4,)}).components if c.name == "vae")
+    assert vae.config == PLAYGROUND_VAE

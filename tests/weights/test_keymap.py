@@ -453,7 +453,7 @@ def test_transpose_and_conv1x1() -> None:
     [
         ("text_projection", (7, 3), "text_projection.weight"),  # already transposed
         ("text_projection", (7,), "text_projection.weight"),
-        ("proj_out.weight", (4, 5), "proj.weight"),
+        ("proj_out.weight", (5, 4), "proj.weight"),
         ("proj_out.weight", (4, 5, 3, 3), "proj.weight"),
         ("proj_out.weight", (5, 4, 1, 1), "proj.weight"),
     ],

@@ -43,7 +43,7 @@ from nativesd.config import (
 )
 from nativesd.errors import NativesdError
 from nativesd.models.build import expected
-from nativesd.weights.audit import AuditReport, report_components
+from nativesd.weights.audit import AuditReport, nearest, report_components
 from nativesd.weights.checkpoint import apply
 from nativesd.weights.files.header import TensorInfo
 from nativesd.weights.maps.identify import Identity, identify
@@ -441,3 +441,90 @@ def test_a_whole_unet_is_a_table_of_under_100_lines() -> None:
     for path in TABLES.glob("*.*.toml"):
         lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
         assert len(lines) < 100, path.name
+
+
+VAE_LDM, VAE_DIFFUSERS = MANIFESTS["sd.vae.ldm"].shapes, MANIFESTS["sd15.vae.diffusers"].shapes
+
+
+def test_an_ldm_autoencoder_with_diffusers_attention() -> None:
+    """Merging tools leave to_q and its kin in ldm files, and the weights of linear layers, under either name."""
+    spellings = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}
+    renamed = {
+        re.sub(r"attn_1\.(\w+)\.", lambda m: f"attn_1.{spellings[m[1]]}.", key): shape for key, shape in VAE_LDM.items()
+    }
+    for names in (VAE_LDM, renamed):
+        for flat in (False, True):
+            shapes = {key: shape[:2] if flat and "attn_1" in key else shape for key, shape in names.items()}
+            _, report = run(shapes)
+            assert report.ok
+            assert report.components[0].expected == len(report.components[0].mapped) == 248
+
+
+def test_a_hint_names_no_other_part_of_the_layout() -> None:
+    shapes = {key.replace("mid.attn_1.proj_out", "mid.attn_1.v2"): shape for key, shape in VAE_LDM.items()}
+    _, report = run(shapes | {"decoder.mid.attn_1.norm1.weight": (512, 512, 1, 1)})
+    hints = {m.found: m.hint for m in report.components[0].missing if m.found}
+    assert "decoder.mid.attn_1.norm1.weight" not in hints
+    assert nearest({"a.proj_out.weight"}, {"a.to_v.weight"}, {"to_v", "proj_out"}) == {}
+    assert nearest({"a.long_name.weight"}, {"a.lon_name.weight"}, {"to_v"}) != {}
+    assert nearest({"a.3.weight"}, {"a.4.weight"}) == {}
+
+
+FORGE = {
+    "text_encoder": ("sd15.text_encoder.transformers", "", "text_encoders.clip_l.transformer."),
+    "unet": ("sd15.checkpoint.ldm", "model.diffusion_model.", "unet."),
+    "vae": ("sd.vae.ldm", "", "vae."),
+}
+
+
+def test_forges_prefixes() -> None:
+    shapes: dict[str, Shape] = {}
+    for stem, old, new in FORGE.values():
+        part = {key: shape for key, shape in MANIFESTS[stem].shapes.items() if key.startswith(old)}
+        shapes |= {new + key.removeprefix(old): shape for key, shape in part.items()}
+    identity, report = run(shapes)
+    assert report.ok
+    assert {c.name: c.config for c in identity.components} == {"unet": SD15_UNET, "text_encoder": CLIP_L, "vae": SD_VAE}
+    bigg = MANIFESTS["sdxl.text_encoder_2.transformers"].shapes
+    identity, report = run({f"text_encoders.clip_g.transformer.{key}": shape for key, shape in bigg.items()})
+    assert report.ok
+    assert [(c.name, c.config) for c in identity.components] == [("text_encoder_2", SDXL_BIGG)]
+
+
+def test_diffusers_names() -> None:
+    """What diffuseR's traced modules hold: an encoder under enc., under text_encoder., and a decoder under dec."""
+    bigg = MANIFESTS["sdxl.text_encoder_2.transformers"].shapes
+    for prefix in ("enc.", "text_encoder."):
+        identity, report = run({prefix + key: shape for key, shape in bigg.items()})
+        assert report.ok
+        assert [c.config for c in identity.components] == [SDXL_BIGG]
+    decoder = {
+        "dec." + key.removeprefix("decoder."): shape
+        for key, shape in VAE_DIFFUSERS.items()
+        if key.startswith(("decoder.", "post_quant_conv."))
+    }
+    identity, report = run(decoder)
+    assert report.ok
+    assert [c.config for c in identity.components] == [replace(SD_VAE, half="decoder")]
+    identity, report = run({key: shape for key, shape in decoder.items() if "quant" not in key})
+    assert [m.parameter for m in report.components[0].missing] == ["post_quant_conv.weight", "post_quant_conv.bias"]
+
+
+@pytest.mark.parametrize("names", [VAE_LDM, VAE_DIFFUSERS], ids=["ldm", "diffusers"])
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_a_half_of_an_autoencoder(names: Mapping[str, Shape], half: str) -> None:
+    own = ("decoder.", "post_quant_conv.") if half == "decoder" else ("encoder.", "quant_conv.")
+    identity, report = run({key: shape for key, shape in names.items() if key.startswith(own)})
+    assert report.ok
+    assert [c.config for c in identity.components] == [replace(SD_VAE, half=half)]  # type: ignore[arg-type]
+
+
+def test_both_halves_of_taesd_in_one_file() -> None:
+    shapes = {
+        f"taesd_{half}.{key}": shape
+        for half in ("encoder", "decoder")
+        for key, shape in MANIFESTS[f"taesd_{half}.original"].shapes.items()
+    }
+    identity, report = run(shapes)
+    assert report.ok
+    assert [c.config for c in identity.components] == [TAESD]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from nativesd.config import (
+    PLAYGROUND_VAE,
     SD15_ADAPTER,
     SD15_LIGHT_ADAPTER,
     SD15_UNET,
@@ -24,7 +25,6 @@ from nativesd.config import (
     ControlNetConfig,
     Depth,
     Level,
-    Prediction,
     T2IAdapterConfig,
     TextEncoderConfig,
     TextTime,
@@ -215,16 +215,22 @@ DISTILLED = {
 }  # fmt: skip
 
 
-def vae_config(parameters: Parameters, family: str) -> tuple[VAEConfig, list[Evidence]]:
-    """An autoencoder's configuration; its scaling factor is the family's."""
+def vae_config(parameters: Parameters, family: str, *, playground: bool = False) -> tuple[VAEConfig, list[Evidence]]:
+    """An autoencoder's configuration; its scaling factor is the family's, or Playground 2.5's."""
     blocks = _present(parameters, r"encoder\.down\.(\d+)\.resnets\.(\d+)\.", 4)
     mirrored = not blocks
+    half: Literal["encoder", "decoder"] | None = None
     if mirrored:  # a file with the decoder alone
+        half = "decoder"
         blocks = _present(parameters, r"decoder\.up\.(\d+)\.resnets\.(\d+)\.", 4)
+    elif not _present(parameters, r"decoder\.(?:up\.(\d+)|mid)\.resnets\.(\d+)\.", 4):
+        half = "encoder"
+    if not blocks:  # neither: too little is there to tell
+        half = None
     levels = _count(i for i, _ in blocks)
     widths = [_width(parameters, f"{'decoder.up' if mirrored else 'encoder.down'}.{i}") for i in range(levels)]
     layers = _most((_count(j for i, j in blocks if i == level) for level in range(levels)), 2) - mirrored
-    base = SDXL_VAE if family in ("sdxl", "refiner") else SD_VAE
+    base = PLAYGROUND_VAE if playground else SDXL_VAE if family in ("sdxl", "refiner") else SD_VAE
     config = replace(
         base,
         widths=tuple(widths[::-1] if mirrored else widths) or base.widths,
@@ -239,12 +245,16 @@ def vae_config(parameters: Parameters, family: str) -> tuple[VAEConfig, list[Evi
             4,
         ),
         groups=_groups(widths or base.widths),
+        half=half,
     )
     why = f"the {FAMILIES[family]} UNet in the same source" if family else "SD1.x's and SD2.x's"
+    if playground:
+        why = "as published for Playground 2.5, with its latents' mean and deviation: edm_mean is there"
     return config, [
         Evidence("levels", f"{levels}, {'/'.join(map(str, config.widths))} wide", "output channels of residual blocks"),
         Evidence("latent channels", str(config.latent_channels), "shape of the decoder's conv_in"),
         Evidence("scaling factor", str(config.scaling), why, bool(family), "" if family else "0.13025 for an SDXL VAE"),
+        *([Evidence("half", f"the {half} alone", "which names there are")] if half is not None else ()),
     ]
 
 
@@ -287,19 +297,6 @@ def text_config(parameters: Parameters, family: str, *, fused: bool) -> tuple[Te
         Evidence("hidden state", which, FAMILIES.get(family, "as published for this width"), determined=bool(family)),
     ]
     return config, evidence
-
-
-def prediction(keys: Iterable[str], family: str, variant: str) -> tuple[Prediction, Evidence]:
-    """What the UNet predicts: marker tensors decide where there are some, else it is the family's usual."""
-    names = set(keys)
-    markers = [name for name in ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min") if name in names]
-    if "v_pred" in markers or any(marker.startswith("edm_vpred") for marker in markers):
-        return "v", Evidence("prediction", "v", f"the marker {markers[0]}")
-    override = 'prediction="epsilon" or "v" (--prediction)'
-    if family == "sd2" and not variant and "denoiser.sigmas" not in names:
-        why = "SD2.1-768 and SD2.1-base have the same names and shapes; this is the former's"
-        return "v", Evidence("prediction", "v", why, False, override)
-    return "epsilon", Evidence("prediction", "epsilon", "no marker tensor says otherwise", False, override)
 
 
 def controlnet_config(parameters: Parameters, pooled: int = 1280) -> tuple[ControlNetConfig, list[Evidence]]:

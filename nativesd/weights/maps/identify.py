@@ -29,7 +29,6 @@ from nativesd.weights.maps.describe import (
     TEXT_ENCODERS,
     Evidence,
     controlnet_config,
-    prediction,
     t2i_adapter_config,
     text_config,
     tiny_vae_config,
@@ -40,6 +39,7 @@ from nativesd.weights.maps.describe import (
 from nativesd.weights.maps.detect import Detection, Found, detect
 from nativesd.weights.maps.keymap import BoundMap, KeyMap, Shape
 from nativesd.weights.maps.signatures import Signature, recognise
+from nativesd.weights.maps.stated import EDM_LATENTS, prediction
 
 STATED = Evidence("configuration", "config.json", "stated beside the weights")
 
@@ -89,6 +89,7 @@ def identify(
     name: str | None = None,
     family: str = "",
     believed: tuple[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Identity:
     """Identify a checkpoint from its names and shapes.
 
@@ -96,6 +97,7 @@ def identify(
     name      the component's name, where a folder gives it
     family    known from elsewhere (the UNet of the same folder)
     believed  (preset, layout) that the user takes it for: what it is compared with, whatever it is
+    metadata  what the file says of itself
 
     Raises UsageError for a preset or layout that does not exist, TableError for a faulty table.
     """
@@ -111,7 +113,7 @@ def identify(
     unet = None
     if unets:
         own = min(unets, key=lambda found: _place(found, sgm=False))
-        unet = _unet(own, shapes, identity, config, believed, detection)
+        unet = _unet(own, shapes, identity, config, believed, detection, metadata)
     sgm = identity.family in ("sdxl", "refiner") or (
         _any(shapes, "conditioner.") and not _any(shapes, "cond_stage_model.")
     )
@@ -160,6 +162,7 @@ def _unet(
     config: Config | None,
     believed: tuple[str, str] | None,
     detection: Detection,
+    metadata: Mapping[str, str] | None,
 ) -> Component:
     """The UNet, which decides the family."""
     unet = config if isinstance(config, UNetConfig) else None
@@ -169,7 +172,7 @@ def _unet(
     if unet is None:
         unet, evidence = unet_config(found.parameters(shapes), _pooled(detection, shapes))
     identity.family, identity.variant = unet_family(unet)
-    identity.prediction, guess = prediction(shapes, identity.family, identity.variant)
+    identity.prediction, guess = prediction(shapes, identity.family, identity.variant, metadata)
     if config is None:  # beside a config.json there is a scheduler_config.json, which says it
         evidence.append(guess)
     return Component("unet", identity.label(), "", found, unet, tuple(evidence))
@@ -192,8 +195,9 @@ def identify_all(
             out.append((member, Identity(ignored=dict.fromkeys(member.tensors, UNUSED[member.name]))))
             continue
         identity = identify(
-            member.shapes, tables, config=member.config, name=member.name or None, family=family, believed=believed
-        )
+            member.shapes, tables, config=member.config, name=member.name or None, family=family, believed=believed,
+            metadata=member.metadata,
+        )  # fmt: skip
         identity.ignored |= member.left_out
         family = family or identity.family
         out.append((member, identity))
@@ -224,7 +228,7 @@ def _component(
     evidence: list[Evidence] = []
     name = kind
     if kind == "vae":
-        config, evidence = vae_config(parameters, family)
+        config, evidence = vae_config(parameters, family, playground=EDM_LATENTS[0] in shapes)
         if believed is not None:
             config = SDXL_VAE if family in ("sdxl", "refiner") else SD_VAE
         if isinstance(given, VAEConfig):

@@ -8,7 +8,8 @@ A table (weightmaps/*.toml) pairs a published name (`theirs`) with ours. Both si
 
 Because both sides are templates, either can be compiled to a pattern, and swapping them inverts the table. A list on
 one side is a split or a concatenation along the first axis. `op` is "transpose" or "conv1x1" (theirs is [O, I, 1, 1],
-ours [O, I]; a bias passes as it is). `also` spellings, and rules with `write = false`, are read and never written.
+ours [O, I]; what has that shape already, and a bias, pass as they are). `also` spellings, and rules with
+`write = false`, are read and never written.
 
 Layouts whose names count through all levels need to know how many there are: [dims] says how to read that off the
 names, and a model's config says it for writing. Nothing here knows about tensors: shapes are tuples.
@@ -80,8 +81,8 @@ class Source:
             case "transpose":
                 return first[::-1] if len(first) == 2 else None
             case "conv1x1":
-                vector = first if len(first) == 1 else None
-                return first[:2] if len(first) == 4 and first[2:] == (1, 1) else vector
+                plain = first if len(first) in (1, 2) else None
+                return first[:2] if len(first) == 4 and first[2:] == (1, 1) else plain
             case "split":
                 return (first[0] // self.parts, *first[1:]) if first and first[0] % self.parts == 0 else None
             case "concat":
@@ -399,6 +400,12 @@ class BoundMap:
         for (rule, part, theirs), captures in self._read_only.find(name):
             return Source(tuple(_substitute(t, captures) for t in theirs), rule, part, len(rule.ours))
         return None
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """The parts of its names that stand in the rules as they are."""
+        names = (name for rule, _ in self.keymap.rules for name in rule.theirs)
+        return frozenset(part for name in names for part in name.split(".") if "{" not in part) | {"weight", "bias"}
 
     def reason_to_ignore(self, key: str) -> str | None:
         """See `KeyMap.reason_to_ignore`."""

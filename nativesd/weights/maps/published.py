@@ -205,6 +205,26 @@ SCHEDULERS = {"sd1": "PNDMScheduler", "sd2": "DDIMScheduler", "sdxl": "EulerDisc
 """What the families were published with; the refiner as SDXL."""
 
 
+def edm_json(prediction: Prediction, smallest: float, largest: float) -> dict[str, Any]:
+    """scheduler_config.json of a model of continuous sigmas: CosXL's where it predicts v, else Playground 2.5's.
+
+    CosXL has data of deviation 1 (EDMEulerScheduler in diffusers' documentation of CosXL), Playground 0.5
+    (playgroundai/playground-v2.5-1024px-aesthetic scheduler/scheduler_config.json).
+    """
+    v = prediction == "v"
+    return {
+        "_class_name": "EDMEulerScheduler" if v else "EDMDPMSolverMultistepScheduler",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "num_train_timesteps": 1000,
+        "prediction_type": "v_prediction" if v else "epsilon",
+        "rho": 7.0,
+        "sigma_data": 1.0 if v else 0.5,
+        "sigma_max": largest,
+        "sigma_min": smallest,
+        "sigma_schedule": "exponential" if v else "karras",
+    }
+
+
 def scheduler_json(
     family: str, prediction: Prediction, *, turbo: bool = False, zero_snr: bool = False
 ) -> dict[str, Any]:
