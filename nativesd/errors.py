@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 
@@ -51,3 +52,11 @@ class NetworkError(NativesdError):
     """The hub could not be reached, or does not have what was asked for."""
 
     exit_code = 4
+
+
+def quote(value: object) -> str:
+    """A value for a message: one line, printable, and no longer than 100 characters."""
+    if not isinstance(value, str):
+        return reprlib.repr(value)
+    text = f"'{value}'" if value.isprintable() else ascii(value)
+    return text if len(text) <= 100 else f"{text[:96]}...'"

@@ -1,13 +1,21 @@
-"""Files that others made, opened so that nothing hangs: regular files only, whatever the name leads to."""
+"""Files that others made, read so that nothing hangs or grows: regular files, of a bounded size, and strict JSON."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import stat
+from collections import Counter
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
-from nativesd.errors import SourceError
+from nativesd.errors import SourceError, quote
+
+MAX_JSON = 32_000_000
+"""Bytes; a hundred times the largest index of shards, ten times the largest tokenizer."""
+MAX_DEPTH = 64
+"""Of lists and objects in each other; published files have less than 10."""
 
 
 def open_regular(path: Path, what: str = "file") -> BinaryIO:
@@ -26,13 +34,93 @@ def open_regular(path: Path, what: str = "file") -> BinaryIO:
             os.close(descriptor)
             raise
     except FileNotFoundError as error:
-        hint = "it is a link to nothing; download it again" if path.is_symlink() else "check the name and the folder"
+        hint = "it is a link to nothing; download it again" if os.path.islink(path) else "check the name and the folder"
         raise SourceError(f"{path} is missing: {hint}") from error
     except (OSError, ValueError) as error:  # ValueError: no name that a file can have
         raise SourceError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_bounded(path: Path, limit: int, what: str = "file") -> bytes:
+    """All of a regular file of at most `limit` bytes. Raises SourceError."""
+    with open_regular(path, what) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise SourceError(f"{path} has {size} bytes, more than the {limit} of any {what}: check the name")
+            raw = bytearray()
+            while piece := file.read(limit + 1 - len(raw)):
+                raw += piece
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(raw) > limit:
+        raise SourceError(f"{path} grew while it was read, beyond the {limit} bytes that a {what} can have")
+    return bytes(raw)
+
+
+def read_json(path: Path, *, limit: int = MAX_JSON) -> dict[str, Any]:
+    """The JSON object in a file, by the rules of `parse_json`. Raises SourceError."""
+    return parse_json(read_bounded(path, limit, "JSON file"), str(path))
+
+
+def parse_json(raw: bytes, name: str) -> dict[str, Any]:
+    """A JSON object that names nothing twice, with finite numbers, not nested deeper than MAX_DEPTH.
+
+    `name` is what messages call it. Raises SourceError.
+    """
+    try:
+        data = json.loads(
+            raw.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite
+        )
+    except RecursionError:
+        raise SourceError(f"{name} cannot be read as JSON: it is nested deeper than {MAX_DEPTH}") from None
+    except ValueError as error:
+        raise SourceError(f"{name} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise SourceError(f"{name} holds {type(data).__name__}, not a JSON object: get it from its original source")
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, dict | list)
+        ]
+    if level:
+        raise SourceError(f"{name} cannot be read as JSON: it is nested deeper than {MAX_DEPTH}")
+    return data
+
+
+def is_name(text: str) -> bool:
+    """Whether a text that a file states can be the name of something in its folder, and of nothing elsewhere."""
+    try:
+        length = len(text.encode())
+    except UnicodeEncodeError:
+        return False
+    return text not in ("", ".", "..") and not set(text) & set("/\\:") and text.isprintable() and length <= 255
 
 
 def _require_regular(mode: int, path: Path, what: str) -> None:
     if not stat.S_ISREG(mode):
         found = "a folder" if stat.S_ISDIR(mode) else "a device or pipe"
         raise SourceError(f"{path} is {found}, not a {what}: name the file itself")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it names {quote(name)} twice")
+    for name in out:
+        name.encode()  # half of a surrogate pair passes json
+    return out
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{quote(text)} is more than a number can hold")
+    return number

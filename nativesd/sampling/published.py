@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from nativesd.config import Prediction
-from nativesd.errors import NativesdWarning, SourceError
+from nativesd.errors import NativesdWarning, SourceError, quote
+from nativesd.schema import Field, many, number, one_of, read_fields, text, truth, whole
 
 Spacing = Literal["leading", "trailing", "linspace", "skipping"]
 """The spacings of Lin et al. 2023, table 2, and LCM's, which skips through the distilled model's own steps."""
@@ -75,59 +76,56 @@ class SchedulerConfig:
         Raises SourceError for what the model's own noise cannot be here; what concerns the published sampler alone is
         left in `unsupported`, as another sampler may be asked for. Warns of a field that is not understood.
         """
-        name = data.get("_class_name", "DDIMScheduler")
+        said = read_fields(data, FIELDS, FILE)
+        name = said["_class_name"]
         edm = _edm(name, data)
         if edm is not None:
             name = _EDM[name]
             data = {field: value for field, value in data.items() if field not in _EDM_READ}
         for field, allowed in _NOISE.items():
             if data.get(field, allowed[0]) not in allowed:
-                raise SourceError(f"scheduler_config.json: {field} = {data[field]!r} is not supported")
+                raise SourceError(f"{FILE}: {field} = {quote(data[field])} is not supported")
         unsupported = [
-            f"{field} = {data[field]!r}"
+            f"{field} = {quote(data[field])}"
             for field, allowed in _SAMPLER.items()
             if data.get(field, allowed[0]) not in allowed
         ]
-        if unknown := sorted(data.keys() - _READ - _NOISE.keys() - _SAMPLER.keys() - _HARMLESS):
-            warnings.warn(
-                f"scheduler_config.json: not understood and not used: {', '.join(unknown)}",
-                NativesdWarning,
-                stacklevel=2,
-            )
-        prediction = data.get("prediction_type", "epsilon")
-        if prediction not in PREDICTIONS:
-            raise SourceError(
-                f"scheduler_config.json: prediction_type = {prediction!r} is not one of {', '.join(PREDICTIONS)}"
-            )
+        named = {field.name for field in FIELDS}
+        if unknown := sorted(data.keys() - named - _NOISE.keys() - _SAMPLER.keys() - _HARMLESS):
+            listed = quote(", ".join(unknown))[1:-1]
+            warnings.warn(f"{FILE}: not understood and not used: {listed}", NativesdWarning, stacklevel=2)
         spacing = data.get("timestep_spacing")
-        if name == "PNDMScheduler" and not data.get("skip_prk_steps", False):
+        if name == "PNDMScheduler" and not said["skip_prk_steps"]:
             unsupported.append("skip_prk_steps = False")
-        betas = data.get("trained_betas")
-        defaults = _DEFAULTS.get(name, {})
-        kinds = [kind for kind, field in _KINDS.items() if data.get(field)]
+        kinds = [kind for kind, field in _KINDS.items() if said[field]]
         if len(kinds) > 1:
             unsupported.append(f"{' and '.join(kinds)} sigmas at once")
-        order = data.get("solver_order", defaults.get("solver_order", 2))
+        betas = said["trained_betas"]
+        steps = said["num_train_timesteps"] or (1000 if betas is None else len(betas))
+        if betas is not None and len(betas) != steps:
+            raise SourceError(f"{FILE}: trained_betas has {len(betas)} numbers for num_train_timesteps = {steps}")
+        usual = _USUAL | _DEFAULTS.get(name, {})
+        own = {field: usual[field] if said[field] is None else said[field] for field in usual}
         return cls(
-            class_name=name + _form(name, data.get("algorithm_type"), order),
-            train_steps=data.get("num_train_timesteps", 1000),
-            beta_start=data.get("beta_start", defaults.get("beta_start", 0.0001)),
-            beta_end=data.get("beta_end", defaults.get("beta_end", 0.02)),
-            beta_schedule=data.get("beta_schedule", defaults.get("beta_schedule", "linear")),
-            trained_betas=None if betas is None else tuple(betas),
-            prediction=PREDICTIONS[prediction],
+            class_name=name + _form(name, said["algorithm_type"], own["solver_order"]),
+            train_steps=steps,
+            beta_start=own["beta_start"],
+            beta_end=own["beta_end"],
+            beta_schedule=data.get("beta_schedule", own["beta_schedule"]),
+            trained_betas=betas,
+            prediction=PREDICTIONS[said["prediction_type"]],
             spacing=cast("Spacing", spacing) if spacing in _SAMPLER["timestep_spacing"] else None,
-            steps_offset=data.get("steps_offset", 0),
-            set_alpha_to_one=data.get("set_alpha_to_one", name != "PNDMScheduler"),
+            steps_offset=said["steps_offset"],
+            set_alpha_to_one=name != "PNDMScheduler" if said["set_alpha_to_one"] is None else said["set_alpha_to_one"],
             final_sigma_zero=data.get("final_sigmas_type", "zero") == "zero",
             kind=cast("Kind", kinds[0]) if kinds else "automatic",
-            zero_snr=bool(data.get("rescale_betas_zero_snr", False)),
-            order=order,
-            solver=data.get("solver_type"),
-            lower_order_final=data.get("lower_order_final", defaults.get("lower_order_final", True)),
-            euler_at_final=data.get("euler_at_final", False),
-            original_steps=data.get("original_inference_steps", 50),
-            timestep_scaling=data.get("timestep_scaling", 10.0),
+            zero_snr=said["rescale_betas_zero_snr"],
+            order=own["solver_order"],
+            solver=said["solver_type"],
+            lower_order_final=own["lower_order_final"],
+            euler_at_final=said["euler_at_final"],
+            original_steps=said["original_inference_steps"],
+            timestep_scaling=said["timestep_scaling"],
             edm=edm,
             unsupported=tuple(unsupported),
         )
@@ -137,22 +135,23 @@ _EDM = {
     "EDMEulerScheduler": "EulerDiscreteScheduler", "EDMDPMSolverMultistepScheduler": "DPMSolverMultistepScheduler",
 }  # fmt: skip
 """The published classes of continuous sigmas, and those of the same samplers over trained timesteps"""
-_EDM_READ = {"sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho"}
+_EDM_FIELDS = (
+    Field("sigma_min", number(1e-6, 1e6), EDM.smallest),
+    Field("sigma_max", number(1e-6, 1e6), EDM.largest),
+    Field("sigma_data", number(1e-6, 1e6), EDM.data),
+    Field("sigma_schedule", one_of("karras", "exponential"), EDM.kind),
+    Field("rho", number(0.01, 1000), EDM.rho),
+)
+_EDM_READ = {field.name for field in _EDM_FIELDS}
 
 
 def _edm(name: str, data: Mapping[str, Any]) -> EDM | None:
     """The continuous sigmas of an EDM scheduler. Raises SourceError."""
     if name not in _EDM:
         return None
-    kind = data.get("sigma_schedule", "karras")
-    if kind not in ("karras", "exponential"):
-        raise SourceError(f"scheduler_config.json: sigma_schedule = {kind!r} is not karras or exponential")
-    edm = EDM(
-        smallest=data.get("sigma_min", EDM.smallest), largest=data.get("sigma_max", EDM.largest),
-        data=data.get("sigma_data", EDM.data), kind=kind, rho=data.get("rho", EDM.rho),
-    )  # fmt: skip
-    if not 0 < edm.smallest < edm.largest or edm.data <= 0:
-        raise SourceError(f"scheduler_config.json: no sigmas from {edm.largest} to {edm.smallest} for data {edm.data}")
+    edm = EDM(*read_fields(data, _EDM_FIELDS, FILE).values())
+    if edm.smallest >= edm.largest:
+        raise SourceError(f"{FILE}: no sigmas from {edm.largest} to {edm.smallest}")
     return edm
 
 
@@ -179,11 +178,34 @@ _KINDS = {
     "lu": "use_lu_lambdas",
 }  # fmt: skip
 """Schedules, and the fields that ask for them."""
-_READ = {
-    "_class_name", "num_train_timesteps", "beta_start", "beta_end", "trained_betas", "prediction_type",
-    "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr", "lower_order_final", "euler_at_final",
-    "original_inference_steps", "timestep_scaling", "algorithm_type", "skip_prk_steps", *_KINDS.values(),
+_USUAL: dict[str, Any] = {
+    "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "solver_order": 2, "lower_order_final": True,
 }  # fmt: skip
+"""DDPM's defaults of the fields that not all published classes have alike."""
+FILE = "scheduler_config.json"
+_BETA = number(1e-8, 0.9999)
+FIELDS = (
+    Field("_class_name", text(), "DDIMScheduler"),
+    Field("num_train_timesteps", whole(2, 100_000)),
+    Field("beta_start", _BETA),
+    Field("beta_end", _BETA),
+    Field("beta_schedule", text()),
+    Field("trained_betas", many(_BETA, 100_000)),
+    Field("prediction_type", one_of(*PREDICTIONS), "epsilon"),
+    Field("steps_offset", whole(0, 1000), 0),
+    Field("set_alpha_to_one", truth()),
+    Field("rescale_betas_zero_snr", truth(), False),
+    Field("solver_order", whole(1, 100)),
+    Field("solver_type", text()),
+    Field("algorithm_type", text()),
+    Field("lower_order_final", truth()),
+    Field("euler_at_final", truth(), False),
+    Field("original_inference_steps", whole(1, 1000), 50),
+    Field("timestep_scaling", number(0, 1e6), 10.0),
+    Field("skip_prk_steps", truth(), False),
+    *(Field(field, truth(), False) for field in _KINDS.values()),
+)
+"""The fields that are honoured; those below are only known, in their usual values."""
 _NOISE: dict[str, tuple[Any, ...]] = {
     "beta_schedule": ("scaled_linear", "linear"),
     "timestep_type": ("discrete",),

@@ -71,7 +71,13 @@ def encode_prompts(
     states = []
     for i, (encoder, tokenizer, layer) in enumerate(zip(encoders, tokenizers, layers, strict=True)):
         rows = [chunk for of_prompt in chunks[i] for chunk in of_prompt]
-        tokens = torch.tensor([tokenizer.row([token.id for token in chunk.tokens]) for chunk in rows], device=device)
+        ids = [tokenizer.row([token.id for token in chunk.tokens]) for chunk in rows]
+        if (highest := max(map(max, ids))) >= encoder.config.vocabulary or min(map(min, ids)) < 0:
+            raise SourceError(
+                f"the model's tokenizer gives the id {highest}, and its text encoder has {encoder.config.vocabulary} "
+                "words: they do not belong together"
+            )
+        tokens = torch.tensor(ids, device=device)
         output = encoder(tokens, embedded=_embedded(encoder, tokens, rows, widths, i), hidden=layer)
         states.append(_weigh(output.hidden, rows))
     hidden = torch.cat(states, dim=-1)  # (rows, T, C)

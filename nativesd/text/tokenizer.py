@@ -14,6 +14,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 
 from nativesd.config import TextEncoderConfig
 from nativesd.errors import SourceError
+from nativesd.reading import read_json
+from nativesd.schema import Field, read_fields, text
 from nativesd.shipped import TINY
 
 END_OF_TEXT = 49407
@@ -23,6 +25,9 @@ FILES = (
     "added_tokens.json",
 )  # fmt: skip
 """What a published tokenizer is made of; a folder has some of them."""
+MAX_FILE = 16_000_000
+"""Bytes of a tokenizer's file; CLIP's largest has 2 million."""
+PAD = (Field("pad_token", text(64)),)
 
 # openai/CLIP clip/simple_tokenizer.py; as published in tokenizer.json of openai/clip-vit-large-patch14
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -111,9 +116,10 @@ def pad_id(folder: Path, default: int) -> int:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
-        token = json.loads((folder / name).read_text(encoding="utf-8")).get("pad_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        number = _read(folder).token_to_id(text) if isinstance(text, str) else None
+        token = read_json(folder / name).get("pad_token")
+        stated = {"pad_token": token.get("content") if isinstance(token, dict) else token}
+        content = read_fields(stated, PAD, str(folder / name))["pad_token"]
+        number = _read(folder).token_to_id(content) if content is not None else None
         if number is not None:
             return int(number)
     return default
@@ -122,6 +128,9 @@ def pad_id(folder: Path, default: int) -> int:
 def _read(folder: Path) -> Tokenizer:
     """vocab.json + merges.txt, or tokenizer.json alone (as transformers 5 writes it)."""
     vocabulary, merges, single = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
+    for file in (vocabulary, merges, single):
+        if file.is_file() and file.stat().st_size > MAX_FILE:
+            raise SourceError(f"{file} has {file.stat().st_size} bytes, more than the {MAX_FILE} of any CLIP tokenizer")
     try:
         if vocabulary.is_file() and merges.is_file():
             model = models.BPE.from_file(
@@ -133,7 +142,9 @@ def _read(folder: Path) -> Tokenizer:
             raise SourceError(f"{folder} holds no tokenizer: expected vocab.json and merges.txt, or tokenizer.json")
     except SourceError:
         raise
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:  # the library raises bare Exception, and where it gives up a BaseException
+        if isinstance(error, KeyboardInterrupt | MemoryError):
+            raise
         raise SourceError(f"the tokenizer files in {folder} cannot be read: {error}") from error
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(

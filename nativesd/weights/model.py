@@ -10,8 +10,9 @@ from typing import Any
 
 from nativesd.config import Prediction, TextEncoderConfig, TinyVAEConfig, UNetConfig
 from nativesd.errors import NativesdWarning, SourceError, WeightsError
+from nativesd.reading import read_json
 from nativesd.weights.audit import grouped
-from nativesd.weights.files.folder import read_json
+from nativesd.weights.files.configs import sample_size
 from nativesd.weights.files.locate import TAESD, Located, locate_taesd
 from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.maps.describe import OWN_FORM, unet_family
@@ -165,7 +166,7 @@ def choose(identified: Identified) -> Model:
         raise SourceError(f"{path}: the UNet takes a context {config.context} wide, but {names} gives {context}")
     if (path / "model_index.json").is_file():
         index = read_json(path / "model_index.json")
-        size = read_json(path / "unet" / "config.json").get("sample_size")
+        size = sample_size(path / "unet" / "config.json")
         return Model(
             path=path,
             family=family,

@@ -19,7 +19,7 @@ from nativesd.sampling.names import find_sampler
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.sampling.schedule import make_schedule
 from nativesd.sampling.table import Call
-from nativesd.weights.files.folder import vae_config
+from nativesd.weights.files.configs import vae_config
 from nativesd.weights.maps.published import vae_json
 from oracles import difference, draw
 
@@ -104,7 +104,7 @@ def test_schedules_by_name() -> None:
 
 def test_playgrounds_latents_are_moved_and_stretched() -> None:
     """As StableDiffusionXLPipeline decodes where the VAE's config has latents_mean and latents_std."""
-    assert vae_config(vae_json(PLAYGROUND_VAE, 1024)) == PLAYGROUND_VAE
+    assert vae_config(vae_json(PLAYGROUND_VAE, 1024), "config.json") == PLAYGROUND_VAE
     small = {"widths": (32, 32), "layers": 1}
 
     plain, moved = (VAE(replace(config, **small)) for config in (SD_VAE, PLAYGROUND_VAE))

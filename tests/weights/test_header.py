@@ -483,13 +483,13 @@ def test_a_faulty_index_is_refused(weight_map: object, words: str, tmp_path: Pat
     ("text", "words"),
     [
         ("", "cannot be read as JSON"),
-        ("[]", "names no shards"),
+        ("[]", "not a JSON object"),
         ("{}", "names no shards"),
         ('{"weight_map":' * 100_000, "cannot be read as JSON"),
         ('{"weight_map":{"a":"1.safetensors","a":"2.safetensors"}}', "it names 'a' twice"),
         ('{"weight_map":{"a":"1.safetensors"},"weight_map":{}}', "it names 'weight_map' twice"),
         ("\xff", "cannot be read as JSON"),
-        (" " * 32_000_001, "over 32000000 bytes"),
+        (" " * 32_000_001, "more than the 32000000"),
     ],
 )
 def test_an_index_that_is_none_is_refused(text: str, words: str, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from io import BytesIO
 from typing import BinaryIO
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
-from nativesd.errors import SourceError
-from nativesd.weights.files.header import AGAIN, BITS, SOURCE, FormatError, Header, TensorInfo, quote
+from nativesd.errors import SourceError, quote
+from nativesd.weights.files.header import AGAIN, BITS, SOURCE, FormatError, Header, TensorInfo
 from nativesd.weights.files.pickles import MAX_BYTES, Pairs, Storage, Stored, Value, walk
 from nativesd.weights.files.state import State, state_of
 

@@ -16,16 +16,15 @@ import json
 import math
 import os
 import re
-import reprlib
 import stat
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from nativesd.errors import SourceError, WeightsError
+from nativesd.errors import SourceError, WeightsError, quote
+from nativesd.reading import is_name, read_json
 
 BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -38,8 +37,6 @@ BITS = {
 
 MAX_HEADER = 100_000_000
 """Bytes; the format's limit (safetensors, MAX_HEADER_SIZE)."""
-MAX_INDEX = 32_000_000
-"""Bytes of an index.json; a hundred times that of SDXL."""
 MAX_DIMENSIONS = 64
 MAX_COUNT = 2**63 - 1
 HEAD = 256
@@ -332,14 +329,6 @@ def _fault(raw: bytes, at: int) -> str:
     return f"{tensor} in a way of writing that the format does not have, at byte {8 + found.end()}"
 
 
-def quote(value: object) -> str:
-    """A value for a message: one line, printable, and no longer than 100 characters."""
-    if not isinstance(value, str):
-        return reprlib.repr(value)
-    text = f"'{value}'" if value.isprintable() else ascii(value)
-    return text if len(text) <= 100 else f"{text[:96]}...'"
-
-
 def merge_headers(headers: Mapping[Path, Header]) -> dict[str, tuple[Path, TensorInfo]]:
     """Every tensor of some files, with the file that holds it. Raises WeightsError where two hold the same name."""
     out: dict[str, tuple[Path, TensorInfo]] = {}
@@ -355,31 +344,12 @@ def merge_headers(headers: Mapping[Path, Header]) -> dict[str, tuple[Path, Tenso
 
 def read_index(path: Path) -> dict[str, str]:
     """The weight_map of a safetensors index: tensor -> the file beside the index that holds it. Raises SourceError."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_INDEX + 1)
-        data = json.loads(raw, object_pairs_hook=_unique) if len(raw) <= MAX_INDEX else None
-    except FileNotFoundError as error:
-        raise SourceError(f"{path} is missing: check the name and the folder") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path} cannot be read as JSON ({error}): get it again from its original source") from error
-    if len(raw) > MAX_INDEX:
-        raise SourceError(f"{path} is over {MAX_INDEX} bytes, which no index of shards is: name the index itself")
-    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{path} names no shards in its weight_map: it is no index of shards; name one, or a file")
     for key, name in weight_map.items():
         if not isinstance(name, str):
             raise SourceError(f"{path} places {quote(key)} in {quote(name)}, not a file's name: {SOURCE}")
-        if name in ("", ".", "..") or set(name) & set("/\\:") or not name.isprintable() or len(name.encode()) > 255:
+        if not is_name(name):
             raise SourceError(f"{path} names the shard {quote(name)}, no file's name or outside its folder: {SOURCE}")
     return weight_map
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object that names nothing twice. Raises ValueError."""
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"it names {quote(name)} twice")
-    return out

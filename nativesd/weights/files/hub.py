@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,9 @@ from huggingface_hub.errors import (
 )
 
 from nativesd.errors import NetworkError, SourceError
+from nativesd.reading import read_json
 from nativesd.weights.files.folder import weight_files
+from nativesd.weights.files.header import read_index
 from nativesd.weights.files.source import open_source
 
 # the client's transport error, of whichever HTTP library it stands on
@@ -45,10 +46,11 @@ def fetch(repo_id: str, *, half: bool) -> Path:
         names = HfApi().list_repo_files(repo_id)
         if "model_index.json" not in names:
             raise SourceError(f"{repo_id} has no model_index.json: it is not a model folder in the published layout")
-        index = json.loads(Path(hf_hub_download(repo_id, "model_index.json")).read_text(encoding="utf-8"))
+        index = read_json(Path(hf_hub_download(repo_id, "model_index.json")))
         patterns = list(CONFIGS)
         for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
-            if not isinstance(index.get(component), list) or index[component][1] is None:
+            entry = index.get(component)
+            if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
                 continue
             files = weight_files(names, component, half=half)
             if files is None:
@@ -57,8 +59,8 @@ def fetch(repo_id: str, *, half: bool) -> Path:
             for file in files:
                 patterns.append(file)
                 if file.endswith(".json"):
-                    shard_index = json.loads(Path(hf_hub_download(repo_id, file)).read_text(encoding="utf-8"))
-                    patterns += [f"{component}/{shard}" for shard in set(shard_index.get("weight_map", {}).values())]
+                    shards = set(read_index(Path(hf_hub_download(repo_id, file))).values())
+                    patterns += [f"{component}/{shard}" for shard in sorted(shards)]
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
 
 

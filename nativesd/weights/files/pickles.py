@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
-from nativesd.weights.files.header import MAX_COUNT, MAX_DIMENSIONS, FormatError, quote
+from nativesd.errors import quote
+from nativesd.weights.files.header import MAX_COUNT, MAX_DIMENSIONS, FormatError
 
 MAX_BYTES = 8_000_000
 MAX_OPCODES = 700_000

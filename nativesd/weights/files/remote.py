@@ -20,10 +20,11 @@ from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from nativesd.config import Config
-from nativesd.errors import NetworkError, SourceError, UsageError
+from nativesd.errors import NetworkError, SourceError, UsageError, quote
 from nativesd.version import __version__
-from nativesd.weights.files.folder import component_config, weight_files
-from nativesd.weights.files.header import HEAD, Header, header_length, parse_header, quote, read_header, read_index
+from nativesd.weights.files.configs import component_config
+from nativesd.weights.files.folder import weight_files
+from nativesd.weights.files.header import HEAD, Header, header_length, parse_header, read_header, read_index
 from nativesd.weights.files.hub import TRANSPORT_ERROR, fetch_configs
 from nativesd.weights.files.source import UNUSED, Member, components, from_headers
 

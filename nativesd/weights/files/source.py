@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nativesd.config import Config
-from nativesd.errors import SourceError
+from nativesd.errors import SourceError, quote
+from nativesd.reading import is_name, read_json
+from nativesd.weights.files.configs import component_config
 from nativesd.weights.files.container import read_file
-from nativesd.weights.files.folder import component_config, local_weights, read_json, shards
+from nativesd.weights.files.folder import local_weights, shards
 from nativesd.weights.files.header import Header, TensorInfo, merge_headers
 
 
@@ -92,13 +94,19 @@ def _folder(path: Path, *, half: bool) -> Iterator[Member]:
 
 
 def components(path: Path) -> list[str]:
-    """The components with weights that a folder's model_index.json lists. Raises SourceError."""
-    return [
+    """The components with weights that a folder's model_index.json lists. Raises SourceError.
+
+    A name that would lead out of the folder is refused.
+    """
+    index = path / "model_index.json"
+    listed = [
         name
-        for name, entry in read_json(path / "model_index.json").items()
+        for name, entry in read_json(index).items()
         if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
-        and (name in PARTS or (path / name / "config.json").is_file())
-    ]  # fmt: skip
+    ]
+    if wrong := [name for name in listed if not is_name(name)]:
+        raise SourceError(f"{index} lists the component {quote(wrong[0])}, no folder's name or outside of its folder")
+    return [name for name in listed if name in PARTS or (path / name / "config.json").is_file()]
 
 
 def _component_folder(path: Path) -> Member:

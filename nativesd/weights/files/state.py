@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from nativesd.weights.files.header import FormatError, quote
+from nativesd.errors import quote
+from nativesd.weights.files.header import FormatError
 from nativesd.weights.files.pickles import Inert, Pairs, Stored, Value
 
 MAX_DEPTH = 100

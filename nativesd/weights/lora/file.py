@@ -15,8 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from nativesd.config import Config, TextEncoderConfig, UNetConfig
-from nativesd.errors import UsageError, WeightsError
-from nativesd.weights.files.header import quote
+from nativesd.errors import UsageError, WeightsError, quote
 from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.lora.parts import BIAS, DORA, dora_axis, product
 from nativesd.weights.lora.settings import Stated, stated_by

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nativesd.errors import WeightsError
-from nativesd.weights.files.folder import read_json
+from nativesd.reading import parse_json, read_json
 
 METADATA = "lora_adapter_metadata"
 """Where diffusers writes peft's settings: `LORA_ADAPTER_METADATA_KEY` of its loaders/lora_base.py."""
@@ -45,14 +44,9 @@ def stated_by(metadata: Mapping[str, str], path: Path) -> dict[str, Stated]:
     """
     if METADATA in metadata:
         where = f"{path}, {METADATA}"
-        try:
-            data = json.loads(metadata[METADATA])
-        except (ValueError, RecursionError) as error:
-            raise WeightsError(f"{where}: {error}") from error
-        if not isinstance(data, dict):
-            raise WeightsError(f"{where} is no JSON object")
+        data = parse_json(metadata[METADATA].encode(), where)
     elif path.name in BESIDE and (path.parent / BESIDE[path.name]).is_file():
-        where, data = str(path.parent / BESIDE[path.name]), dict(read_json(path.parent / BESIDE[path.name]))
+        where, data = str(path.parent / BESIDE[path.name]), read_json(path.parent / BESIDE[path.name])
     else:
         return {}
     out = {}
