@@ -86,6 +86,18 @@ def links(page: Path) -> list[str]:
     return [str(target) for target in targets if target]
 
 
+def tables(page: Path) -> dict[str, list[list[str]]]:
+    """The rows of the page's tables, without their heads, by the heading that they stand under."""
+    out: dict[str, list[list[str]]] = {}
+    heading = ""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            heading = line.removeprefix("## ")
+        elif line.startswith("|"):
+            out.setdefault(heading, []).append([cell.strip() for cell in line.strip("|").split("|")])
+    return {heading: rows[2:] for heading, rows in out.items()}  # without the head and the rule below it
+
+
 def anchors(page: Path) -> set[str]:
     """The names by which GitHub links to the page's headings."""
     read = tokens(page)

@@ -9,10 +9,10 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import numpy as np
@@ -20,7 +20,8 @@ import pytest
 import torch
 from PIL import Image
 from reading import PAGES, REASONS, ROOT, RUN, SHOWN, anchors, blocks, commands_of, links, spans
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import nativesd
 from conftest import Done, Run
@@ -35,7 +36,7 @@ from pipeline.test_pipeline import save_model
 
 BY_NAME = [page.relative_to(ROOT).as_posix() for page in PAGES]
 OWN_LOOP = ROOT / "docs" / "your-own-loop.md"
-pytestmark = pytest.mark.filterwarnings("ignore:.* of no published form")
+pytestmark = pytest.mark.filterwarnings("ignore:.* of no published form", "ignore:`torch.jit.script` is deprecated")
 pages = pytest.mark.parametrize("page", PAGES, ids=BY_NAME)
 
 Play = Callable[[Path], None]
@@ -48,11 +49,15 @@ Play = Callable[[Path], None]
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that pages speak of.
 
-    The embedded model as a single file, a LoRA for it, the header of a published LoRA, and that of a UNet of SDXL with
-    two faults.
+    The embedded model as a single file, in safetensors and as torch.save writes it, and its UNet in TorchScript; a LoRA
+    for it; the header of a published LoRA, and that of a UNet of SDXL with two faults.
     """
     folder = tmp_path_factory.mktemp("stand-ins")
     nativesd.convert("tiny", folder / "model.safetensors", layout="ldm")
+    state = load_file(folder / "model.safetensors")
+    torch.save({"state_dict": state, "global_step": 1000}, folder / "old.ckpt")
+    unet_only = {key: tensor for key, tensor in state.items() if key.startswith("model.diffusion_model.")}
+    torch.jit.script(scripted(unet_only)).save(str(folder / "unet.pt"))
     generator = torch.Generator().manual_seed(0)
     key, width = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", 144
     save_file(
@@ -72,6 +77,26 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unet["model.diffusion_model.surprise"] = (2, 3)
     sparse(replace(sdxl, shapes=unet), folder / "broken.safetensors")
     return folder
+
+
+class Node(nn.Module):
+    """A module for the sake of its name."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def scripted(state: Mapping[str, torch.Tensor]) -> Node:
+    """Modules of which this is the state, for TorchScript to write."""
+    root = Node()
+    for key, tensor in state.items():
+        node, (*path, name) = root, key.split(".")
+        for part in path:
+            if part not in node._modules:
+                node.add_module(part, Node())
+            node = cast("Node", node._modules[part])
+        node.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    return root
 
 
 @pytest.fixture
@@ -228,7 +253,7 @@ def options(command: click.Command) -> set[str]:
 def test_commands_and_options_exist(page: Path) -> None:
     known = commands()
     tools = {match for file in ROOT.glob("tools/*.py") for match in re.findall(r'"(--[\w-]+)"', file.read_text())}
-    every = {"--no-deps"}.union(tools, *(options(command) for command in known.values()))
+    every = {"--no-deps", "--no-half", "--medvram"}.union(tools, *(options(command) for command in known.values()))
     text = [*spans(page), *(line for block in blocks(page) if block.language in ("sh", "console")
                             for line, _ in commands_of(block))]  # fmt: skip
     for span in text:
