@@ -139,7 +139,7 @@ def generate(
         pipeline.load_embedding(embedding)
     if "refiner" in options:
         asked["refiner"] = nativesd.load(
-            options["refiner"], **cast("LoadOptions", {**loading, "unet": None, "vae": None})
+            options["refiner"], **cast("LoadOptions", {**loading, "unet": None, "vae": None, "loras": None})
         )
     with tqdm(file=sys.stderr, unit="step", leave=False, disable=None) as bar:
 

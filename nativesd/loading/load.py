@@ -15,6 +15,7 @@ from nativesd.loading.control import load_control
 from nativesd.loading.modules import build_modules, by_name, fill_modules, speed_up
 from nativesd.loading.placement import find_placement
 from nativesd.loading.settle import settle
+from nativesd.pipeline.arguments import Lora, read_loras
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.text.tokenizer import DEFAULT, ClipTokenizer, pad_id, pad_token
 from nativesd.weights.files.locate import locate
@@ -36,6 +37,7 @@ def load(
     vae: str | Path | None = None,
     text_encoders: Sequence[str | Path] = (),
     preview: str | Path | None = None,
+    loras: Lora | Sequence[Lora] | None = None,
     offload: bool = False,
     maps: str | Path | None = None,
     backend: Literal["torch"] | BackendName = "torch",
@@ -54,6 +56,7 @@ def load(
     unet, vae      files or folders with these components, instead of the source's; vae="taesd" is the family's TAESD
     text_encoders  the same for the text encoders; which is which is read off them
     preview        a TAESD ("taesd", or a file or folder) for the previews of `on_step`
+    loras          LoRAs of every call that names none, as a call takes them; with a backend they are in its graphs
     offload        keep the modules in main memory, and each on the device only while it is used
     maps           a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
     backend        what runs the components: torch, or as in `Pipeline.accelerate`, which also says what engines is
@@ -70,6 +73,7 @@ def load(
     placement = find_placement(device, dtype, offload=offload, fp8=fp8)
     if prediction is not None and prediction not in get_args(Prediction):
         raise UsageError(f"prediction must be one of {', '.join(get_args(Prediction))}, not {prediction!r}")
+    own_loras = read_loras("loras", loras or ())
     tables = load_tables(None if maps is None else Path(maps))
     half = placement.half
 
@@ -92,13 +96,20 @@ def load(
         placement.device,
         placement.dtype,
         offload=offload,
+        own_loras=own_loras,
         previewer=modules.previewer,
         lora_state=Merged(hosts),
         load_control=partial(
             load_control, device=placement.home, dtype=placement.dtype, maps=maps, unet=modules.unet, fast=fast
         ),
     )
-    return pipeline if backend == "torch" else pipeline.accelerate(backend, engines=engines)
+    if own_loras:
+        pipeline.set_loras(own_loras)
+    if backend == "torch":
+        return pipeline
+    from nativesd.pipeline.acceleration import accelerate
+
+    return accelerate(pipeline, backend, engines=engines, away=True)
 
 
 def tokenizer(model: Model, name: str) -> ClipTokenizer:

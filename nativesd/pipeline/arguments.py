@@ -68,6 +68,7 @@ class LoadOptions(TypedDict, total=False):
     vae: str | Path | None
     text_encoders: Sequence[str | Path]
     preview: str | Path | None
+    loras: Lora | Sequence[Lora] | None
     offload: bool
     maps: str | Path | None
     backend: Literal["torch"] | BackendName
@@ -376,7 +377,7 @@ class Checked:
     hires: Annotated[Hires | None, _hires] = None
     refiner: Annotated[Diffusion | None, _refiner] = None
     refiner_at: Annotated[float, real(0, 1)] = 0.8
-    loras: Annotated[Sequence[tuple[str, float, float]], read_loras] = ()
+    loras: Annotated[Sequence[tuple[str, float, float]] | None, read_loras] = None
     lora_dirs: Annotated[Sequence[Path], _folders] = ()
     control: Annotated[Sequence[Control], _control] = ()
     guess_mode: Annotated[bool, flag] = False

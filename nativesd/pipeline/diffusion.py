@@ -172,6 +172,8 @@ class Diffusion:
     previewer: TinyVAE | None = None
     acceleration: Closes | None = None
     """The graphs that run in place of modules (`nativesd.pipeline.acceleration`)."""
+    own_loras: Sequence[tuple[str, float, float]] = ()
+    """Those of every call that names none: file, the UNet's scale, the text encoders'."""
     lora_state: Merged | None = None
     """What LoRAs are merged into, and which are in it now."""
     load_control: Callable[[str | Path], ControlModel] | None = None

@@ -82,7 +82,8 @@ class Pipeline(Diffusion):
         refiner         an SDXL refiner, loaded, which takes the last steps
         refiner_at      from how far on it takes them, 0 to 1. Default 0.8
         loras           files, or (file, scale), or (file, scale of the UNet's part, of the text encoders'): merged into
-                        the weights for this call and taken out, to the bit, when a later one does not name them
+                        the weights for this call and taken out, to the bit, when a later one does not name them.
+                        Default: those named at load
         lora_dirs       folders in which LoRAs are that prompts name, as <lora:name:0.8>
         control         ControlNets and T2I-Adapters with their pictures, as `Control`; they add up
         guess_mode      ControlNets act for the prompt only, and the deeper the stronger
@@ -140,9 +141,9 @@ class Pipeline(Diffusion):
                 raise UsageError(
                     f"{config.name} makes pictures of {config.smallest} pixels a side and more, not of {side}"
                 )
-        prompts, loras = (asked.prompts, asked.loras)
+        prompts, loras = asked.prompts, self.own_loras if asked.loras is None else asked.loras
         if not asked.literal:
-            prompts, loras = tagged_prompts(asked.prompts, asked.loras, asked.lora_dirs)
+            prompts, loras = tagged_prompts(prompts, loras, asked.lora_dirs)
         self._merge(loras)
         job = Job(
             prompts=prompts,

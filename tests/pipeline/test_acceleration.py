@@ -30,6 +30,7 @@ from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
 from nativesd.pipeline import acceleration
 from nativesd.pipeline.acceleration import accelerate
+from nativesd.pipeline.arguments import split
 from nativesd.pipeline.control import ControlModel
 from oracles import draw
 
@@ -333,6 +334,23 @@ def test_loras_before_acceleration(tmp_path: Path) -> None:
     plainly = pipe(PROMPT, **options)
     assert apart(plainly, expected) > BOUND
     assert apart(plainly, warned(lambda: other(PROMPT, **options), CHANGED.format("text_encoder"))) == 0
+
+
+def test_loras_named_at_load_are_in_the_graph(store: Path, tmp_path: Path) -> None:
+    """Of every call that names none, and by --lora too: the command line loads with them."""
+    pipe = nativesd.load("tiny", device="cpu")
+    file = lora_file(pipe, tmp_path / "style.safetensors", 1)
+    options: dict[str, Any] = {"steps": 2, "seed": 1}
+    expected = pipe(PROMPT, **options, loras=[(file, 0.8)])
+    assert apart(expected, nativesd.load("tiny", device="cpu", loras=[(file, 0.8)])(PROMPT, **options)) == 0
+    loading, asked = split({"loras": [(file, 0.8)], "backend": "onnx", "engines": store, "device": "cpu", **options})
+    assert "loras" not in asked
+    with no_warning():
+        other = nativesd.load("tiny", **loading)
+        assert apart(expected, other(PROMPT, **asked)) <= BOUND
+    plainly = warned(lambda: other(PROMPT, **options, loras=[]), CHANGED.format("text_encoder"))
+    assert apart(pipe(PROMPT, **options), plainly) <= BOUND
+    assert plainly.parameters.get("loras") is None
 
 
 def test_loras_later_with_refit(store: Path, tmp_path: Path) -> None:
