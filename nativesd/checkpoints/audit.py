@@ -25,7 +25,7 @@ def audit(
     """What is in a source and what every tensor of it becomes, from headers alone: no tensor is read, but for a
     LoRA's alphas, each one number.
 
-    source    "tiny", a safetensors file, a model folder, a hub id, org/name/file.safetensors on the hub, or its URL
+    source    "tiny", a local file or model folder, a hub id, org/name/file.safetensors on the hub, or its URL
     maps      a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
     believed  "family/layout" that the source is compared with, whatever it looks like: such as "sdxl/ldm"
     revision  branch, tag or commit on the hub

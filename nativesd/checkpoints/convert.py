@@ -66,7 +66,7 @@ def convert(
 ) -> Converted:
     """Write a model in another layout, streamed: one tensor is in memory at a time.
 
-    source  a safetensors file, a model folder, or a hub id: a whole model, or one component
+    source  a file, a model folder, or a hub id: a whole model, or one component
     dest    the folder ("diffusers") or the .safetensors file ("ldm"; sgm for SDXL) to write; it must not exist
     dtype   "f16", "bf16" or "f32" for all floating-point tensors; default: as they are
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,7 +53,7 @@ def merge_checkpoint(
 ) -> MergedCheckpoint:
     """Write a model with LoRAs merged into it, in its own layout, names and dtypes: one tensor is in memory at a time.
 
-    source  a safetensors file, a model folder, or a hub id
+    source  a file, a model folder, or a hub id
     uses    the LoRAs with their strengths; with `strict` one of which anything finds no place is refused
     dest    the .safetensors file, for a source that is one, or the folder to write; it must not exist
     maps    a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
@@ -91,6 +92,7 @@ def _merge(
         for key in member.tensors
         if key.startswith(AVERAGE)
     }
+    ignored |= {key: reason for member, _ in identities for key, reason in member.left_out.items()}
     changed: dict[int, dict[str, Entry]] = {}
     for name, (member, component) in parts.items():
         changed.setdefault(id(member), {}).update(_changed(member, component, changes.get(name, {})))
@@ -100,13 +102,18 @@ def _merge(
         for name in others(place):
             copy_file(place, name, dest)
     for member, _ in identities:
+        shards: dict[str, str] = {}
         for file in member.data_starts:
             kept = [key for key in member.tensors if member.files[key] == file and key not in ignored]
             tensors = {key: changed.get(id(member), {}).get(key) or _as_it_is(member, key) for key in kept}
-            out = inside(dest, str(file.relative_to(place))) if place.is_dir() else dest
+            out = inside(dest, str(renamed(file.relative_to(place)))) if place.is_dir() else dest
             out.parent.mkdir(parents=True, exist_ok=True)
             write(out, tensors, {**member.metadata, "merged_loras": json.dumps(note)})
+            shards |= dict.fromkeys(kept, out.name)
             count += len(tensors)
+        if len(member.data_starts) > 1:
+            index = out.with_name(re.sub(r"-\d+-of-\d+$", "", out.stem) + ".safetensors.index.json")
+            index.write_text(json.dumps({"metadata": {}, "weight_map": shards}, indent=2) + "\n", encoding="utf-8")
     return MergedCheckpoint(
         dest, count, sum(map(len, changed.values())), ignored, tuple(found.unplaced for found in resolutions)
     )
@@ -169,3 +176,11 @@ def others(folder: Path) -> list[str]:
     configs = [f"{name}/{file}" for name in listed for file in ("config.json", "preprocessor_config.json")]
     tokenizers = [f"{name}/{file}" for name in ("tokenizer", "tokenizer_2") for file in FILES]
     return [*ABOUT, "model_index.json", "config.json", "scheduler/scheduler_config.json", *configs, *tokenizers]
+
+
+def renamed(file: Path) -> Path:
+    """What a file of weights is called when it is written: as safetensors files of diffusers and transformers are."""
+    stem = file.stem
+    if file.suffix != ".safetensors" and stem.startswith("pytorch_model"):
+        stem = stem.removeprefix("pytorch_")
+    return file.with_name(f"{stem}.safetensors")

@@ -16,7 +16,7 @@ from nativesd.version import __version__
 
 MODEL_HELP = "'tiny' (embedded), a folder, a file, or a hub id"
 ENGINES_HELP = "Folder of engines [default: nativesd/engines in the user's cache]."
-SOURCE_HELP = "a safetensors file, a model folder, a hub id, or org/name/file.safetensors on the hub"
+SOURCE_HELP = "a file (safetensors or pickle), a model folder, a hub id, or org/name/file.safetensors on the hub"
 
 
 class Size(click.ParamType[tuple[int, int]]):

@@ -254,7 +254,7 @@ class Pipeline(Diffusion):
             return 0 if self.acceleration is None else self.acceleration.close()
 
     def load_embedding(self, path: str | Path, name: str | None = None) -> str:
-        """Take in a textual inversion (.safetensors); returns the name that prompts call it by, the file's by default.
+        """Take in a textual inversion; returns the name that prompts call it by, the file's by default.
 
         Raises SourceError for what cannot be read, UsageError where it fits other text encoders.
         """

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nativesd.errors import SourceError, UsageError
+from nativesd.weights.files.source import open_source
+from nativesd.weights.files.tensors import read_tensor
 
 SDXL_KEYS = ["clip_l", "clip_g"]  # in the order of SDXL's encoders: CLIP ViT-L, OpenCLIP ViT-bigG
-PICKLES = (".pt", ".bin", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +43,10 @@ class Embedding:
 
 
 def read_embedding(path: str | Path, name: str | None = None) -> Embedding:
-    """Read an embedding from a .safetensors file; `name` is the word that invokes it, by default the file's stem.
+    """Read an embedding from a file; `name` is the word that invokes it, by default the file's stem.
 
-    One tensor (n, width) or (width,) under any key (A1111's `emb_params`; diffusers writes the token's own name), or
+    One tensor (n, width) or (width,) under any key (A1111's `emb_params`, and `string_to_param` in its .pt files;
+    diffusers writes the token's own name, also in `learned_embeds.bin`), or
     SDXL's `clip_l` and `clip_g`. Raises SourceError for a file that is not that, UsageError for an empty name.
     """
     path = Path(path)
@@ -53,22 +54,17 @@ def read_embedding(path: str | Path, name: str | None = None) -> Embedding:
     if not name:
         raise UsageError(f"the embedding {path} needs a name to be invoked by")
     if not path.is_file():
-        raise SourceError(f"{path} does not exist; an embedding is a .safetensors file")
-    if path.suffix.lower() in PICKLES:
-        raise SourceError(f"{path} is a pickle, which can run code when it is read: convert it to .safetensors")
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = sorted(file.keys())
-            if len(keys) != 1 and keys != sorted(SDXL_KEYS):
-                found = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-                raise SourceError(
-                    f"{path} is no textual inversion: it should hold one tensor, or clip_l and clip_g, but holds "
-                    f"{found or 'none'}"
-                )
-            ordered = keys if len(keys) == 1 else SDXL_KEYS
-            vectors = tuple(_rows(file.get_tensor(key), f"{key} of {path}") for key in ordered)
-    except (SafetensorError, OSError) as error:
-        raise SourceError(f"{path} cannot be read as safetensors: {error}") from error
+        raise SourceError(f"{path} does not exist; an embedding is a file (.safetensors, .pt, .bin)")
+    [member] = open_source(path)
+    keys = sorted(member.tensors)
+    if len(keys) != 1 and keys != sorted(SDXL_KEYS):
+        found = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+        raise SourceError(
+            f"{path} is no textual inversion: it should hold one tensor, or clip_l and clip_g, but holds "
+            f"{found or 'none'}"
+        )
+    ordered = keys if len(keys) == 1 else SDXL_KEYS
+    vectors = tuple(_rows(read_tensor(member, key), f"{key} of {path}") for key in ordered)
     if len({len(rows) for rows in vectors}) > 1:
         raise SourceError(f"{path} holds different numbers of vectors: {_sum([len(rows) for rows in vectors])}")
     return Embedding(name, vectors)

@@ -191,7 +191,7 @@ def test_what_cannot_be_audited(run: Run, tmp_path: Path) -> None:
     for source, code, words in (
         ("nothing.safetensors", 3, "does not exist"),
         ("model.ckpt", 3, "no readable zip archive"),
-        ("empty", 3, "neither model_index.json nor safetensors"),
+        ("empty", 3, "neither model_index.json nor weights"),
     ):
         done = run("audit", str(tmp_path / source))
         assert (done.returncode, done.stdout) == (code, "")

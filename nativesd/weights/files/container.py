@@ -8,6 +8,8 @@ from nativesd.errors import SourceError
 from nativesd.weights.files.archive import read_archive, read_pickles
 from nativesd.weights.files.header import MAX_HEADER, Header, opened, read_safetensors
 
+SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+"""Of files that hold weights; where a folder has several kinds, the first counts."""
 FIRST = 512
 """Bytes: a tar file is known by those from 257 on."""
 

@@ -343,7 +343,7 @@ def merge_headers(headers: Mapping[Path, Header]) -> dict[str, tuple[Path, Tenso
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The weight_map of a safetensors index: tensor -> the file beside the index that holds it. Raises SourceError."""
+    """The weight_map of an index of shards: tensor -> the file beside the index that holds it. Raises SourceError."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{path} names no shards in its weight_map: it is no index of shards; name one, or a file")

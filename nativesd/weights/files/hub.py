@@ -54,7 +54,7 @@ def fetch(repo_id: str, *, half: bool) -> Path:
                 continue
             files = weight_files(names, component, half=half)
             if files is None:
-                raise SourceError(f"{repo_id} has no safetensors weights in {component}/")
+                raise SourceError(f"{repo_id} has no weights in {component}/ that can be read")
             patterns.append(f"{component}/config.json")
             for file in files:
                 patterns.append(file)
@@ -81,7 +81,7 @@ def fetch_component(repo_id: str, stem: str = "diffusion_pytorch_model") -> Path
 
 def fetch_configs(repo_id: str, *, revision: str | None = None) -> Path:
     """The local folder with a repository's configs and shard indexes, none of its weights. Raises NetworkError."""
-    patterns = ["model_index.json", "config.json", "*/config.json", "*.safetensors.index*.json"]
+    patterns = ["model_index.json", "config.json", "*/config.json", "*.safetensors.index*.json", "*.bin.index*.json"]
     with hub_errors(repo_id):
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
 

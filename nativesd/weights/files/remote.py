@@ -69,7 +69,7 @@ def open_remote(source: str, *, revision: str | None = None) -> list[Member]:
         if chosen is None and component in UNUSED:
             continue
         if chosen is None:
-            raise SourceError(f"{repo_id} has no safetensors weights in {component}/")
+            raise SourceError(f"{repo_id} has no weights in {component}/ that can be read")
         files = chosen
         if chosen[0].endswith(".json"):
             files = [f"{component}/{shard}" for shard in sorted(set(read_index(folder / chosen[0]).values()))]

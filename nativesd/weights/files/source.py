@@ -10,7 +10,7 @@ from nativesd.config import Config
 from nativesd.errors import SourceError, quote
 from nativesd.reading import is_name, read_json
 from nativesd.weights.files.configs import component_config
-from nativesd.weights.files.container import read_file
+from nativesd.weights.files.container import SUFFIXES, read_file
 from nativesd.weights.files.folder import local_weights, shards
 from nativesd.weights.files.header import Header, TensorInfo, merge_headers
 
@@ -111,13 +111,14 @@ def components(path: Path) -> list[str]:
 
 def _component_folder(path: Path) -> Member:
     """A folder that holds one checkpoint, with or without its config.json."""
-    indexes = sorted(path.glob("*.safetensors.index*.json"))
-    files = sorted(path.glob("*.safetensors"))
+    suffix = next((suffix for suffix in SUFFIXES if any(path.glob(f"*{suffix}*"))), SUFFIXES[0])
+    indexes = sorted(path.glob(f"*{suffix}.index*.json"))
+    files = sorted(path.glob(f"*{suffix}"))
     config = component_config(path / "config.json") if (path / "config.json").is_file() else None
     if indexes:
         return member("", shards(indexes[0]), config)
     if not files:
-        raise SourceError(f"{path} has neither model_index.json nor safetensors weights")
+        raise SourceError(f"{path} has neither model_index.json nor weights ({', '.join(SUFFIXES)})")
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise SourceError(f"{path} holds {len(files)} checkpoints: name one of {names}")

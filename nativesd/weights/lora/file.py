@@ -153,14 +153,14 @@ class Resolution:
 
 
 def read_lora(path: str | Path, tables: Mapping[str, KeyMap] | None = None) -> LoraFile:
-    """Read the header of a LoRA: a safetensors file, or a folder with one, and peft's settings in or beside it.
+    """Read the header of a LoRA: a file, or a folder with one, and peft's settings in or beside it.
 
     Raises SourceError for what cannot be read, WeightsError for a file without any change of a LoRA.
     """
     path = Path(path)
     members = open_source(path)
     if len(members) > 1:
-        raise WeightsError(f"{path} is a model, not a LoRA: a LoRA is one safetensors file")
+        raise WeightsError(f"{path} is a model, not a LoRA: a LoRA is one file")
     [member] = members
     if (signature := recognise(member.shapes)) is not None:
         raise WeightsError(f"{path} is {signature.says}")

@@ -14,8 +14,8 @@ from nativesd.reading import parse_json, read_json
 
 METADATA = "lora_adapter_metadata"
 """Where diffusers writes peft's settings: `LORA_ADAPTER_METADATA_KEY` of its loaders/lora_base.py."""
-BESIDE = {"adapter_model.safetensors": "adapter_config.json"}
-"""PeftModel.save_pretrained's file, and that with its settings."""
+BESIDE = dict.fromkeys(("adapter_model.safetensors", "adapter_model.bin"), "adapter_config.json")
+"""PeftModel.save_pretrained's files, and that with their settings."""
 
 
 @dataclass(frozen=True)
