@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from nativesd.pipeline.loading import load_control
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
@@ -18,6 +17,7 @@ import nativesd
 from nativesd.checkpoints.convert import convert
 from nativesd.checkpoints.merge import merge_checkpoint
 from nativesd.errors import SourceError
+from nativesd.loading.control import load_control
 from nativesd.shipped import TINY
 from nativesd.text.embedding import read_embedding
 from nativesd.weights.lora.file import Use, read_lora

@@ -94,7 +94,7 @@ def check_mistake(done: Done, code: int, words: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("model_index.json", None, "neither model_index.json nor safetensors weights"),
+        ("model_index.json", None, "neither model_index.json nor weights"),
         ("unet/config.json", None, "config.json is missing"),
         ("unet/config.json", b"{", "cannot be read as JSON"),
         ("unet/config.json", b"[1]", "not a JSON object"),

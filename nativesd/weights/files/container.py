@@ -6,16 +6,17 @@ from pathlib import Path
 
 from nativesd.errors import SourceError
 from nativesd.weights.files.archive import read_archive, read_pickles
+from nativesd.weights.files.gguf import MAGIC, read_gguf
 from nativesd.weights.files.header import MAX_HEADER, Header, opened, read_safetensors
 
-SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf")
 """Of files that hold weights; where a folder has several kinds, the first counts."""
 FIRST = 512
 """Bytes: a tar file is known by those from 257 on."""
 
 
 def read_file(path: Path) -> Header:
-    """The tensors of a file: safetensors, or what torch.save and torch.jit.save write. Nothing in it is executed.
+    """The tensors of a file: safetensors, GGUF, or what torch.save and torch.jit.save write. None is executed.
 
     Raises SourceError for what cannot be read.
     """
@@ -27,6 +28,8 @@ def read_file(path: Path) -> Header:
             return read_archive(file, size, str(path))
         if not safetensors and head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
             return read_pickles(file, size, str(path))
+        if not safetensors and head.startswith(MAGIC):
+            return read_gguf(file, size, str(path))
         if head[257:262] == b"ustar":
             raise SourceError(
                 f"{path} is a tar file: unpack it; if torch.save of PyTorch 0.1 wrote it, save it anew with a newer one"

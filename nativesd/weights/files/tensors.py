@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from nativesd.errors import SourceError
+from nativesd.weights.files.blocks import dequantise
+from nativesd.weights.files.gguf import BLOCKS
 from nativesd.weights.files.header import TensorInfo
 from nativesd.weights.files.source import Member
 
@@ -19,7 +21,7 @@ NAMES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 """The format's names of torch's dtypes."""
-DTYPES = {name: dtype for dtype, name in NAMES.items()}
+DTYPES = {name: dtype for dtype, name in NAMES.items()} | dict.fromkeys(BLOCKS, torch.float32)
 """What reading gives, by the dtype's name in a header."""
 
 PIECE = 4 << 20  # bytes: many enough for the calls, few enough for the cache
@@ -36,6 +38,8 @@ def read_into(memory: Tensor, member: Member, key: str, file: BufferedReader) ->
     info = member.tensors[key]
     kind, raw = _seek(member, key, file), memory[: info.nbytes]
     _read_bytes(raw, member, key, file)
+    if info.dtype in BLOCKS:
+        return dequantise(raw, info.dtype).reshape(info.shape)
     return _shaped(raw.view(kind), info)
 
 
@@ -45,7 +49,7 @@ def read_as(dtype: torch.dtype, memory: Tensor, member: Member, key: str, file: 
     Raises SourceError.
     """
     info = member.tensors[key]
-    if info.strides is not None:
+    if info.strides is not None or info.dtype in BLOCKS:
         return read_into(memory, member, key, file).to(dtype)
     kind, out = _seek(member, key, file), torch.empty(info.shape, dtype=dtype)
     for piece in torch.split(out.view(-1), PIECE // kind.itemsize):

@@ -1,0 +1,197 @@
+"""GGUF: every dtype to the bit as the `gguf` package reads it, and headers that lie are refused."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+import nativesd
+from nativesd.checkpoints.convert import convert
+from nativesd.errors import SourceError
+from nativesd.weights.files.gguf import BLOCKS, TYPES, read_gguf
+from nativesd.weights.files.source import open_source
+from nativesd.weights.files.tensors import read_tensor
+
+Array = NDArray[np.generic]
+
+
+def write(path: Path, tensors: Mapping[str, tuple[Array, Kind]], shapes: Mapping[str, list[int]] | None = None) -> Path:
+    """A file of tensors that are given as their bytes are to be."""
+    writer = gguf.GGUFWriter(path, "sd")
+    writer.add_string("general.name", "a model")
+    writer.add_uint32("general.file_type", 7)
+    writer.add_array("some.texts", ["a", "b"])
+    for name, shape in (shapes or {}).items():
+        writer.add_array(f"comfy.gguf.orig_shape.{name}", shape)
+    for name, (array, kind) in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def random_blocks(kind: str, rows: int, columns: int) -> Array:
+    """Any bytes are a block; scales that are not finite are none that a program writes."""
+    numbers, width = BLOCKS[kind]
+    chance = np.random.default_rng(0)
+    raw = chance.integers(0, 256, (rows * columns // numbers, width), dtype=np.uint8)
+    halves = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind, (0,))
+    for at in halves:
+        raw[:, at : at + 2] = chance.normal(0, 0.1, len(raw)).astype(np.float16).view(np.uint8).reshape(-1, 2)
+    return raw.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_every_quantised_dtype_to_the_bit(kind: str, tmp_path: Path) -> None:
+    raw = random_blocks(kind, 24, 512)
+    write(tmp_path / "x.gguf", {"w": (raw, Kind[kind])})
+    [member] = open_source(tmp_path / "x.gguf")
+    assert (member.tensors["w"].dtype, member.tensors["w"].shape) == (kind, (24, 512))
+    found = read_tensor(member, "w")
+    assert found.dtype == torch.float32
+    assert torch.equal(found, torch.from_numpy(gguf.dequantize(raw, Kind[kind])))
+
+
+def test_plain_dtypes_and_shapes(tmp_path: Path) -> None:
+    chance = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {
+        "f32": torch.randn(3, 5, generator=chance), "f16": torch.randn(4, 3, 2, 2, generator=chance).half(),
+        "f64": torch.randn(2, generator=chance).double(), "i64": torch.arange(3), "i32": torch.arange(5).int(),
+        "i8": torch.arange(3).to(torch.int8),
+    }  # fmt: skip
+    entries: dict[str, tuple[Array, Kind]] = {key: (t.numpy(), Kind[key.upper()]) for key, t in tensors.items()}
+    half = torch.randn(2, 6, generator=chance).bfloat16()
+    entries["bf16"] = half.view(torch.uint8).numpy(), Kind.BF16
+    entries["flat"] = tensors["f32"].reshape(15).numpy(), Kind.F32
+    write(tmp_path / "x.gguf", entries, {"flat": [5, 3, 1, 1]})
+    [member] = open_source(tmp_path / "x.gguf")
+    for key, tensor in (tensors | {"bf16": half, "flat": tensors["f32"].reshape(5, 3, 1, 1)}).items():
+        found = read_tensor(member, key)
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor)
+    assert member.metadata["general.name"] == "a model"
+
+
+def test_the_types_are_those_of_the_format() -> None:
+    assert {number: kind.name for kind in Kind if (number := int(kind)) in TYPES} == TYPES
+    assert {kind: gguf.GGML_QUANT_SIZES[Kind[kind]] for kind in BLOCKS} == BLOCKS
+
+
+@pytest.mark.filterwarnings("ignore:.*of no published form")
+def test_a_model_in_ldms_names(tmp_path: Path) -> None:
+    """As sd.cpp writes it: matrices whose rows are whole blocks in Q8_0, the rest as it is."""
+    convert("tiny", tmp_path / "tiny.safetensors", layout="ldm")
+    entries: dict[str, tuple[Array, Kind]] = {}
+    wanted: dict[str, Tensor] = {}
+    for key, tensor in load_file(tmp_path / "tiny.safetensors").items():
+        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+            raw = gguf.quantize(tensor.float().numpy(), Kind.Q8_0)
+            entries[key] = raw, Kind.Q8_0
+            wanted[key] = torch.from_numpy(gguf.dequantize(raw, Kind.Q8_0))
+        else:
+            entries[key] = tensor.float().numpy(), Kind.F32
+            wanted[key] = tensor.float()
+    write(tmp_path / "tiny.gguf", entries)
+    report = nativesd.audit(tmp_path / "tiny.gguf")
+    assert report.ok
+    assert {"Q8_0", "F32"} <= {dtype for component in report.components for dtype in component.dtypes}
+    convert(tmp_path / "tiny.gguf", tmp_path / "again.safetensors", layout="ldm")
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == wanted.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in wanted.items())
+    for dtype in ("float32", "float16"):
+        pipe, plain = (
+            nativesd.load(tmp_path / name, device="cpu", dtype=dtype, fast=False)
+            for name in ("tiny.gguf", "again.safetensors")
+        )
+        ours, theirs = pipe.unet.state_dict(), plain.unet.state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def packed(
+    tensors: bytes = b"", *, version: int = 3, counts: tuple[int, int] = (1, 0), keys: bytes = b"", data: int = 128
+) -> bytes:
+    head = b"GGUF" + struct.pack("<IQQ", version, *counts) + keys + tensors
+    return head + bytes(-len(head) % 32 + data)
+
+
+def text(content: bytes) -> bytes:
+    return struct.pack("<Q", len(content)) + content
+
+
+def entry(name: bytes = b"w", sizes: tuple[int, ...] = (32,), kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
+
+
+FAULTS = {
+    "version 1": (packed(entry(), version=1), "of version 1"),
+    "big-endian": (packed(entry(), version=3 << 24), "big-endian"),
+    "counts": (packed(entry(), counts=(2**63, 0)), "over the 65536"),
+    "keys that are not there": (packed(entry(), counts=(1, 60000)), "."),
+    "a long name": (packed(struct.pack("<Q", 2**62)), "of 4611686018427387904 bytes"),
+    "a long text": (packed(counts=(0, 1), keys=text(b"a") + struct.pack("<IQ", 8, 2**40)), "over the 8000000"),
+    "no text": (packed(entry(b"\xff")), "not UTF-8"),
+    "a long array": (packed(counts=(0, 1), keys=text(b"a") + struct.pack("<IIQ", 9, 0, 2**62)), "an array of"),
+    "an array of arrays": (
+        packed(counts=(0, 1), keys=text(b"a") + struct.pack("<IIQ", 9, 9, 1) + struct.pack("<IIQ", 9, 9, 1)),
+        "the type 9",
+    ),
+    "a type": (packed(counts=(0, 1), keys=text(b"a") + struct.pack("<I", 99)), "the type 99"),
+    "a key twice": (packed(entry(), counts=(1, 2), keys=(text(b"a") + struct.pack("<IB", 0, 1)) * 2), "'a' twice"),
+    "a tensor twice": (packed(entry() * 2, counts=(2, 0)), "a tensor twice"),
+    "dimensions": (packed(entry(sizes=(1,) * 5)), "5 dimensions"),
+    "sizes": (packed(entry(sizes=(2**40, 2**40))), "which no F32 has"),
+    "rows that are no blocks": (packed(entry(sizes=(33, 32), kind=8)), "which no Q8_0 has"),
+    "a dtype": (packed(entry(kind=10)), "Q2_K, which is not read here"),
+    "an unknown dtype": (packed(entry(kind=999)), "999, which is not read here"),
+    "two at one place": (packed(entry() + entry(b"v"), counts=(2, 0)), "over another tensor"),
+    "a place between": (packed(entry(offset=8)), "between two places"),
+    "cut short": (packed(entry(), data=100), "is cut short"),
+    "cut in the header": (packed(entry())[:30], "is cut short in its header"),
+    "an alignment": (
+        packed(entry(), counts=(1, 1), keys=text(b"general.alignment") + struct.pack("<II", 4, 7)), "the alignment 7"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_headers_that_lie(fault: str, tmp_path: Path) -> None:
+    content, words = FAULTS[fault]
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(SourceError, match=words) as caught:
+        open_source(tmp_path / "x.gguf")
+    assert str(caught.value).isprintable()
+
+
+EDITS = st.lists(st.tuples(st.integers(0, 150), st.integers(0, 8), st.binary(max_size=8)), min_size=1, max_size=3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(EDITS)
+def test_no_damage_raises_anything_else(edits: list[tuple[int, int, bytes]]) -> None:
+
+    data = bytearray(
+        packed(entry() + entry(b"v", (256, 2), 12, 128), counts=(2, 1), keys=text(b"a") + b"\0" * 5, data=500)
+    )
+    for at, length, piece in edits:
+        data[at : at + length] = piece
+    try:
+        header = read_gguf(BytesIO(data), len(data), "x")
+    except SourceError:
+        return
+    assert all(header.data_start + info.end <= len(data) for info in header.tensors.values())
