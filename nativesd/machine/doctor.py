@@ -6,44 +6,34 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from nativesd.machine.probe import Capability, Device, Found, Need, probe
+from nativesd.machine.needs import Need
+from nativesd.machine.probe import Device, Found, probe
+from nativesd.wheels import (
+    DRIVERS,
+    TORCH,
+    WHEELS,
+    Capability,
+    dotted,
+    install_torch,
+    kernels,
+    major,
+    no_kernels,
+    pip,
+    version,
+)
 
 SCHEMA = 1
 """Version of `Report.to_json`'s schema; it counts up when a name changes its meaning or goes away."""
 
-# the oldest that pyproject.toml allows; torch 2.9's exporter ends UNets, ControlNets and VAEs in "NameError: name 'L'"
-PYTHON, TORCH = (3, 11), (2, 10)
-
-# NVIDIA CUDA Compatibility, table "CUDA Toolkit 11.x, 12.x, and 13.x Driver Version Ranges": a program built with any
-# release of a CUDA major version runs with at least this driver (docs.nvidia.com/deploy/cuda-compatibility)
-DRIVERS = {11: 450, 12: 525, 13: 580}
+PYTHON = (3, 11)  # the oldest that pyproject.toml allows
 
 # tensorrt_rtx.ComputeCapability of TensorRT-RTX 1.7
 TENSORRT_RTX: frozenset[Capability] = frozenset({(7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1)})
 TENSORRT: Capability = (7, 5)  # and newer: support matrix of TensorRT 10.10
-
-
-@dataclass(frozen=True)
-class Wheels:
-    """Builds of torch on pytorch.org: the index, the CUDA major version, and the arch list."""
-
-    index: str
-    cuda: int
-    architectures: tuple[str, ...]
-
-
-# pytorch/pytorch RELEASE.md, "PyTorch CUDA Support Matrix" of 2.10 to 2.14, best first. 12.8 was built up to 2.11, with
-# Volta up to 2.10. 11.0 is built for aarch64 only, where its cards are.
-WHEELS = (
-    Wheels("cu130", 13, ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_110", "sm_120")),
-    Wheels("cu128", 12, ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")),
-    Wheels("cu126", 12, ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")),
-)
 
 
 Kind = Literal["python", "torch", "without CUDA", "driver", "kernels", "hidden", "unusable", "memory"]
@@ -58,56 +48,11 @@ class Finding:
     remedy: str
 
 
-def kernels(architectures: Sequence[str], capability: Capability) -> Literal["compiled", "PTX"] | None:
-    """What a card of a compute capability can run of a build for `architectures`; None: nothing.
-
-    Machine code runs on cards of the same major version and the same or a higher minor one; PTX is compiled by the
-    driver for the same or any later card (CUDA programming guide, "Binary Compatibility", "PTX Compatibility"). With
-    the suffix a (architecture-specific) either runs on that card alone, with f (family-specific) within the major
-    version ("Feature Set Compiler Targets").
-    """
-    found: Literal["PTX"] | None = None
-    for name in architectures:
-        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
-        if match is None:
-            continue
-        kind, major, minor, suffix = match[1], int(match[2]), int(match[3]), match[4]
-        same_major = major == capability[0] and minor <= capability[1]
-        if suffix == "a":
-            runs = (major, minor) == capability
-        elif kind == "sm" or suffix == "f":
-            runs = same_major
-        else:
-            runs = (major, minor) <= capability
-        if runs and kind == "sm":
-            return "compiled"
-        if runs:
-            found = "PTX"
-    return found
-
-
 def tensorrt_engine(capability: Capability) -> Literal["tensorrt-rtx", "tensorrt"] | None:
     """Which TensorRT builds engines for a card: RTX where it can, as its engines are portable; None: neither."""
     if capability in TENSORRT_RTX:
         return "tensorrt-rtx"
     return "tensorrt" if capability >= TENSORRT else None
-
-
-def install_torch(capability: Capability | None, driver: str | None) -> str | None:
-    """The command that installs a torch with kernels for a card, which its driver can run; None: there is no such.
-
-    What is not known, the card's generation or the driver's version, is taken to be new.
-    """
-    for wheels in WHEELS:
-        fits_card = capability is None or kernels(wheels.architectures, capability) is not None
-        if fits_card and (driver is None or _major(driver) >= DRIVERS[wheels.cuda]):
-            return _pip(wheels.index)
-    return None
-
-
-def _pip(index: str) -> str:
-    url = f"https://download.pytorch.org/whl/{index}"
-    return f'pip install --force-reinstall "torch>={_dotted(TORCH)}" --index-url {url}'
 
 
 def findings(found: Found) -> list[Finding]:
@@ -118,15 +63,15 @@ def findings(found: Found) -> list[Finding]:
 def _versions(found: Found) -> Iterator[Finding]:
     if found.python[:2] < PYTHON:
         yield Finding(
-            "python", f"Python {_dotted(found.python)} is older than {_dotted(PYTHON)}", "install a newer Python"
+            "python", f"Python {dotted(found.python)} is older than {dotted(PYTHON)}", "install a newer Python"
         )
-    newest = found.devices[0] if found.devices else None
-    install = install_torch(newest.capability, found.driver) if newest is not None else None
-    remedy = install or _pip("cpu")
+    remedy = (_install(found) if found.devices and found.hip is None else None) or pip("cpu")
+    if found.hip is not None:
+        remedy = f"install torch {dotted(TORCH)} or newer for ROCm: https://pytorch.org/get-started/locally"
     if found.torch is None:
         yield Finding("torch", f"torch cannot be imported: {found.torch_error}", remedy)
-    elif _version(found.torch) < TORCH:
-        yield Finding("torch", f"torch {found.torch} is older than {_dotted(TORCH)}", remedy)
+    elif version(found.torch) < TORCH:
+        yield Finding("torch", f"torch {found.torch} is older than {dotted(TORCH)}", remedy)
 
 
 def _cuda(found: Found) -> Iterator[Finding]:
@@ -141,41 +86,65 @@ def _cuda(found: Found) -> Iterator[Finding]:
         return
     names = ", ".join(map(str, found.devices))
     if found.cuda is None:
-        yield _without_cuda(found, names)
+        if found.hip is None or not found.usable:
+            yield _without_cuda(found, names)
         return
     faults = [*_driver(found), *_kernels(found)]
     yield from faults
+    for complaint in found.complaints if found.usable else ():
+        if complaint.startswith("card "):  # the others are torch's remarks
+            yield Finding("unusable", f"torch cannot use {complaint}", "restart the machine, or leave that card out")
     if found.usable or faults:
         return
     if found.visible is not None and _hides(found.visible, len(found.devices)):
         yield Finding(
             "hidden", f"torch sees no card, as CUDA_VISIBLE_DEVICES is {found.visible!r}; there is {names}",
-            "unset CUDA_VISIBLE_DEVICES",
+            "unset CUDA_VISIBLE_DEVICES, or name the cards by their numbers, from 0 on",
         )  # fmt: skip
         return
     reason = f": {'; '.join(found.complaints)}" if found.complaints else ""
-    yield Finding("unusable", f"torch cannot use {names}{reason}", "restart the machine, or install the driver again")
+    full = "out of memory" in reason.lower()
+    yield Finding(
+        "unusable",
+        f"torch cannot use {names}{reason}",
+        "end what else uses the card: nvidia-smi names it"
+        if full
+        else "restart the machine, or install the driver again",
+    )
 
 
 def _hides(visible: str, count: int) -> bool:
-    """Whether a CUDA_VISIBLE_DEVICES hides all of `count` cards: it is read up to the first number that is none's."""
+    """Whether a CUDA_VISIBLE_DEVICES may hide all of `count` cards.
+
+    It is read up to the first number that is none's; a card's UUID has to be one of this machine's, which torch says
+    by seeing none.
+    """
     first = visible.split(",")[0].strip()
-    return not first or (first.lstrip("-").isdecimal() and not 0 <= int(first) < count)
+    return not first.isdecimal() or int(first) >= count
+
+
+def _install(found: Found) -> str | None:
+    """A torch for all cards, or for as many of the newest ones as one torch has kernels for."""
+    known = sorted({device.capability for device in found.devices if device.capability is not None}, reverse=True)
+    for count in range(len(known), 0, -1):
+        if install := install_torch(known[:count], found.driver):
+            return install
+    return install_torch([None], found.driver) if not known else None
 
 
 def _without_cuda(found: Found, names: str) -> Finding:
-    message = f"{names} lies idle, as torch {found.torch} was built without CUDA"
-    install = install_torch(found.devices[0].capability, found.driver)
-    return Finding("without CUDA", message, install or _no_wheel(found.devices[0], found.driver))
+    built = "without CUDA" if found.hip is None else f"for AMD's cards (ROCm {found.hip})"
+    message = f"{names} lies idle, as torch {found.torch} was built {built}"
+    return Finding("without CUDA", message, _install(found) or _no_wheel(found.devices[0], found.driver))
 
 
 def _driver(found: Found) -> Iterator[Finding]:
     if found.driver is None or found.cuda is None:
         return
-    least = DRIVERS.get(_major(found.cuda), 0)
-    if _major(found.driver) >= least:
+    least = DRIVERS.get(major(found.cuda), 0)
+    if major(found.driver) >= least:
         return
-    install = install_torch(found.devices[0].capability, found.driver)
+    install = _install(found)
     other = f", or a torch for this one: {install}" if install is not None else ""
     yield Finding(
         "driver",
@@ -187,17 +156,38 @@ def _driver(found: Found) -> Iterator[Finding]:
 
 def _kernels(found: Found) -> Iterator[Finding]:
     """Cards that torch has nothing to run on. Cards of one kind are named once."""
-    if not found.architectures:
+    if not found.architectures or found.hip is not None:
         return
-    for device in dict.fromkeys(found.devices):
-        if device.capability is None or kernels(found.architectures, device.capability) is not None:
-            continue
+    lacking = [
+        device for device in found.devices
+        if device.capability is not None and kernels(found.architectures, device.capability) is None
+    ]  # fmt: skip
+    for device in dict.fromkeys(lacking):
         yield Finding(
-            "kernels",
-            f"torch {found.torch} has no kernels for {device}, only for {' '.join(found.architectures)}: the first "
-            'operation on it would end in "no kernel image is available for execution on the device"',
-            install_torch(device.capability, found.driver) or _no_wheel(device, found.driver),
+            "kernels", no_kernels(str(found.torch), str(device), found.architectures), _with_kernels(found, device)
         )
+
+
+def _with_kernels(found: Found, device: Device) -> str:
+    """How a card gets kernels without another one losing its own."""
+    everywhere = install_torch([each.capability for each in found.devices], found.driver)
+    if everywhere is not None:
+        return everywhere
+    newer = [each for each in found.devices if (each.capability or (99, 0)) > (device.capability or (0, 0))]
+    served = [
+        str(i) for i, each in enumerate(found.devices)
+        if each.capability is None or kernels(found.architectures, each.capability) is not None
+    ]  # fmt: skip
+    if newer and served:
+        return (
+            f"no torch from pytorch.org has kernels for all of these cards: leave {device.name} out with "
+            f"CUDA_VISIBLE_DEVICES={','.join(served)}"
+        )
+    install = install_torch([device.capability], found.driver)
+    if install is None:
+        return _no_wheel(device, found.driver)
+    others = ", ".join(dict.fromkeys(each.name for each in found.devices if each.capability != device.capability))
+    return f"{install} (no torch has kernels for all of these cards: {others} may lie idle then)" if others else install
 
 
 def _no_wheel(device: Device, driver: str | None) -> str:
@@ -206,7 +196,7 @@ def _no_wheel(device: Device, driver: str | None) -> str:
     for wheels in WHEELS:
         if capability is None or kernels(wheels.architectures, capability) is not None:
             least = DRIVERS[wheels.cuda]
-            return f"install NVIDIA driver {least} or newer (this is {driver}), then: {_pip(wheels.index)}"
+            return f"install NVIDIA driver {least} or newer (this is {driver}), then: {pip(wheels.index)}"
     return f"no torch from pytorch.org has kernels for {device}: pass device='cpu' (--device cpu)"
 
 
@@ -274,7 +264,7 @@ class Report:
         """What was found, as (label, text)."""
         found = self.found
         rows = [
-            ("nativesd", f"{found.nativesd}, Python {_dotted(found.python)}, {found.system}"),
+            ("nativesd", f"{found.nativesd}, Python {dotted(found.python)}, {found.system}"),
             ("torch", _torch_text(found)),
             ("driver", found.driver or "no NVIDIA driver found"),
             *(("GPU", _device_text(found, device)) for device in found.devices),
@@ -333,19 +323,6 @@ def examine() -> Report:
     """Probe this machine and judge it."""
     found = probe()
     return Report(found, tuple(findings(found)))
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """2.10.0+cu128 as (2, 10)."""
-    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
-
-
-def _major(text: str) -> int:
-    return _version(text)[0]
-
-
-def _dotted(version: Sequence[int]) -> str:
-    return ".".join(map(str, version))
 
 
 def _gigabytes(number: int) -> str:

@@ -1,4 +1,4 @@
-"""What there is on this machine, and about what a picture of each model family needs of it.
+"""What there is on this machine.
 
 Nothing here needs torch to be importable: where it is not, that is what is found.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import math
 import os
 import platform
 import re
@@ -16,56 +15,15 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nativesd.config import (
-    CLIP_L,
-    OPENCLIP_H,
-    SD15_CONTROLNET,
-    SD15_UNET,
-    SD21_CONTROLNET,
-    SD21_UNET,
-    SD_VAE,
-    SDXL_BIGG,
-    SDXL_CLIP_L,
-    SDXL_CONTROLNET,
-    SDXL_UNET,
-    SDXL_VAE,
-    Config,
-    ControlNetConfig,
-    TextEncoderConfig,
-    UNetConfig,
-    VAEConfig,
-)
 from nativesd.errors import install_line
+from nativesd.machine.needs import FAMILIES, Need, estimate
 from nativesd.version import __version__
-
-if TYPE_CHECKING:
-    import torch
-
-Capability = tuple[int, int]
-"""A GPU's compute capability: (12, 0) is sm_120."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """The published components of a model family, and the side in pixels of the pictures it was trained on."""
-
-    unet: UNetConfig
-    vae: VAEConfig
-    text_encoders: tuple[TextEncoderConfig, ...]
-    controlnet: ControlNetConfig
-    side: int
-
-
-FAMILIES: Mapping[str, Family] = {
-    "sd15": Family(SD15_UNET, SD_VAE, (CLIP_L,), SD15_CONTROLNET, 512),
-    "sd21": Family(SD21_UNET, SD_VAE, (OPENCLIP_H,), SD21_CONTROLNET, 768),
-    "sdxl": Family(SDXL_UNET, SDXL_VAE, (SDXL_CLIP_L, SDXL_BIGG), SDXL_CONTROLNET, 1024),
-}
+from nativesd.wheels import Capability
 
 
 def architecture(capability: Capability) -> str:
@@ -81,38 +39,10 @@ class Device:
     capability: Capability | None
     total: int | None
     free: int | None
+    uuid: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return self.name if self.capability is None else f"{self.name} ({architecture(self.capability)})"
-
-
-@dataclass(frozen=True)
-class Need:
-    """About what a picture of a family takes, in bytes.
-
-    step      for prompt and negative prompt at once, beside the weights
-    decode    of the whole picture, and `strips` in strips
-    visiting  the least with `offload`: a component at a time, and its work in parts
-    """
-
-    family: str
-    side: int
-    dtype: str
-    weights: int
-    step: int
-    decode: int
-    strips: int
-    visiting: int
-
-    @property
-    def whole(self) -> int:
-        """With everything in memory, and nothing done in parts."""
-        return self.weights + max(self.step, self.decode)
-
-    @property
-    def parts(self) -> int:
-        """With everything in memory; prompt and negative prompt one by one, and the decode in strips."""
-        return self.weights + max(self.step // 2, self.strips)
 
 
 @dataclass(frozen=True)
@@ -132,6 +62,7 @@ class Found:
 
     torch          version; None where it cannot be imported, for the reason in `torch_error`
     cuda           CUDA version that torch was built with; None: without CUDA
+    hip            ROCm's HIP version that it was built with, for AMD's cards; None: without
     architectures  what torch has kernels for: sm_90 (machine code), compute_90 (PTX)
     usable         whether torch says that CUDA can be used; `complaints` are its own words
     driver         version of NVIDIA's driver
@@ -145,6 +76,7 @@ class Found:
     torch: str | None
     torch_error: str = ""
     cuda: str | None = None
+    hip: str | None = None
     architectures: tuple[str, ...] = ()
     usable: bool = False
     complaints: tuple[str, ...] = ()
@@ -191,12 +123,13 @@ def probe() -> Found:
         import torch
     except (ImportError, OSError) as error:
         return Found(torch=None, torch_error=first_line(error), **found)
-    usable, seen, complaints = _torch_devices(torch.cuda)
+    usable, seen, complaints = _torch_devices(torch.cuda, devices)
     found["devices"] = seen or devices
     dtypes = ("float16",) if usable else ("float32", "bfloat16")
     return Found(
         torch=torch.__version__,
         cuda=torch.version.cuda,
+        hip=torch.version.hip,
         architectures=tuple(torch.cuda.get_arch_list()),
         usable=usable,
         complaints=complaints,
@@ -205,53 +138,38 @@ def probe() -> Found:
     )
 
 
-def estimate(name: str, family: Family, dtype: str) -> Need:
-    """What a family takes in a dtype, by its parameters' sizes and `unet_bytes` and `decode_bytes`.
+def _torch_devices(cuda: Any, smi: Sequence[Device] = ()) -> tuple[bool, tuple[Device, ...], tuple[str, ...]]:
+    """Whether torch can use CUDA, the cards it sees, and what it complains of; `cuda` is torch.cuda.
 
-    A VAE marked `force_upcast` is float32 beside a float16 UNet.
+    Their memory is what nvidia-smi says of the card: to ask the card itself makes a CUDA context, which takes some of
+    it, and fails where it is full.
     """
-    import torch
-
-    from nativesd.pipeline.autoencoder import MAPS, decode_bytes
-    from nativesd.pipeline.diffusion import unet_bytes
-
-    kind: torch.dtype = getattr(torch, dtype)
-    vae_kind = torch.float32 if family.vae.force_upcast and kind == torch.float16 else kind
-    cells = family.side // family.vae.factor
-    unet = weight_bytes(family.unet, kind)
-    vae = weight_bytes(family.vae, vae_kind)
-    text = sum(weight_bytes(config, kind) for config in family.text_encoders)
-    step = unet_bytes(family.unet, 2, cells, cells, kind)
-    decode = decode_bytes(family.vae, family.side, family.side, vae_kind)
-    strips = decode // MAPS  # at most: one feature map of full size in place of so many
-    visiting = max(text, unet + step // 2, vae + strips)
-    return Need(name, family.side, dtype, unet + vae + text, step, decode, strips, visiting)
-
-
-def weight_bytes(config: Config, dtype: torch.dtype) -> int:
-    """What a component's parameters take in a dtype."""
-    from nativesd.models.build import expected
-
-    return sum(math.prod(shape) for shape in expected(config).values()) * dtype.itemsize
-
-
-def _torch_devices(cuda: Any) -> tuple[bool, tuple[Device, ...], tuple[str, ...]]:
-    """Whether torch can use CUDA, the cards it sees, and what it complains of; `cuda` is torch.cuda."""
-    devices = []
+    devices, complaints, usable = [], [], False
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             usable = bool(cuda.is_available())
-            for index in range(cuda.device_count() if usable else 0):
-                properties = cuda.get_device_properties(index)
-                free, total = cuda.mem_get_info(index)
-                devices.append(Device(properties.name, (properties.major, properties.minor), total, free))
+            count = cuda.device_count() if usable else 0
         except (RuntimeError, AssertionError) as error:
             return False, (), (first_line(error),)
-    return usable, tuple(devices), tuple(first_line(warning.message) for warning in caught)
+        for index in range(count):
+            try:
+                found = cuda.get_device_properties(index)
+                known = {each.uuid: each for each in smi}.get(f"GPU-{getattr(found, 'uuid', '')}")
+                if known is None and len(smi) == count == 1:
+                    known = smi[0]
+                total, free = (None, None) if known is None else (known.total, known.free)
+                devices.append(Device(found.name, (found.major, found.minor), total, free))
+                if known is None and index == 0:  # where models go by default
+                    free, total = cuda.mem_get_info(index)
+                    devices[0] = replace(devices[0], total=total, free=free)
+            except (RuntimeError, AssertionError) as error:
+                complaints.append(f"card {index}: {first_line(error)}")
+    said = (*(first_line(warning.message) for warning in caught), *complaints)
+    return usable and bool(devices), tuple(devices), said
 
 
-SMI_FIELDS = "name,compute_cap,memory.total,memory.free,driver_version"
+SMI_FIELDS = "name,compute_cap,memory.total,memory.free,driver_version,uuid"
 
 
 def _nvidia() -> tuple[str | None, tuple[Device, ...]]:
@@ -276,10 +194,10 @@ def parse_smi(text: str) -> tuple[str | None, tuple[Device, ...]]:
     """Driver and cards from nvidia-smi's CSV of `SMI_FIELDS` without header and units; what is "[N/A]" is None."""
     driver, devices = None, []
     for line in text.splitlines():
-        fields = [field.strip() for field in line.rsplit(",", 4)]
-        if len(fields) != 5:
+        fields = [field.strip() for field in line.rsplit(",", 5)]
+        if len(fields) != 6:
             continue
-        name, capability, total, free, driver = fields
+        name, capability, total, free, driver, uuid = fields
         match = re.fullmatch(r"(\d+)\.(\d+)", capability)
         # a chip that shares the main memory (GB10) has no number here
         devices.append(
@@ -288,6 +206,7 @@ def parse_smi(text: str) -> tuple[str | None, tuple[Device, ...]]:
                 None if match is None else (int(match[1]), int(match[2])),
                 int(total) << 20 if total.isdecimal() else None,
                 int(free) << 20 if free.isdecimal() else None,
+                uuid,
             )
         )
     return driver, tuple(devices)

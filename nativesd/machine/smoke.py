@@ -29,7 +29,8 @@ from nativesd.errors import NativesdError, UsageError
 from nativesd.export.check import tf32
 from nativesd.loading.load import load
 from nativesd.machine import doctor
-from nativesd.machine.probe import FAMILIES, Family, first_line, weight_bytes
+from nativesd.machine.needs import FAMILIES, Family, weight_bytes
+from nativesd.machine.probe import first_line
 from nativesd.models.build import build
 from nativesd.models.vae import VAE
 from nativesd.pipeline.control import Control

@@ -19,8 +19,10 @@ import torch
 
 from nativesd.machine import doctor
 from nativesd.machine import probe as machine
-from nativesd.machine.doctor import Fit, findings, install_torch, kernels
-from nativesd.machine.probe import Backend, Device, Found, Need
+from nativesd.machine.doctor import Fit, findings
+from nativesd.machine.needs import Need
+from nativesd.machine.probe import Backend, Device, Found
+from nativesd.wheels import TORCH, dotted, install_torch, kernels
 
 GB = 10**9
 # torch.cuda.get_arch_list() of published builds
@@ -93,7 +95,7 @@ def test_kernels(architectures: tuple[str, ...], capability: tuple[int, int], ex
     ],
 )
 def test_the_index_to_install_from(capability: tuple[int, int] | None, driver: str | None, index: str | None) -> None:
-    line = install_torch(capability, driver)
+    line = install_torch([capability], driver)
     expected = None if index is None else f'pip install --force-reinstall "torch>=2.10" --index-url {url(index)}'
     assert line == expected
 
@@ -132,7 +134,57 @@ def test_two_cards_of_a_kind_are_named_once_and_every_other_one() -> None:
     found = findings(replace(HEALTHY, devices=(V100, RTX_5090)))
     assert [finding.kind for finding in found] == ["kernels"]
     assert "Tesla V100 (sm_70)" in found[0].message
-    assert found[0].remedy.endswith(url("cu126"))
+    assert found[0].remedy == (
+        "no torch from pytorch.org has kernels for all of these cards: leave Tesla V100 out with CUDA_VISIBLE_DEVICES=1"
+    )
+
+
+GTX_1080 = Device("NVIDIA GeForce GTX 1080", (6, 1), 8 * GB, 8 * GB)
+
+
+@pytest.mark.parametrize(
+    ("found", "remedy"),
+    [
+        # what runs the 1080 would leave the 5090 without kernels
+        (replace(HEALTHY, devices=(RTX_5090, GTX_1080)),
+         "leave NVIDIA GeForce GTX 1080 out with CUDA_VISIBLE_DEVICES=0"),
+        (replace(CU126_TORCH, devices=(RTX_5090, GTX_1080)), "whl/cu130 (no torch has kernels for all of these cards: "
+         "NVIDIA GeForce GTX 1080 may lie idle then)"),
+        (replace(WITHOUT_GPU, devices=(GTX_1080, RTX_5090), driver="580.95.05"), "whl/cu130"),
+        # one that has kernels for all of them
+        (replace(CU126_TORCH, devices=(RTX_5090, RTX_4090)), "whl/cu130"),
+        (replace(HEALTHY, devices=(RTX_4090, GTX_1080)), "whl/cu126"),
+    ],
+)  # fmt: skip
+def test_no_card_loses_its_kernels_for_another(found: Found, remedy: str) -> None:
+    (finding,) = findings(found)
+    assert finding.remedy.endswith(remedy)
+
+
+def test_a_card_that_fails_beside_another_is_named() -> None:
+    (finding,) = findings(replace(HEALTHY, complaints=("card 1: CUDA error: uncorrectable ECC error encountered",)))
+    assert finding.kind == "unusable"
+    assert finding.message == "torch cannot use card 1: CUDA error: uncorrectable ECC error encountered"
+
+
+def test_a_full_card_is_not_a_broken_driver() -> None:
+    full = replace(HEALTHY, usable=False, complaints=("CUDA error: out of memory",))
+    (finding,) = findings(full)
+    assert finding.kind == "unusable"
+    assert finding.remedy == "end what else uses the card: nvidia-smi names it"
+
+
+def test_rocm_is_not_sent_to_cuda() -> None:
+    radeon = Device("AMD Radeon RX 7900 XTX", (11, 0), 24 * GB, 23 * GB)
+    rocm = replace(HEALTHY, torch="2.11.0+rocm6.4", cuda=None, hip="6.4.0", architectures=("gfx1100",), driver=None,
+                   devices=(radeon,), bus=0)  # fmt: skip
+    assert findings(rocm) == []
+    (old,) = findings(replace(rocm, torch="2.9.0+rocm6.4"))
+    assert "ROCm" in old.remedy
+    assert "whl/cu" not in old.remedy
+    (beside,) = findings(replace(rocm, devices=(RTX_5090,), driver="580.95.05", bus=1, usable=False))
+    assert beside.message.endswith("as torch 2.11.0+rocm6.4 was built for AMD's cards (ROCm 6.4.0)")
+    assert beside.remedy.endswith("whl/cu130")
 
 
 def test_a_card_that_no_torch_runs_on() -> None:
@@ -186,8 +238,8 @@ def test_a_card_whose_driver_does_not_answer() -> None:
 @pytest.mark.parametrize(
     ("visible", "kind"),
     [
-        ("", "hidden"), ("-1", "hidden"), ("3", "hidden"), ("1,0", "hidden"),
-        ("0", "unusable"), ("GPU-5f2c", "unusable"), (None, "unusable"),
+        ("", "hidden"), ("-1", "hidden"), ("3", "hidden"), ("1,0", "hidden"), ("GPU-5f2c", "hidden"),
+        ("cuda:0", "hidden"), ("0", "unusable"), (None, "unusable"),
     ],
 )  # fmt: skip
 def test_a_card_that_torch_does_not_see(visible: str | None, kind: str) -> None:
@@ -208,8 +260,8 @@ def test_old_versions() -> None:
 
 def test_the_oldest_versions_are_those_that_can_be_installed() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert project["requires-python"] == f">={doctor._dotted(doctor.PYTHON)}"
-    assert f"torch>={doctor._dotted(doctor.TORCH)}" in project["dependencies"]
+    assert project["requires-python"] == f">={dotted(doctor.PYTHON)}"
+    assert f"torch>={dotted(TORCH)}" in project["dependencies"]
 
 
 def test_torch_that_cannot_be_imported() -> None:
@@ -293,9 +345,9 @@ def test_report() -> None:
 
 # --- looking at a machine ----------------------------------------------------------------------------------------
 
-SMI = """NVIDIA GeForce RTX 5090, 12.0, 32607, 31500, 580.95.05
-NVIDIA GB10, 12.1, [N/A], [N/A], 580.95.05
-Some, card, [N/A], 100, 50, 580.95.05
+SMI = """NVIDIA GeForce RTX 5090, 12.0, 32607, 31500, 580.95.05, GPU-5f2c
+NVIDIA GB10, 12.1, [N/A], [N/A], 580.95.05, GPU-77aa
+Some, card, [N/A], 100, 50, 580.95.05, GPU-0123
 """
 
 
@@ -345,8 +397,28 @@ def test_torch_devices() -> None:
     def busy(index: int) -> tuple[int, int]:
         raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nhint")
 
+    words = "card 0: CUDA error: all CUDA-capable devices are busy or unavailable"
     assert machine._torch_devices(fake_cuda(mem_get_info=busy)) == (
-        False, (), ("CUDA error: all CUDA-capable devices are busy or unavailable",)
+        True, (Device("NVIDIA H200", (9, 0), None, None),), (words,)
+    )  # fmt: skip
+
+
+def test_memory_is_asked_of_nvidia_smi_and_a_card_that_fails_hides_no_other() -> None:
+    """By the cards' UUIDs, as torch may have another order; no context is made on any."""
+    _, smi = machine.parse_smi(SMI)
+
+    def properties(index: int) -> SimpleNamespace:
+        if index == 1:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        return SimpleNamespace(name=f"card {index}", major=12, minor=0, uuid={0: "0123", 2: "5f2c"}[index])
+
+    def context(index: int) -> tuple[int, int]:
+        raise AssertionError("a context was made")
+
+    cuda = fake_cuda(device_count=lambda: 3, get_device_properties=properties, mem_get_info=context)
+    assert machine._torch_devices(cuda, smi) == (
+        True, (Device("card 0", (12, 0), 100 << 20, 50 << 20), Device("card 2", (12, 0), 32607 << 20, 31500 << 20)),
+        ("card 1: CUDA error: uncorrectable ECC error encountered",),
     )  # fmt: skip
 
 

@@ -26,7 +26,8 @@ from nativesd.config import (
 from nativesd.errors import UsageError
 from nativesd.export.check import tf32
 from nativesd.machine import doctor, smoke
-from nativesd.machine.probe import FAMILIES, Device, Family, Found
+from nativesd.machine.needs import FAMILIES, Family
+from nativesd.machine.probe import Device, Found
 from nativesd.machine.smoke import BFLOAT16, FLOAT16, FLOAT32, FP8, TF32, Check, SmokeReport
 from nativesd.models.build import build
 

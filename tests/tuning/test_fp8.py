@@ -18,7 +18,7 @@ from nativesd.errors import UsageError
 from nativesd.loading import control as loading_control
 from nativesd.loading import placement
 from nativesd.machine import smoke
-from nativesd.machine.probe import FAMILIES
+from nativesd.machine.needs import FAMILIES
 from nativesd.machine.smoke import picture_difference
 from nativesd.models.build import build
 from nativesd.models.layers import TransformerBlock
