@@ -1,4 +1,4 @@
-"""Where the files lie that travel in the package: the weight maps and the embedded model."""
+"""Where the files lie that travel in the package: the weight maps, the embedded model, TAESD."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 
 TINY = Path(__file__).parent / "tiny"
 """The embedded model, a folder in the published layout."""
+
+TAESD = Path(__file__).parent / "taesd"
+"""The published TAESD of SD1.x and SD2.x, and that of SDXL: encoder and decoder of each."""
 
 TABLES = next(
     path for path in (Path(__file__).parent / "weightmaps", Path(__file__).parents[1] / "weightmaps") if path.is_dir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from dataclasses import replace
 
@@ -16,21 +15,25 @@ from nativesd.pipeline.diffusion import PipelineConfig
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.shipped import TINY
 from nativesd.weights.files.locate import Located
+from nativesd.weights.maps.stated import few_steps
 from nativesd.weights.model import Model
 
 LAST_TIMESTEP = 999.0
 TINY_GUIDANCE = 3.0  # at 7.5 the embedded model's colours are over-saturated: backgrounds are right in 93 %, not 100 %
 
-FEW_STEPS = {"turbo": 4, "lightning": 4, "hyper": 8, "lcm": 4}
-"""Distilled models by a word in their names, and how many steps they are made for where the name does not say."""
+DISTILLED = {
+    "turbo": "EulerAncestralDiscreteScheduler", "lightning": "EulerDiscreteScheduler",
+    "hyper": "EulerDiscreteScheduler", "lcm": "LCMScheduler",
+}  # fmt: skip
+"""The samplers of distilled models, by the word that names them"""
 
 
 def settle_scheduler(
-    model: Model, unet: UNet, prediction: Prediction | None, name: str
+    model: Model, unet: UNet, prediction: Prediction | None, name: str | None
 ) -> tuple[SchedulerConfig, int | None, dict[str, str]]:
     """The scheduler of a model, its own number of steps, and what was inferred, each with the reason.
 
-    `name` is that of the file with the UNet, or empty where a published folder states its scheduler.
+    `name` is that of the file with the UNet, or None where a published folder states its scheduler.
     """
     inferred: dict[str, str] = {}
     scheduler = SchedulerConfig.from_published(model.scheduler)
@@ -55,19 +58,21 @@ def settle_scheduler(
             stacklevel=2,
         )
     steps = None
-    words = [word for word in FEW_STEPS if word in name.lower()]
-    if words:
-        stated = re.search(r"(\d+)[-_ ]?steps?", name.lower())
-        steps = int(stated[1]) if stated else FEW_STEPS[words[0]]
-        distilled = "LCMScheduler" if words[0] == "lcm" else "EulerDiscreteScheduler"
-        if words[0] == "turbo":
-            distilled = "EulerAncestralDiscreteScheduler"
-        scheduler = replace(scheduler, class_name=distilled, spacing="trailing", set_alpha_to_one=True)
-        inferred["scheduler"] = f"{distilled} with trailing steps, as the file's name says {words[0]}"
-        inferred["steps"] = f"{steps}, as the file's name says {stated[0] if stated else words[0]}"
-        if "x0" in name.lower() and prediction is None:
+    distilled = None if name is None or scheduler.edm is not None else few_steps(name, model.parts["unet"][0].metadata)
+    if distilled is not None:
+        steps, sampler = distilled.steps, DISTILLED[distilled.word]
+        scheduler = replace(scheduler, class_name=sampler, spacing="trailing", set_alpha_to_one=True)
+        inferred["scheduler"] = f"{sampler} with trailing steps, as {distilled.why}"
+        inferred["steps"] = f"{steps}, as {distilled.why}"
+        if distilled.sample and prediction is None:
             scheduler = replace(scheduler, prediction="sample")
             inferred["prediction"] = "sample, as the file's name says x0"
+        warnings.warn(
+            f"{name} is taken for a model of few steps, as {distilled.why}: {steps} steps without guidance, unless the "
+            f"call says otherwise",
+            NativesdWarning,
+            stacklevel=4,
+        )
     return scheduler, steps, inferred
 
 
@@ -94,7 +99,7 @@ def settle(
     `prediction` is what the caller says that the UNet predicts, over what the source says.
     """
     file = located.unet_file
-    scheduler, steps, inferred = settle_scheduler(model, modules.unet, prediction, "" if file is None else file.stem)
+    scheduler, steps, inferred = settle_scheduler(model, modules.unet, prediction, None if file is None else file.stem)
     return PipelineConfig(
         name=name,
         family=model.family,

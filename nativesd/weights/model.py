@@ -8,18 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nativesd.config import Prediction, TextEncoderConfig, TinyVAEConfig, UNetConfig
+from nativesd.config import Config, Prediction, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from nativesd.errors import NativesdWarning, SourceError, WeightsError
 from nativesd.reading import read_json
 from nativesd.weights.audit import grouped
 from nativesd.weights.files.configs import sample_size
-from nativesd.weights.files.locate import TAESD, Located, locate_taesd
-from nativesd.weights.files.source import Member, open_source
+from nativesd.weights.files.locate import TAESD, Located, locate_taesd, other_half
+from nativesd.weights.files.source import Member, join, open_source
+from nativesd.weights.files.tensors import read_tensor
 from nativesd.weights.maps.describe import OWN_FORM, unet_family
 from nativesd.weights.maps.identify import Component, Identity, identify_all
 from nativesd.weights.maps.keymap import KeyMap
-from nativesd.weights.maps.published import picture_size, scheduler_json
-from nativesd.weights.maps.stated import prediction
+from nativesd.weights.maps.published import edm_json, picture_size, scheduler_json
+from nativesd.weights.maps.stated import EDM_LATENTS, EDM_V, prediction
 
 Part = tuple[Member, Component]
 """A component, and the checkpoint that it is in."""
@@ -103,7 +104,7 @@ def identify(located: Located, tables: Mapping[str, KeyMap], *, half: bool = Fal
 
     def parts(path: Path) -> tuple[Part, ...]:
         nonlocal family
-        identities = identify_known(path, open_source(path, half=half), tables, family=family)
+        identities = _joined(path, identify_known(path, open_source(path, half=half), tables, family=family), tables)
         family = family or next((identity.family for _, identity in identities if identity.family), "")
         return tuple(
             (member, component)
@@ -139,6 +140,28 @@ def identify(located: Located, tables: Mapping[str, KeyMap], *, half: bool = Fal
     return Identified(located, family, own, replacing, preview)
 
 
+def _joined(
+    path: Path, identities: list[tuple[Member, Identity]], tables: Mapping[str, KeyMap]
+) -> list[tuple[Member, Identity]]:
+    """An autoencoder's half with the other one, where that is in the file beside it. Raises what reading it raises."""
+    beside = other_half(path) if path.is_file() else None
+    if beside is None or len(identities) != 1 or len(identities[0][1].components) != 1:
+        return identities
+    [(member, identity)] = identities
+    [component] = identity.components
+    config = component.config
+    if not isinstance(config, VAEConfig | TinyVAEConfig) or config.half is None:
+        return identities
+    halves = {config.half: member, "decoder" if config.half == "encoder" else "encoder": open_source(beside)[0]}
+    original = component.layout == "original"  # whose names do not say which half they are of
+    if not original and set(member.tensors) & {
+        key for one in halves.values() if one is not member for key in one.tensors
+    }:
+        return identities
+    whole = join([(f"taesd_{half}." if original else "", one) for half, one in halves.items()])
+    return identify_known(path, [whole], tables, family=identity.family)
+
+
 def choose(identified: Identified) -> Model:
     """The components of one complete model. Raises SourceError where one is missing, or does not go with another."""
     path = identified.located.path
@@ -164,6 +187,9 @@ def choose(identified: Identified) -> Model:
     if context != config.context:
         names = " + ".join(wanted[1:])
         raise SourceError(f"{path}: the UNet takes a context {config.context} wide, but {names} gives {context}")
+    vae = parts["vae"][1].config
+    moved = EDM_LATENTS[0] in unet_member.tensors or (isinstance(vae, VAEConfig) and vae.mean is not None)
+    _check_latents(path, config, vae, moved=moved)
     if (path / "model_index.json").is_file():
         index = read_json(path / "model_index.json")
         size = sample_size(path / "unet" / "config.json")
@@ -178,11 +204,7 @@ def choose(identified: Identified) -> Model:
             preview=identified.preview,
         )
     keys = unet_member.tensors
-    if "edm_mean" in keys:
-        raise SourceError(
-            f"{path} is an EDM model (it has edm_mean, as Playground 2.5), which cannot be sampled here yet"
-        )
-    kind, evidence = prediction(keys, family, variant)
+    kind, evidence = prediction(keys, family, variant, unet_member.metadata)
     if OWN_FORM in variant:
         warnings.warn(
             f"{path} is a UNet of no published form: its head counts are taken by the family's rule, as no header says "
@@ -191,16 +213,47 @@ def choose(identified: Identified) -> Model:
             stacklevel=3,
         )
     turbo = "denoiser.sigmas" in keys and family == "sd2"  # Stability's sgm export of SD-Turbo
+    scheduler = scheduler_json(family, kind, turbo=turbo, zero_snr="ztsnr" in keys)
+    if set(keys) & {*EDM_V, *EDM_LATENTS}:
+        scheduler = edm_json(kind, *_sigmas(unet_member, kind))
     return Model(
         path=path,
         family=family,
         parts=parts,
-        scheduler=scheduler_json(family, kind, turbo=turbo, zero_snr="ztsnr" in keys),
+        scheduler=scheduler,
         prediction_known=evidence.determined or turbo,
         size=picture_size(family, kind, config),
         zero_empty_negative=family == "sdxl",
         preview=identified.preview,
     )
+
+
+def _sigmas(member: Member, predicted: Prediction) -> tuple[float, float]:
+    """The least and the largest sigma of a model of continuous ones: what its two tensors say, or as published.
+
+    Raises SourceError for no such numbers.
+    """
+    known = [0.002, 120.0 if predicted == "v" else 80.0]
+    for i, key in enumerate(EDM_V[::-1]):
+        if key in member.tensors:
+            if member.tensors[key].elements != 1:
+                raise SourceError(f"{key} is not one number but {list(member.tensors[key].shape)}")
+            known[i] = float(read_tensor(member, key))
+    return known[0], known[1]
+
+
+def _check_latents(path: Path, unet: UNetConfig, vae: Config | None, *, moved: bool) -> None:
+    """Raises SourceError where a VAE's latents are not those of the UNet, or it has no decoder."""
+    assert isinstance(vae, VAEConfig | TinyVAEConfig)
+    if vae.half == "encoder":
+        raise SourceError(f"{path}: its VAE is an encoder alone, and every picture needs the decoder: pass vae=")
+    if vae.latent_channels != unet.out_channels:
+        raise SourceError(
+            f"{path}: the UNet's latents have {unet.out_channels} channels, the VAE's {vae.latent_channels}: it is of "
+            f"another family of models"
+        )
+    if moved and isinstance(vae, TinyVAEConfig):
+        raise SourceError(f"{path}: Playground 2.5's latents are not those that TAESD was trained on: use its own VAE")
 
 
 def _autoencoder(named: Path | str, family: str) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nativesd import shipped
 from nativesd.errors import SourceError
 from nativesd.shipped import TINY
 
@@ -85,11 +86,17 @@ def locate_part(source: str | Path, *, stem: str = "diffusion_pytorch_model") ->
 
 
 def locate_taesd(family: str) -> Path:
-    """The published TAESD of a family, from the cache or the hub. Raises NetworkError."""
-    from nativesd.weights.files.hub import fetch_file
+    """The decoder of a family's TAESD, which travels in the package with the encoder beside it."""
+    return shipped.TAESD / f"{'taesdxl' if family in ('sdxl', 'refiner') else 'taesd'}_decoder.safetensors"
 
-    name = "madebyollin/taesdxl" if family in ("sdxl", "refiner") else "madebyollin/taesd"
-    return fetch_file(name, "diffusion_pytorch_model.safetensors")
+
+def other_half(path: Path) -> Path | None:
+    """The file beside an encoder's or a decoder's that has the other word in its name, where there is one."""
+    for own, other in (("decoder", "encoder"), ("encoder", "decoder")):
+        if own in path.stem:
+            beside = path.with_name(path.name.replace(own, other))
+            return beside if beside.is_file() else None
+    return None
 
 
 def _on_hub(source: str | Path) -> bool:

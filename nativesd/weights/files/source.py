@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,6 +77,17 @@ def from_headers(
         metadata=metadata,
         config=config,
         left_out={key: reason for header in headers.values() for key, reason in header.left_out.items()},
+    )
+
+
+def join(members: Sequence[tuple[str, Member]]) -> Member:
+    """Several checkpoints as one, each with a prefix before its names, which must not meet."""
+    return Member(
+        name="",
+        tensors={prefix + key: info for prefix, member in members for key, info in member.tensors.items()},
+        files={prefix + key: path for prefix, member in members for key, path in member.files.items()},
+        data_starts={path: start for _, member in members for path, start in member.data_starts.items()},
+        metadata={key: value for _, member in members for key, value in member.metadata.items()},
     )
 
 
