@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nativesd.config import TinyVAEConfig, VAEConfig
 from nativesd.export.library import numbered
 from nativesd.export.store import MANIFEST, files_in
 from nativesd.pipeline.diffusion import EDITING, INPAINTING, PipelineConfig
 from nativesd.pipeline.pipeline import Pipeline
-from nativesd.sampling.published import PREDICTIONS, SchedulerConfig
+from nativesd.sampling.published import EDM_CLASSES, PREDICTIONS, SchedulerConfig
 from nativesd.sampling.schedule import trained_sigmas
 from nativesd.text.tokenizer import ClipTokenizer
 from nativesd.version import __version__
@@ -70,13 +71,20 @@ def write_manifest(folder: Path, pipeline: Pipeline, components: Mapping[str, Ma
         "conditioning": _conditioning(config, names, pipeline.tokenizers),
         "vae": {
             "scaling_factor": config.vae.scaling, "factor": config.vae.factor,
-            "latent_channels": config.vae.latent_channels,
+            "latent_channels": config.vae.latent_channels, **_moved(config.vae),
         },
         "axes": AXES,
         "components": components,
         "files": {name: {"bytes": file.size, "sha256": file.sha256} for name, file in files.items()},
     }  # fmt: skip
     (folder / MANIFEST).write_text(_on_one_line(json.dumps(manifest, indent=2)) + "\n", encoding="utf-8")
+
+
+def _moved(vae: VAEConfig | TinyVAEConfig) -> dict[str, Any]:
+    """By what latents are moved and stretched beside the scaling factor, where they are."""
+    if not isinstance(vae, VAEConfig) or vae.mean is None or vae.std is None:
+        return {}
+    return {"latents_mean": vae.mean, "latents_std": vae.std}
 
 
 def _conditioning(config: PipelineConfig, names: Sequence[str], tokenizers: Sequence[ClipTokenizer]) -> dict[str, Any]:
@@ -137,7 +145,14 @@ def scheduler_json(config: SchedulerConfig) -> dict[str, Any]:
         "algorithm_type": (algorithm, ""),
         "use_lu_lambdas" if config.kind == "lu" else f"use_{config.kind}_sigmas": (config.kind != "automatic", False),
     }
-    return data | {key: value for key, (value, default) in unusual.items() if value != default}
+    data |= {key: value for key, (value, default) in unusual.items() if value != default}
+    if (edm := config.edm) is not None:
+        data["_class_name"] = next(published for published, ours in EDM_CLASSES.items() if ours == name)
+        data |= {
+            "sigma_min": edm.smallest, "sigma_max": edm.largest, "sigma_data": edm.data, "sigma_schedule": edm.kind,
+            "rho": edm.rho,
+        }  # fmt: skip
+    return data
 
 
 def _on_one_line(text: str) -> str:

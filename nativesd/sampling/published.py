@@ -80,7 +80,7 @@ class SchedulerConfig:
         name = said["_class_name"]
         edm = _edm(name, data)
         if edm is not None:
-            name = _EDM[name]
+            name = EDM_CLASSES[name]
             data = {field: value for field, value in data.items() if field not in _EDM_READ}
         for field, allowed in _NOISE.items():
             if data.get(field, allowed[0]) not in allowed:
@@ -131,7 +131,7 @@ class SchedulerConfig:
         )
 
 
-_EDM = {
+EDM_CLASSES = {
     "EDMEulerScheduler": "EulerDiscreteScheduler", "EDMDPMSolverMultistepScheduler": "DPMSolverMultistepScheduler",
 }  # fmt: skip
 """The published classes of continuous sigmas, and those of the same samplers over trained timesteps"""
@@ -147,7 +147,7 @@ _EDM_READ = {field.name for field in _EDM_FIELDS}
 
 def _edm(name: str, data: Mapping[str, Any]) -> EDM | None:
     """The continuous sigmas of an EDM scheduler. Raises SourceError."""
-    if name not in _EDM:
+    if name not in EDM_CLASSES:
         return None
     edm = EDM(*read_fields(data, _EDM_FIELDS, FILE).values())
     if edm.smallest >= edm.largest:

@@ -28,7 +28,7 @@ from nativesd.export import check, library
 from nativesd.export.store import MANIFEST, Store
 from nativesd.models.build import build
 from nativesd.pipeline.control import ControlModel
-from nativesd.sampling.schedule import SchedulerConfig
+from nativesd.sampling.published import EDM, SchedulerConfig
 from nativesd.text.tokenizer import ClipTokenizer, pad_id
 
 
@@ -154,6 +154,8 @@ def test_tokenizers_are_written_whole(pad: int, tmp_path: Path) -> None:
         SchedulerConfig("DPMSolverMultistepScheduler[sde-dpmsolver++, order 3]", order=3, solver="heun",
                         euler_at_final=True, lower_order_final=False, final_sigma_zero=False, kind="karras"),
         SchedulerConfig("DPMSolverSinglestepScheduler", lower_order_final=False, kind="lu"),
+        SchedulerConfig("EulerDiscreteScheduler", prediction="v", edm=EDM(largest=120.0, data=1.0, kind="exponential")),
+        SchedulerConfig("DPMSolverMultistepScheduler", edm=EDM()),
         SchedulerConfig("LCMScheduler", prediction="sample", original_steps=100, timestep_scaling=5.0,
                         trained_betas=(0.1, 0.2), train_steps=2, beta_schedule="linear"),
     ],
