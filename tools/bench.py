@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nativesd.cli.machine import print_table, timing_table
+from nativesd.cli.common import print_tables
+from nativesd.cli.machine import timing_table
 from nativesd.config import UNetConfig
 from nativesd.machine.bench import (
     CASES,
@@ -209,7 +210,7 @@ def main() -> int:
         gc.collect()
         if options.json:
             options.json.write_text(json.dumps(report.fields(), indent=1))
-    print_table(timing_table(report, BASE))
+    print_tables(timing_table(report, BASE))
     if options.plot:
         plot(report, options.plot)
     return 0

@@ -1,9 +1,11 @@
 """The command line: the only package that knows about terminals.
 
-Exit codes: 0 fine, 1 findings, 2 usage, 3 unreadable or unfit input, 4 network.
+Exit codes: 0 fine, 1 findings, 2 usage, 3 unreadable or unfit input, 4 network,
+130 interrupted.
 """
 
 from nativesd.cli import checkpoints as checkpoints
+from nativesd.cli import generate as generate
 from nativesd.cli import graphs as graphs
 from nativesd.cli import machine as machine
 from nativesd.cli import pictures as pictures

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
-from nativesd.cli.common import SOURCE_HELP, by_reason, count, lora_use, main, print_lines, row, size_text, some
+from nativesd.cli.common import SOURCE_HELP, Row, by_reason, count, lora_use, main, print_lines, size_text, some
 from nativesd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def merge(model: str, loras: Sequence[str], dest: Path, maps: Path | None) -> No
     click.echo(done.path)
 
 
-def _audit_lines(report: AuditReport, *, keys: bool, shown: int) -> Iterator[Text]:
+def _audit_lines(report: AuditReport, *, keys: bool, shown: int) -> Iterator[Text | Row]:
     """The report for people: per component a headline, its sums, the evidence, what is ignored, the findings."""
     for component in report.components:
         what = ", ".join(filter(None, (component.family, component.layout)))
@@ -119,28 +119,28 @@ def _audit_lines(report: AuditReport, *, keys: bool, shown: int) -> Iterator[Tex
             style="" if component.ok else "red",
         )  # fmt: skip
         dtypes = ", ".join(f"{name} x{count}" for name, count in component.dtypes.items())
-        yield row(
+        yield Row(
             "tensors",
             f"{component.tensors}, {count(component.parameters)} parameters, {dtypes}, {size_text(component.bytes)}",
         )
         for entry in component.evidence:
             override = f"; to choose otherwise: {entry.override}" if entry.override else ""
             if entry.determined:
-                yield row(entry.what, f"{entry.value} ({entry.why})")
+                yield Row(entry.what, f"{entry.value} ({entry.why})")
             else:
-                yield row(entry.what, f"{entry.value} by default, not determined ({entry.why}{override})", "yellow")
+                yield Row(entry.what, f"{entry.value} by default, not determined ({entry.why}{override})", "yellow")
         for reason, names in by_reason((i.key, i.reason) for i in component.ignored).items():
-            yield row("ignored", f"{some(names)}: {reason}")
+            yield Row("ignored", f"{some(names)}: {reason}")
         if keys:
             for m in component.mapped:
-                yield row("mapped", f"{' + '.join(m.keys)} -> {m.parameter} {m.shape} [{m.operation}]")
+                yield Row("mapped", f"{' + '.join(m.keys)} -> {m.parameter} {m.shape} [{m.operation}]")
         yield from _finding_lines(component, shown)
 
 
-def _finding_lines(component: ComponentReport, shown: int) -> Iterator[Text]:
+def _finding_lines(component: ComponentReport, shown: int) -> Iterator[Text | Row]:
     """Findings one by one, or of a kind with more than `shown` their number and what their names begin with."""
     if component.unsupported:
-        yield row("not supported", f"this is {component.unsupported}", "red")
+        yield Row("not supported", f"this is {component.unsupported}", "red")
     paired = {m.found for m in component.missing if m.found}
     unexpected = [u for u in component.unexpected if u.key not in paired]
     if len(component.missing) > shown:
@@ -148,41 +148,41 @@ def _finding_lines(component: ComponentReport, shown: int) -> Iterator[Text]:
         yield from _many("missing", names, f"{len(component.missing)} parameters, expected as")
     else:
         for m in component.missing:
-            yield row("missing", f"{m.parameter} {m.shape}", "red")
-            yield row("", f"expected as {' + '.join(m.expected) or 'nothing any rule names'}")
+            yield Row("missing", f"{m.parameter} {m.shape}", "red")
+            yield Row("", f"expected as {' + '.join(m.expected) or 'nothing any rule names'}")
             if m.found:
-                yield row("", f"found {m.found}: {m.hint}")
+                yield Row("", f"found {m.found}: {m.hint}")
     for reason, names in by_reason((u.key, u.reason) for u in unexpected).items():
         if len(names) > shown:
             yield from _many("unexpected", names, f"{len(names)} tensors: {reason}")
         else:
             for u in unexpected:
                 if u.reason == reason:
-                    yield row("unexpected", f"{u.key} {u.shape} {u.dtype}: {u.reason}", "red")
+                    yield Row("unexpected", f"{u.key} {u.shape} {u.dtype}: {u.reason}", "red")
     if len(component.wrong_shape) > shown:
         names = [key for w in component.wrong_shape for key in w.keys]
         yield from _many("wrong shape", names, f"{len(component.wrong_shape)} tensors")
     else:
         for w in component.wrong_shape:
-            yield row("wrong shape", f"{' + '.join(w.keys)} {w.shape}, for {w.parameter}", "red")
-            yield row("", f"expected {w.expected} ({w.table} rule {w.rule})")
+            yield Row("wrong shape", f"{' + '.join(w.keys)} {w.shape}, for {w.parameter}", "red")
+            yield Row("", f"expected {w.expected} ({w.table} rule {w.rule})")
     if len(component.duplicate) > shown:
         names = [key for d in component.duplicate for key in d.keys]
         yield from _many("duplicate", names, f"{len(component.duplicate)} parameters claimed twice")
     else:
         for d in component.duplicate:
-            yield row("duplicate", f"{d.parameter}: claimed by {', '.join(d.keys)}", "red")
+            yield Row("duplicate", f"{d.parameter}: claimed by {', '.join(d.keys)}", "red")
 
 
-def _many(label: str, names: Sequence[str], what: str) -> Iterator[Text]:
+def _many(label: str, names: Sequence[str], what: str) -> Iterator[Text | Row]:
     from nativesd.weights.audit import grouped
 
-    yield row(label, f"{what} (--all lists them)", "red")
+    yield Row(label, f"{what} (--all lists them)", "red")
     for line in grouped(names):
-        yield row("", line)
+        yield Row("", line)
 
 
-def _diff_lines(report: DiffReport, shown: int) -> Iterator[Text]:
+def _diff_lines(report: DiffReport, shown: int) -> Iterator[Text | Row]:
     if report.values:
         yield Text(f"{report.same} parameters are the same in {report.first} and {report.second}")
     else:
@@ -194,10 +194,10 @@ def _diff_lines(report: DiffReport, shown: int) -> Iterator[Text]:
         for reason, keys in by_reason(
             (d.parameter, d.second if kind == "only in first" else d.first) for d in report.unused if d.kind == kind
         ).items():
-            yield row(f"{kind}, unused", f"{some(keys)}: {reason}")
+            yield Row(f"{kind}, unused", f"{some(keys)}: {reason}")
     for d in report.differences[:shown]:
         maximum = "" if d.maximum is None else f", max |difference| {d.maximum:g}"
         sides = " | ".join(side for side in (d.first, d.second) if side)
-        yield row(d.kind, f"{d.parameter}: {sides}{maximum}", "red")
+        yield Row(d.kind, f"{d.parameter}: {sides}{maximum}", "red")
     if len(report.differences) > shown:
-        yield row("", f"and {len(report.differences) - shown} more (--all lists them)")
+        yield Row("", f"and {len(report.differences) - shown} more (--all lists them)")

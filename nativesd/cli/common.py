@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import signal
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from nativesd.errors import NativesdError
+from nativesd.cli.help import Group, with_flags
+from nativesd.errors import NativesdError, NativesdWarning
 from nativesd.version import __version__
 
+LABEL = 20
+"""Columns of a report's labels."""
 MODEL_HELP = "'tiny' (embedded), a folder, a file, or a hub id"
 ENGINES_HELP = "Folder of engines [default: nativesd/engines in the user's cache]."
 SOURCE_HELP = "a file (safetensors or pickle), a model folder, a hub id, or org/name/file.safetensors on the hub"
@@ -32,7 +39,7 @@ class Size(click.ParamType[tuple[int, int]]):
         return int(width), int(height)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__)
 def main() -> None:
     """A native PyTorch Stable Diffusion stack."""
@@ -68,11 +75,51 @@ def lora_use(text: str) -> tuple[str, float, float]:
     return file, unet, scales[1] if len(scales) > 1 else unet
 
 
-def print_lines(lines: Iterable[Text]) -> None:
+@dataclass(frozen=True)
+class Row:
+    """A line of a report: what, and what of it. On a terminal what does not fit goes on under where it began."""
+
+    label: str
+    text: str
+    style: str = ""
+
+    def head(self) -> Text:
+        """The label, as wide as all are."""
+        return Text.assemble(
+            "  ", (f"{self.label:<{LABEL}}" if len(self.label) < LABEL else f"{self.label} ", self.style)
+        )
+
+    def lines(self, console: Console) -> Iterator[Text]:
+        """As lines of the console's width."""
+        head, indent = self.head(), " " * (LABEL + 2)
+        width = max(console.width - max(len(head), len(indent)), 20)
+        first, *others = [line.plain for line in Text(self.text).wrap(console, width)] or [""]
+        yield head + Text(first)
+        yield from (Text(indent + line) for line in others)
+
+
+def print_lines(lines: Iterable[Text | Row]) -> None:
     """Colour and width follow the terminal; a pipe gets plain text, unwrapped."""
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    terminal = sys.stdout.isatty()
+    console = Console(highlight=False, soft_wrap=not terminal)
     for line in lines:
-        console.print(line)
+        if isinstance(line, Row):
+            for part in line.lines(console) if terminal else [line.head() + Text(line.text)]:
+                console.print(part, soft_wrap=True)
+        else:
+            console.print(line)
+
+
+def print_tables(*tables: Table, stderr: bool = False) -> None:
+    """As wide as the terminal, where what does not fit in a column goes on below; a pipe gets all of it."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    console = Console(width=None if terminal else 10_000, highlight=False, stderr=stderr)
+    for number, table in enumerate(tables):
+        for column in table.columns:
+            column.overflow = "fold"
+        if number:
+            console.print()
+        console.print(table)
 
 
 def by_reason(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -88,11 +135,6 @@ def some(keys: Sequence[str]) -> str:
     return keys[0] if len(keys) == 1 else f"{len(keys)} tensors ({keys[0]}, ...)"
 
 
-def row(label: str, text: str, style: str = "") -> Text:
-    """A line of a report: what, and what of it."""
-    return Text.assemble("  ", (f"{label:<20}" if len(label) < 20 else f"{label} ", style), text)
-
-
 def count(number: int) -> str:
     """1234567 as 1.23 M."""
     for limit, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
@@ -106,11 +148,43 @@ def size_text(number: int) -> str:
     return count(number).replace(" B", " G").replace(" k", " k").rstrip() + ("B" if number >= 1000 else " B")
 
 
+def say(message: str) -> None:
+    """A line about what is going on, on stderr."""
+    click.echo(f"nativesd: {message}", err=True)
+
+
 def run() -> None:
-    """The console script: errors are one sentence on stderr and an exit code."""
-    warnings.showwarning = lambda message, *_, **__: click.echo(f"nativesd: warning: {message}", err=True)
+    """The console script: errors are one sentence on stderr and an exit code, and Ctrl-C is 130 without a word."""
+    warnings.showwarning = _show_warning
+    log, handler = logging.getLogger("nativesd"), _Lines()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     try:
-        main()
-    except NativesdError as error:
-        click.echo(f"nativesd: {error}", err=True)
+        code = main(prog_name="nativesd", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
         sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process where it is
+        sys.exit(130)
+    except NativesdError as error:
+        say(str(error))
+        sys.exit(error.exit_code)
+    finally:
+        log.removeHandler(handler)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+class _Lines(logging.Handler):
+    """What the library logs, as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """Our own warnings, in the words of the command line; other libraries' where -W or PYTHONWARNINGS asks for them."""
+    if not issubclass(category, NativesdWarning) and not sys.warnoptions:
+        return
+    context = click.get_current_context(silent=True)
+    say(f"warning: {with_flags(str(message), [] if context is None else context.command.params)}")

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, lora_use, main, size_text
+from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, lora_use, main, print_tables, say, size_text
 
 if TYPE_CHECKING:
     from nativesd.checkpoints.export import Exported
@@ -71,7 +70,7 @@ def export_onnx(
 
     size = None if static is None else Static(*static, batch=batch, chunks=chunks)
     done = run_export(
-        source, dest, static=size, slots=not no_slots, check=not no_check, on_part=_say, **_options(given)
+        source, dest, static=size, slots=not no_slots, check=not no_check, on_part=_part, **_options(given)
     )
     _print_exported(done)
 
@@ -93,14 +92,19 @@ def export_tensorrt(source: str, no_slots: bool, no_check: bool, **given: Any) -
 
     with _progress() as on_progress:
         done = run_export(
-            source, slots=not no_slots, check=not no_check, on_part=_say, on_progress=on_progress, **_options(given)
+            source,
+            slots=not no_slots,
+            check=not no_check,
+            on_part=_part,
+            on_progress=on_progress,
+            **_options(given),
         )
     table = Table("component", "for", "", "seconds", "size", "checked", box=None, pad_edge=False)
     for each in done:
         seconds = str(each.details.get("build_seconds", ""))
         size = "" if each.path is None else size_text((each.path / "model.engine").stat().st_size)
         table.add_row(each.name, each.target, each.state, seconds, size, each.reason or _checked(each.details))
-    Console(width=None if sys.stdout.isatty() else 240, highlight=False, stderr=True).print(table)
+    print_tables(table, stderr=True)
     for each in done:
         if each.path is not None:
             click.echo(each.path)
@@ -146,19 +150,9 @@ def _show(root: Path | None, *, deep: bool) -> None:
 
     store = _store(root)
     table = Table(
-        "component",
-        "family",
-        "weights",
-        "backend",
-        "for",
-        "precision",
-        "profiles",
-        "control",
-        "size",
-        "state",
-        box=None,
-        pad_edge=False,
-    )
+        "component", "model", "weights", "backend", "for", "precision", "profiles", "control", "size", "state",
+        box=None, pad_edge=False,
+    )  # fmt: skip
     sound = True
     for entry in store.entries():
         problem, key = verify(entry, deep=deep), entry.key
@@ -166,11 +160,12 @@ def _show(root: Path | None, *, deep: bool) -> None:
         what = (
             [entry.path.name, *[""] * 7]
             if key is None
-            else [key.component, key.family, key.weights[:8], f"{key.backend} {key.version}", key.device, key.precision,
+            else [key.component, str(entry.details.get("source") or key.family), key.weights[:8],
+                  f"{key.backend} {key.version}", key.device, key.precision,
                   ", ".join(key.profiles), "slots" if key.control else ""]
         )  # fmt: skip
         table.add_row(*what, size_text(entry.size), problem or "sound")
-    Console(width=None if sys.stdout.isatty() else 240, highlight=False).print(table)
+    print_tables(table)
     sys.exit(0 if sound else 1)
 
 
@@ -182,8 +177,8 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _say(name: str, number: int, total: int) -> None:
-    click.echo(f"nativesd: {name} ({number} of {total})", err=True)
+def _part(name: str, number: int, total: int) -> None:
+    say(f"{name} ({number} of {total})")
 
 
 def _print_exported(done: Sequence[Exported]) -> None:

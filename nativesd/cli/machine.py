@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nativesd.cli.common import main, print_lines, row
+from nativesd.cli.common import Row, main, print_lines, print_tables, say
 
 if TYPE_CHECKING:
     from nativesd.machine.bench import Report
@@ -29,7 +28,7 @@ def doctor(as_json: bool) -> None:
     if as_json:
         click.echo(report.to_json())
     else:
-        print_lines(row(label, text) for label, text in report.rows())
+        print_lines(Row(label, text) for label, text in report.rows())
         for finding in report.findings:
             print_lines([Text(finding.message, style="red")])
             click.echo(f"  {finding.remedy}")  # not by rich, which would wrap a command that is to be copied
@@ -53,7 +52,7 @@ def smoke(device: str, families: Sequence[str], published_sizes: bool, as_json: 
 
     report = run_smoke(
         device, families=families, size="published" if published_sizes else "small",
-        progress=lambda what: click.echo(f"nativesd: {what}", err=True),
+        progress=lambda what: say(what),
     )  # fmt: skip
     click.echo(report.to_json() if as_json else report.to_text())
     sys.exit(0 if report.ok else 1)
@@ -69,11 +68,11 @@ def bench(names: Sequence[str], device: str | None, threads: int | None, rounds:
     """Time UNet steps and VAE decodes at published sizes, with random weights, with and without the fast path."""
     from nativesd.machine.bench import run_bench
 
-    report = run_bench(names, device, threads=threads, rounds=rounds)
+    report = run_bench(names, device, threads=threads, rounds=rounds, progress=say)
     if as_json:
         click.echo(json.dumps(report.fields(), indent=2))
     else:
-        print_table(timing_table(report, "nativesd plain"))
+        print_tables(timing_table(report, "nativesd plain"))
 
 
 def timing_table(report: Report, base: str) -> Table:
@@ -98,8 +97,3 @@ def timing_table(report: Report, base: str) -> Table:
             f"{100 * timing.share:.0f}",
         )
     return out
-
-
-def print_table(table: Table) -> None:
-    """As wide as the terminal; a pipe gets all of it."""
-    Console(width=None if sys.stdout.isatty() else 140).print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from nativesd.version import __version__
 from nativesd.weights.lora.file import LoraFile
 from nativesd.weights.lora.merge import Merged
 
+LOG = logging.getLogger(__name__)
 BackendName = Literal["cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
@@ -171,6 +173,7 @@ def onnx_entry(part: Part, store: Store) -> Entry:
     if entry is None:
 
         def make(building: Building) -> None:
+            LOG.info("exporting the %s once to %s", part.name, store.root)
             building.details["source"] = part.source
             building.details |= write_onnx(graph, building.folder / FILE, metadata={"source_hash": key.weights})
 

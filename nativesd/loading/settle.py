@@ -14,6 +14,7 @@ from nativesd.models.unet import UNet
 from nativesd.pipeline.diffusion import PipelineConfig
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.shipped import TINY
+from nativesd.text.words import taught_words
 from nativesd.weights.files.locate import Located
 from nativesd.weights.maps.stated import few_steps
 from nativesd.weights.model import Model
@@ -111,6 +112,7 @@ def settle(
         size=model.picture_side(scheduler.prediction) * modules.vae.config.factor,
         zero_empty_negative=model.zero_empty_negative,
         guidance_scale=TINY_GUIDANCE if model.path == TINY else None,
+        words=taught_words() if model.path == TINY else None,
         steps=steps,
         inferred=inferred,
     )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,9 +217,16 @@ def call(module: UNet | VAE, inputs: Inputs) -> Tensor:
 
 
 def run_bench(
-    names: Sequence[str] = (), device: str | None = None, *, threads: int | None = None, rounds: int = 3
+    names: Sequence[str] = (),
+    device: str | None = None,
+    *,
+    threads: int | None = None,
+    rounds: int = 3,
+    progress: Callable[[str], object] = lambda line: None,
 ) -> Report:
     """Time our own ways to run the named cases, SD2.1's UNet where none is named.
+
+    `progress` is told what every case will take, and then every call.
 
     Raises UsageError for a case that is not in `CASES`, or a device that is not here.
     """
@@ -231,10 +239,30 @@ def run_bench(
         plain = empty_module(case)
         draw(plain, place)
         ways = native_ways(plain, case, make_inputs(case, place))
-        report.timings += measure(case, ways, place, rounds=rounds, repeat=2, clock="wall")
+        weights = sum(parameter.nbytes for parameter in plain.parameters())
+        calls = 2 + 2 * rounds  # of every way: the first, one for the memory, and two in every round
+        total, flops = calls * len(ways), count_flops(case)
+        progress(
+            f"{case.name}: {weights / 1e9:.1f} GB of weights, {total} calls of {flops / 1e12:.1f} TFLOP: "
+            f"{total * flops / ceiling(case.dtype, place, 'wall'):.0f} s at the rate of a large matrix product here, "
+            "and in practice more"
+        )
+        watched = {name: _watched(name, way, calls, progress) for name, way in ways.items()}
+        report.timings += measure(case, watched, place, rounds=rounds, repeat=2, clock="wall")
         del plain, ways
         gc.collect()
     return report
+
+
+def _watched(name: str, way: Way, calls: int, progress: Callable[[str], object]) -> Way:
+    """A way that says before each of its calls which it is."""
+    numbers = count(1)
+
+    def call() -> object:
+        progress(f"{name}: call {next(numbers)} of {calls}")
+        return way()
+
+    return call
 
 
 def _case(name: str) -> Case:

@@ -67,6 +67,8 @@ class PipelineConfig:
     """The same for the steps."""
     inferred: Mapping[str, str] = field(default_factory=dict)
     """What was chosen at load without being told, and from what."""
+    words: frozenset[str] | None = None
+    """All that the embedded model knows; None: of a model that was taught language."""
 
     @property
     def smallest(self) -> int:

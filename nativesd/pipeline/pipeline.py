@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -27,6 +27,8 @@ from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedul
 from nativesd.sampling.published import Kind
 from nativesd.text.embedding import read_embedding
 from nativesd.text.tags import take_tags
+from nativesd.text.words import FILE as WORDS
+from nativesd.text.words import unknown_words
 from nativesd.tuning.fp8 import is_fp8
 from nativesd.weights.lora.file import Use, read_lora
 from nativesd.weights.lora.merge import set_loras
@@ -203,7 +205,7 @@ class Pipeline(Diffusion):
             "loras": {use.lora.path.stem: (use.unet, use.text_encoder) for use in self._uses()} or None,
             "control": [str(getattr(each.model, "name", each.model)) for each in asked.control] or None,
             "inferred": inferred,
-            "notes": list(inputs.notes),
+            "notes": [*inputs.notes, *self._unheeded(asked, guidance_scale)],
         }
         return Result(
             images=pictures,
@@ -313,6 +315,26 @@ class Pipeline(Diffusion):
             )
         kind = choice.kind or kind or own.kind
         return choice, own.kind if kind == "automatic" else kind
+
+    def _unheeded(self, asked: Checked, guidance_scale: float) -> Iterator[str]:
+        """What of a call changes nothing with this model."""
+        config = self.config
+        if guidance_scale <= 1 and any(asked.negative_prompt):
+            yield f"negative_prompt is not used: a guidance_scale of {guidance_scale:g} is no guidance"
+        if guidance_scale <= 1 and asked.guidance_rescale:
+            yield f"guidance_rescale is not used: a guidance_scale of {guidance_scale:g} is no guidance"
+        edits = config.unet.in_channels == EDITING
+        if edits and asked.strength is not None:
+            yield f"strength is not used: {config.name} edits by instruction"
+        if not edits and asked.image_guidance_scale != Checked.image_guidance_scale:
+            yield f"image_guidance_scale is not used: {config.name} does not edit by instruction"
+        if config.words is not None:
+            unknown = unknown_words(asked.prompts, {*config.words, *self.embeddings}, literal=asked.literal)
+            if unknown:
+                yield (
+                    f"the embedded model does not know {', '.join(unknown)}: it was taught drawings such as "
+                    f'"a strawberry on a yellow background", and the words in {WORDS}'
+                )
 
     def _inputs(self, asked: Checked) -> Inputs:
         """The picture to begin from and its mask, brought to one size. Raises UsageError for what cannot be."""

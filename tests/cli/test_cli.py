@@ -69,7 +69,7 @@ def broken(tmp_path: Path) -> Path:
         (["--size", "65x64"], 2, "multiples of 4"),
         (["--size", "big"], 2, "not a size"),
         (["--steps", "0"], 2, "steps must be between 1 and 999"),
-        (["--num-images", "0"], 2, "num_images must be at least 1"),
+        (["--num-images", "0"], 2, "--num-images must be at least 1"),
         (["--seed", "-2"], 2, "seeds must be between"),
         (["--guidance-scale", "nan"], 2, "finite"),
         (["--device", "toaster"], 2, "device 'toaster' cannot be used"),

@@ -1,0 +1,247 @@
+"""`nativesd generate`: its options, and from them to pictures in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Border, Size, lora_use, main, say
+from nativesd.cli.help import flag, section, with_flags
+
+if TYPE_CHECKING:
+    from nativesd.pipeline.arguments import GenerateOptions, LoadOptions
+    from nativesd.pipeline.control import Control
+
+BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
+NEEDS = {
+    **dict.fromkeys(("mask", "strength", "steps_as", "resize", "outpaint", "image_guidance_scale"), ("image",)),
+    "mask_blur": ("mask", "outpaint"), "refiner_at": ("refiner",), "guess_mode": ("control",), "engines": ("backend",),
+}  # fmt: skip
+"""Options that do nothing without one of others; those whose names go on after another's (--hires-steps) need that."""
+
+
+@main.command()
+@click.argument("prompt", required=False)
+@section(
+    "The picture",
+    click.option("-o", "--output", type=click.Path(path_type=Path), help="File [default: nativesd-SEED.png]."),
+    click.option("--size", type=Size(), help="Pixels, such as 512x768 [default: the model's, or the image's]."),
+    click.option("--width", type=int, help="Pixels, instead of --size."),
+    click.option("--height", type=int, help="The same."),
+    click.option("--steps", "--num-inference-steps", type=int, help="Sampling steps [default: 20; few-step models 4]."),
+    click.option(
+        "--guidance-scale",
+        "--cfg-scale",
+        type=float,
+        help="1 is off [default: the family's].",
+    ),
+    click.option("--negative-prompt", help="What the picture should not show."),
+    click.option("--seed", type=int, help="Seed of the first picture [default, and -1: random]."),
+    click.option("--num-images", type=int, help="Pictures, with seeds counting up [default: 1]."),
+    click.option("--preview", type=click.Path(path_type=Path), help="File that shows the state, at every step."),
+    click.option("--from", "picture", metavar="PICTURE", help="Repeat a picture; options override its parameters."),
+)
+@section(
+    "The model",
+    click.option("--model", help=f"{MODEL_HELP} [default: tiny]."),
+    click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE[:TEXT]]", help="LoRA to merge in; repeatable."),
+    click.option("--lora-dir", "lora_dirs", type=click.Path(), multiple=True, help="Folder of LoRAs for prompts."),
+    click.option("--embedding", "embeddings", type=click.Path(), multiple=True, help="Textual inversion; repeatable."),
+    click.option("--unet", type=click.Path(), help="File or folder of a UNet to use instead of the model's."),
+    click.option("--vae", type=click.Path(), help="File or folder of a VAE to use instead of the model's, or taesd."),
+    click.option("--text-encoder", "text_encoders", type=click.Path(), multiple=True, help="The same; repeatable."),
+    click.option("--prediction", help="epsilon, v or sample, where the model says it wrong or not at all."),
+    click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override."),
+)
+@section(
+    "A picture to begin from",
+    click.option("--image", type=click.Path(), help="Picture to begin from: image-to-image, inpainting, edits."),
+    click.option("--mask", type=click.Path(), help="White where --image is painted anew."),
+    click.option("--strength", type=float, help="Of --image to give up, 0 to 1 [default: 0.8; with a mask 1]."),
+    click.option(
+        "--steps-as",
+        type=click.Choice(["diffusers", "a1111", "all"]),
+        help="How --strength counts steps [default: diffusers].",
+    ),
+    click.option("--resize", type=click.Choice(["resize", "crop", "fill"]), help="How --image comes to --size."),
+    click.option("--outpaint", type=Border(), help="Pixels to add to --image, such as 0,0,128,0."),
+    click.option("--mask-blur", type=int, help="Pixels over which a repainted part fades in [default: 4]."),
+    click.option("--image-guidance-scale", type=float, help="How much an instruct-pix2pix model keeps [default: 1.5]."),
+)
+@section(
+    "Control",
+    click.option(
+        "--control", nargs=2, multiple=True, metavar="MODEL IMAGE", help="ControlNet, T2I-Adapter; repeatable."
+    ),
+    click.option("--control-scale", type=float, multiple=True, help="One per --control, in its order [default: 1]."),
+    click.option("--control-start", type=float, multiple=True, help="From which part of the steps on [default: 0]."),
+    click.option("--control-end", type=float, multiple=True, help="Up to which part of the steps [default: 1]."),
+    click.option("--control-preprocess", multiple=True, help="canny, one of controlnet_aux, or none [default]."),
+    click.option("--control-kind", multiple=True, help="For a ControlNetUnion: what the hint is, such as depth."),
+    click.option("--guess-mode", is_flag=True, default=None, help="ControlNets act for the prompt only."),
+)
+@section(
+    "A second pass",
+    click.option("--hires", type=float, help='Second pass at so many times the size ("hires fix").'),
+    click.option("--hires-strength", type=float, help="How much the second pass repaints [default: 0.7]."),
+    click.option("--hires-steps", type=int, help="Steps of the second pass [default: the same]."),
+    click.option("--hires-upscaler", help='"latent" (or "latent (bicubic)", ...) or lanczos [default: latent].'),
+    click.option("--hires-sampler", help="Sampler of the second pass [default: the same]."),
+    click.option("--hires-schedule", help="Schedule of the second pass [default: the same]."),
+    click.option("--hires-prompt", help="Prompt of the second pass [default: the same]."),
+    click.option("--hires-negative-prompt", help="Negative prompt of the second pass [default: the same]."),
+    click.option("--hires-guidance-scale", type=float, help="Guidance of the second pass [default: the same]."),
+    click.option("--refiner", help="SDXL refiner for the last steps: a folder, a file, or a hub id."),
+    click.option("--refiner-at", type=float, help="How far on the refiner takes over [default: 0.8]."),
+)
+@section(
+    "Sampling",
+    click.option("--sampler", help='Such as "DPM++ 2M Karras": see nativesd samplers [default: the model\'s own].'),
+    click.option("--schedule", help="Such as karras or ays: see nativesd samplers [default: the model's own]."),
+    click.option("--eta", type=float, help="0 to 1, the noise that a sampler adds again [default: the sampler's]."),
+    click.option("--guidance-rescale", type=float, help="0 to 1, against strong guidance's contrast [default: 0]."),
+    click.option("--noise", type=click.Choice(["cpu", "cuda"]), help="Whose: the CPU's, or an NVIDIA card's (A1111)."),
+    click.option("--clip-skip", type=int, help="Layer of the text encoder from the end; 1 is the last."),
+    click.option("--literal", is_flag=True, default=None, help="Take the prompts as they stand: no weights, no BREAK."),
+)
+@section(
+    "This machine",
+    click.option("--device", help="cpu, cuda, cuda:1, ... [default: cuda where there is one]."),
+    click.option("--dtype", help="float16, bfloat16 or float32 [default: float16 on CUDA, else float32]."),
+    click.option("--backend", type=click.Choice(BACKENDS), help="What runs the model [default: torch]."),
+    click.option("--engines", type=click.Path(path_type=Path), help=ENGINES_HELP),
+    click.option("--offload", is_flag=True, default=None, help="Keep what is not in use in main memory."),
+    click.option("--fp8", is_flag=True, default=None, help="Transformer blocks in float8 (RTX 40, H100 and newer)."),
+)
+@click.option("-v", "--verbose", is_flag=True, help="Say what was chosen without being told, and from what.")
+@click.pass_context
+def generate(
+    context: click.Context,
+    /,
+    prompt: str | None,
+    picture: str | None,
+    output: Path | None,
+    size: tuple[int, int] | None,
+    preview: Path | None,
+    embeddings: Sequence[str],
+    verbose: bool,
+    **given: Any,
+) -> None:
+    """Make pictures of PROMPT; prints the path of each."""
+    options = {name: value for name, value in given.items() if value not in (None, ())}
+    if size is not None:
+        if "width" in options or "height" in options:
+            raise click.UsageError("--size says what --width and --height say: pass either")
+        options["width"], options["height"] = size
+    if prompt is not None:
+        options["prompt"] = prompt
+    repeated = {} if picture is None else _repeated(picture, options)
+    _require_needed(context, options, {**repeated, **options})
+    options = {**repeated, **_for_python(options)}
+    if "prompt" not in options:
+        raise click.UsageError("pass a prompt, or a picture to repeat with --from")
+
+    import nativesd
+    from nativesd.cli.progress import progress
+    from nativesd.pictures.result import check_target, write_picture
+    from nativesd.pipeline.arguments import check, split
+    from nativesd.pipeline.diffusion import Step
+
+    for path in filter(None, (output or Path("nativesd.png"), preview)):
+        check_target(path)  # before anything is loaded
+    model, text, refiner = options.pop("model", "tiny"), options.pop("prompt"), options.pop("refiner", None)
+    loading, asked = split(cast("GenerateOptions", options))
+    check(text, asked)
+    start = perf_counter()
+    pipeline = nativesd.load(model, **loading)
+    for embedding in embeddings:
+        pipeline.load_embedding(embedding)
+    if refiner is not None:
+        asked["refiner"] = nativesd.load(
+            refiner, **cast("LoadOptions", {**loading, "unet": None, "vae": None, "loras": None})
+        )
+    if pipeline.offload and pipeline.device.type == "cpu":
+        say("--offload does nothing on a CPU")
+    if verbose:
+        say(f"{pipeline!r} loaded in {perf_counter() - start:.1f} s")
+    with progress(pipeline.device) as taken:
+
+        def on_step(step: Step) -> None:
+            taken(step)
+            if preview is not None:
+                write_picture(step.preview(), preview)
+
+        asked["on_step"] = on_step
+        result = pipeline(text, **asked)
+    for note in result.parameters["notes"]:
+        say(with_flags(note, context.command.params))
+    if verbose:
+        for what, reason in result.parameters["inferred"].items():
+            click.echo(f"{what}: {reason}", err=True)
+    for path in result.save(output or Path(f"nativesd-{result.seeds[0]}.png")):
+        click.echo(path)
+
+
+def _repeated(picture: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a picture's parameters say; says which of these cannot be repeated."""
+    import nativesd
+
+    repeated, unheeded = nativesd.options_from(picture)
+    model = repeated.pop("model", None)
+    if "model" not in options and model not in (None, "tiny"):
+        raise click.UsageError(f"{picture} was made with the model {model}: pass it with --model")
+    if "strength" in repeated and "image" not in options:
+        raise click.UsageError(f"{picture} was made from a picture: pass that with --image")
+    for name in [name for name in repeated if name in NEEDS and not any(each in options for each in NEEDS[name])]:
+        del repeated[name]
+        unheeded.append(f"{name} (it needs --{NEEDS[name][0]})")
+    if unheeded:
+        say(f"{picture}: not repeated: {', '.join(unheeded)}")
+    return repeated
+
+
+def _require_needed(context: click.Context, given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuse what was given where it does nothing, for want of another option."""
+    flags = {param.name: flag(param) for param in context.command.params if isinstance(param, click.Option)}
+    for name in given:
+        needed = NEEDS.get(name, ("hires",) if name.startswith("hires_") else ())
+        kept = [each for each in needed if options.get(each) not in (None, "torch", "cudagraphs")]
+        if needed and not kept:
+            others = " or ".join("a --backend that keeps graphs" if n == "backend" else flags[n] for n in needed)
+            raise click.UsageError(f"{flags[name]} does nothing without {others}")
+
+
+def _for_python(options: dict[str, Any]) -> dict[str, Any]:
+    """What was given on the command line, as the library takes it."""
+    if "loras" in options:
+        options["loras"] = [lora_use(text) for text in options["loras"]]
+    if control := _controls(options):
+        options["control"] = control
+    passes = {name.removeprefix("hires_"): options.pop(name) for name in list(options) if name.startswith("hires_")}
+    if "hires" in options:
+        from nativesd.pipeline.hires import Hires
+
+        options["hires"] = Hires(options["hires"], **passes)
+    return options
+
+
+def _controls(options: dict[str, Any]) -> list[Control]:
+    """The --control options, taken out of `options`; those that go with them are matched by their order."""
+    from nativesd.pipeline.control import Control
+
+    controls = options.pop("control", ())
+    settings: dict[str, tuple[Any, ...]] = {
+        name: options.pop(f"control_{name}", ()) for name in ("scale", "start", "end", "preprocess", "kind")
+    }
+    for name, values in settings.items():
+        if len(values) > len(controls):
+            raise click.UsageError(f"{len(values)} --control-{name} for {len(controls)} --control")
+    out = []
+    for i, (model, image) in enumerate(controls):
+        chosen = {name: values[i] for name, values in settings.items() if i < len(values) and values[i] != "none"}
+        out.append(Control(model, image, **chosen))
+    return out

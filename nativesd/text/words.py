@@ -1,0 +1,25 @@
+"""The words that the embedded model was taught, and those of a prompt that it was not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from functools import cache
+
+from nativesd.shipped import TINY
+from nativesd.text.prompt import parse_prompt
+
+FILE = TINY / "words.txt"
+
+
+@cache
+def taught_words() -> frozenset[str]:
+    """Every word of the captions that the embedded model was trained on."""
+    return frozenset(FILE.read_text(encoding="utf-8").split())
+
+
+def unknown_words(prompts: Sequence[str], known: Collection[str], *, literal: bool = False) -> list[str]:
+    """The words of prompts that are not among `known`, each once, in their order; a plural or a weight is none."""
+    texts = [piece.text for prompt in prompts for part in parse_prompt(prompt, literal=literal) for piece in part]
+    words = dict.fromkeys(word.lower() for text in texts for word in re.findall(r"[^\W\d_]+", text))
+    return [word for word in words if word not in known and word.removesuffix("s") not in known]
