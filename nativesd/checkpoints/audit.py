@@ -100,5 +100,5 @@ def find(source: str | Path, *, revision: str | None = None) -> list[Member]:
     return open_remote(source, revision=revision)
 
 
-REMOTE = re.compile(r"https?://.+|[A-Za-z0-9][\w.-]*/[\w.-]+(/.+\.safetensors)?")
+REMOTE = re.compile(r"https?://.+|[A-Za-z0-9][\w.-]*/[\w.-]+(/.+\.(safetensors|ckpt|pt|pth|bin|gguf))?")
 """A URL, a hub id, or a file in a hub repository."""

@@ -15,11 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import close_session, constants
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from nativesd.errors import NativesdError, NetworkError, SourceError, UsageError
+from nativesd.weights.files import hub as hub_client
 from nativesd.weights.files import remote
 from nativesd.weights.files.remote import FIRST, fetch_header, fetch_url_header, list_files
 
@@ -493,3 +496,22 @@ def test_the_environment_counts(elsewhere: Server, tmp_path: Path) -> None:
     cache(tmp_path / "hub", b"\x02\0\0\0\0\0\0\0{}", "x.safetensors")
     assert run(HF_HUB_OFFLINE="1") == (0, "0\n")
     assert len(elsewhere.requests) == 1
+
+
+def test_a_repository_of_pickles_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where there is no safetensors file; any other failure is told."""
+    asked: list[str] = []
+
+    def download(_: str, name: str) -> str:
+        asked.append(name)
+        if name == "diffusion_pytorch_model.safetensors":
+            raise RemoteEntryNotFoundError("no such entry", response=Mock())
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(hub_client, "hf_hub_download", download)
+    monkeypatch.setattr(hub_client, "try_to_load_from_cache", lambda *_: None)
+    assert hub_client.fetch_component("org/name") == tmp_path
+    assert asked == ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "config.json"]
+    monkeypatch.setattr(hub_client, "hf_hub_download", Mock(side_effect=OSError("no route")))
+    with pytest.raises(NetworkError, match="no route"):
+        hub_client.fetch_component("org/name")

@@ -46,6 +46,7 @@ KINDS: dict[str, Mapping[str, Shape]] = {
     },
     "PhotoMaker": {"id_encoder.vision_model.x": (3,), "lora_weights.unet.down_blocks.0.x.lora_A.weight": (4, 4)},
     "hypernetwork": {"768.0.linear.0.weight": (1536, 768), "768.1.linear.0.weight": (1536, 768)},
+    "list of tensors": {"0": (768, 4), "1": (4, 768), "2": (768, 4), "3": (4, 768)},
     "numbered LoRA": {"unet:0:up": (320, 1), "unet:0:down": (1, 320), "<s1>": (768,)},
     "scaled float8": {"model.diffusion_model.scaled_fp8": (2,), "model.diffusion_model.x.scale_weight": ()},
     "bitsandbytes 4 bits": {"a.weight": (9, 1), "a.weight.quant_state.bitsandbytes__nf4": (80,)},

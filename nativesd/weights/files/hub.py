@@ -15,6 +15,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -24,7 +25,7 @@ from huggingface_hub.errors import (
 
 from nativesd.errors import NetworkError, SourceError
 from nativesd.reading import read_json
-from nativesd.weights.files.folder import weight_files
+from nativesd.weights.files.folder import PICKLED, weight_files
 from nativesd.weights.files.header import read_index
 from nativesd.weights.files.source import open_source
 
@@ -75,7 +76,12 @@ def fetch_file(repo_id: str, name: str) -> Path:
 
 def fetch_component(repo_id: str, stem: str = "diffusion_pytorch_model") -> Path:
     """The local folder of a repository that is one component (a VAE, a ControlNet). Raises NetworkError."""
-    fetch_file(repo_id, f"{stem}.safetensors")
+    try:
+        fetch_file(repo_id, f"{stem}.safetensors")
+    except NetworkError as error:
+        if not isinstance(error.__cause__, EntryNotFoundError):
+            raise
+        fetch_file(repo_id, f"{PICKLED.get(stem, stem)}.bin")
     return fetch_file(repo_id, "config.json").parent
 
 
