@@ -27,7 +27,7 @@ from nativesd.weights.maps.identify import Component
 from nativesd.weights.maps.keymap import KeyMap, Source, load_tables
 from nativesd.weights.maps.plan import make_plan
 from nativesd.weights.model import identify_known
-from nativesd.weights.writing import Entry, write
+from nativesd.weights.writing import Entry, cast_finite, write
 
 AVERAGE = "model_ema."
 """What the training averages in ldm's checkpoints begin with: without the LoRA they would be another model."""
@@ -152,7 +152,8 @@ def _make(
     for source, changes in sources:
         tensor = apply([read_tensor(member, key) for key in source.keys], source)
         parameters.append(merged(tensor, changes) if changes else tensor.float())
-    return revert(parameters, sources[0][0])[index].to(dtype)
+    source = sources[0][0]
+    return cast_finite(revert(parameters, source)[index], dtype, source.keys[index])
 
 
 def _as_it_is(member: Member, key: str) -> Entry:

@@ -16,6 +16,8 @@ from nativesd.text.embedding import Embedding
 from nativesd.text.prompt import NO_EMBEDDINGS, Chunk, parse_prompt, split_chunks
 from nativesd.text.tokenizer import ClipTokenizer
 
+MAX_CHUNKS = 500
+"""Of one length for all prompts of a call: 79 million numbers for SDXL"""
 NO_MEAN = 1e-4
 """A mean below this part of the root mean square is rounding; that of the embedded model's is 0.01 and more."""
 
@@ -152,5 +154,10 @@ def _join(hidden: Tensor, counts: Sequence[int]) -> Tensor:
     Padding with other tokens would draw attention to them.
     """
     common = math.lcm(*counts)
+    if common > MAX_CHUNKS:
+        raise UsageError(
+            f"the prompts have {', '.join(map(str, counts))} chunks, which are {common} for all of one length, over "
+            f"{MAX_CHUNKS}: shorten them, or make their pictures in several calls"
+        )
     contexts = [chunks.flatten(0, 1) for chunks in torch.split(hidden, list(counts))]  # (k, T, C) -> (k T, C)
     return torch.stack([c.repeat(common // count, 1) for c, count in zip(contexts, counts, strict=True)])

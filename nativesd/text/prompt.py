@@ -15,13 +15,14 @@ works within brackets too, and a backslash makes a colon text. What means someth
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from nativesd.errors import NativesdWarning, UsageError
 from nativesd.text.tokenizer import ClipTokenizer
@@ -34,6 +35,8 @@ NO_EMBEDDINGS: Mapping[str, Embedding] = MappingProxyType({})
 BRACKET_WEIGHT = {"(": 1.1, "[": 1 / 1.1}
 COMMA_BACKTRACK = 20
 """A1111's `comma_padding_backtrack` (modules/shared_options.py)."""
+MAX_CHARACTERS = 100_000
+"""Of a prompt: 300 chunks and more, where people write one to five."""
 PLACEHOLDER = 0
 """The id in a learnt vector's place: any but the highest of the vocabulary, which pooling takes for the end of text."""
 
@@ -48,9 +51,9 @@ SYNTAX = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK = re.compile(r"\bBREAK\b")
 AND = re.compile(r"\bAND\b")
-STEP = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.IGNORECASE)
+STEP = re.compile(r"\s*+[+-]?(\d++(\.\d*+)?|\.\d++)(e[+-]?\d++)?\s*+", re.IGNORECASE)
 LORA = re.compile(r"<(lora|lyco):", re.IGNORECASE)
 
 
@@ -102,6 +105,8 @@ def parse_prompt(
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"the prompt is no valid text at character {error.start + 1}: {error.reason}") from error
+    if len(prompt) > MAX_CHARACTERS:
+        raise UsageError(f"the prompt has {len(prompt)} characters, over the {MAX_CHARACTERS} that one can have")
     if literal:
         return [(Piece(prompt),)]
     if AND.search(prompt):
@@ -129,23 +134,19 @@ class _Open:
 
 def _parse_weights(prompt: str) -> list[list[Piece]]:
     texts: list[str | None] = []  # None: BREAK
-    weights: list[float] = []
-    opened: list[_Open] = []
+    weights = np.ones(len(prompt) + 1)  # more than there are texts
+    opened: dict[int, _Open] = {}  # by where they stand, in that order
+    places: dict[str, list[int]] = {"(": [], "[": []}
 
     def close(bracket: str) -> _Open | None:
         """Take the innermost open bracket of this kind; the other kind is no hindrance, as in A1111."""
-        for i in reversed(range(len(opened))):
-            if opened[i].bracket == bracket:
-                return opened.pop(i)
-        return None
+        return opened.pop(places[bracket].pop()) if places[bracket] else None
 
     def weigh(first: int, factor: float) -> None:
-        for i in range(first, len(weights)):
-            weights[i] *= factor
+        with np.errstate(over="ignore"):  # what is not finite is refused below
+            weights[first : len(texts)] *= factor
 
-    def add(text: str | None) -> None:
-        texts.append(text)
-        weights.append(1.0)
+    add = texts.append
 
     for match in SYNTAX.finditer(prompt):
         text = match[0]
@@ -154,12 +155,13 @@ def _parse_weights(prompt: str) -> list[list[Piece]]:
             continue
         if match["network"]:
             raise UsageError(
-                f"{text} in a prompt does nothing: pass LoRAs with loras="
+                f"{_short(text)} in a prompt does nothing: pass LoRAs with loras="
                 if LORA.match(text)
-                else f"{text} in a prompt is not supported; write \\{text} if it is meant as text"
+                else f"{_short(text)} in a prompt is not supported; write \\{_short(text)} if it is meant as text"
             )
         if match["bracket"] in BRACKET_WEIGHT:
-            opened.append(_Open(text, len(texts), match.start()))
+            opened[match.start()] = _Open(text, len(texts), match.start())
+            places[text].append(match.start())
             continue
         if match["weight"] and (bracket := close("(")):
             weigh(bracket.first, _number(match["weight"], text))
@@ -171,32 +173,43 @@ def _parse_weights(prompt: str) -> list[list[Piece]]:
             _refuse_editing(prompt, bracket, match.start())
             weigh(bracket.first, BRACKET_WEIGHT["["])
             continue
-        if opened and match["bar"]:
-            opened[-1].bar = True
-        if opened and text == ":":
-            opened[-1].colon = match.start()
-        for i, part in enumerate(BREAK.split(text)):
-            if i > 0:
-                add(None)
-            add(part)
-    for bracket in sorted(opened, key=lambda bracket: bracket.bracket):  # "(" first: A1111's order of multiplication
+        if opened and (match["bar"] or text == ":"):
+            innermost = opened[next(reversed(opened))]
+            if match["bar"]:
+                innermost.bar = True
+            else:
+                innermost.colon = match.start()
+        first, *others = BREAK.split(text)  # a pattern with the space around it would look at each space many times
+        add(first.rstrip() if others else first)
+        for i, part in enumerate(others, 1):
+            add(None)
+            add(part.strip() if i < len(others) else part.lstrip())
+    # "(" first: A1111's order of multiplication
+    for bracket in sorted(opened.values(), key=lambda bracket: bracket.bracket):
         weigh(bracket.first, BRACKET_WEIGHT[bracket.bracket])
-    if not all(map(math.isfinite, weights)):
+    used = weights[: len(texts)]
+    if not np.isfinite(used).all():
         raise UsageError("the prompt's weights multiply to more than a number can hold")
-    return _merge(texts, weights)
+    return _merge(texts, used.tolist())
 
 
 def _merge(texts: Sequence[str | None], weights: Sequence[float]) -> list[list[Piece]]:
     """Neighbours of the same weight are one text, as words may be made of them. None in `texts` starts a new part."""
-    parts: list[list[Piece]] = [[]]
+    parts: list[list[tuple[float, list[str]]]] = [[]]
     for text, weight in zip(texts, weights, strict=True):
         if text is None:
             parts.append([])
-        elif parts[-1] and parts[-1][-1].weight == weight:
-            parts[-1][-1] = Piece(parts[-1][-1].text + text, weight)
+        elif parts[-1] and parts[-1][-1][0] == weight:
+            parts[-1][-1][1].append(text)
         else:
-            parts[-1].append(Piece(text, weight))
-    return [[piece for piece in part if piece.text] for part in parts]
+            parts[-1].append((weight, [text]))
+    joined = [[Piece("".join(of_weight), weight) for weight, of_weight in part] for part in parts]
+    return [[piece for piece in part if piece.text] for part in joined]
+
+
+def _short(text: str) -> str:
+    """For a message."""
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _number(digits: str, where: str) -> float:
@@ -204,7 +217,7 @@ def _number(digits: str, where: str) -> float:
         return float(digits)
     except ValueError:
         raise UsageError(
-            f"{where!r} in the prompt gives a weight that is no number: write (word:1.2), or \\: for a colon"
+            f"{_short(where)!r} in the prompt gives a weight that is no number: write (word:1.2), or \\: for a colon"
         ) from None
 
 
@@ -214,8 +227,8 @@ def _refuse_editing(prompt: str, bracket: _Open, end: int) -> None:
     if scheduled or bracket.bar:
         escape = "|" if bracket.bar else ":"
         raise UsageError(
-            f"{prompt[bracket.start : end + 1]} in the prompt changes it between steps, which is not supported: "
-            f"write \\{escape} if the {escape} is meant as text"
+            f"{_short(prompt[bracket.start : end + 1])} in the prompt changes it between steps, which is not supported:"
+            f" write \\{escape} if the {escape} is meant as text"
         )
 
 
@@ -246,7 +259,9 @@ def _find_embeddings(
         for match in pattern.finditer(piece.text):
             if match["unknown"]:
                 known = ", ".join(embedding.name for embedding in invoked) or "none"
-                raise UsageError(f"{match[0]} in the prompt names an embedding that is not loaded (loaded: {known})")
+                raise UsageError(
+                    f"{_short(match[0])} in the prompt names an embedding that is not loaded (loaded: {known})"
+                )
             if before := piece.text[end : match.start()]:
                 yield Piece(before, piece.weight)
             embedding = next(e for i, e in enumerate(invoked) if match[f"e{i}"] is not None)

@@ -69,7 +69,19 @@ def _make(member: Member, sources: list[Source], target: Source, dtype: torch.dt
     """One published tensor from the parameters that `sources` give."""
     parameters = [apply([read_tensor(member, key) for key in source.keys], source) for source in sources]
     [tensor] = revert(parameters, target)
-    return tensor.to(dtype)
+    return cast_finite(tensor, dtype, target.keys[0])
+
+
+def cast_finite(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    """`tensor` in another dtype. Raises WeightsError where finite numbers would become infinite."""
+    out = tensor.to(dtype)
+    if out is not tensor and not out.isfinite().all() and tensor.isfinite().all():
+        largest = float(tensor.abs().max())
+        raise WeightsError(
+            f"{key} has numbers up to {largest:.3g}, which {str(dtype)[6:]} cannot hold: nothing is written; choose "
+            "another dtype"
+        )
+    return out
 
 
 def write(path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:

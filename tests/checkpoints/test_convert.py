@@ -33,6 +33,7 @@ from nativesd.config import (
 )
 from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.models.build import build
+from nativesd.shipped import TINY
 from nativesd.weights.checkpoint import unmap
 from nativesd.weights.files.header import read_header
 from nativesd.weights.maps.keymap import load_table
@@ -342,3 +343,21 @@ def measure_peak(code: str, *arguments: Path) -> list[str]:
     peak = "[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')]"
     command = [sys.executable, "-c", code.replace("PEAK", peak), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize(("dtype", "holds"), [("f16", False), ("bf16", True), (None, True)])
+def test_a_cast_that_makes_infinities_is_refused(dtype: str | None, holds: bool, tmp_path: Path) -> None:
+    folder, out = tmp_path / "vae", tmp_path / "out.safetensors"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((TINY / "vae" / "config.json").read_bytes())
+    tensors = {
+        key: tensor.float() for key, tensor in load_file(TINY / "vae" / "diffusion_pytorch_model.safetensors").items()
+    }
+    tensors["decoder.conv_in.weight"][0, 0, 0, 0] = 1e6
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    if holds:
+        nativesd.convert(folder, out, layout="ldm", dtype=dtype)
+        return
+    with pytest.raises(WeightsError, match=r"has numbers up to 1e\+06, which float16 cannot hold"):
+        nativesd.convert(folder, out, layout="ldm", dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -602,3 +604,26 @@ def test_weights_on_the_embedded_model() -> None:
     assert others[0] == pytest.approx(1.0, abs=0.05)
     with pytest.raises(UsageError, match="clip_skip=1"):
         ours_of(pipe, ["a fox"], clip_skip=1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " " * 100_000, "(" * 100_000, "(a" * 33_000 + ")" * 33_000, "([" * 40_000 + ")" * 20_000, ":" * 100_000,
+        "<" * 100_000, "<a:" * 33_000, "[:" * 25_000 + "]" * 25_000, "[a:" + "1" * 90_000 + "x]", "BREAK " * 16_000,
+        "x" * 100_000, "\0" * 100_000,
+    ],
+)  # fmt: skip
+def test_no_prompt_takes_long(text: str) -> None:
+    start = time.monotonic()
+    with suppress(UsageError):
+        parse_prompt(text)
+    assert time.monotonic() - start < 5
+
+
+def test_a_prompt_has_a_length() -> None:
+    with pytest.raises(UsageError, match="has 100001 characters, over the 100000"):
+        parse_prompt("x" * 100_001)
+    with pytest.raises(UsageError, match="in the prompt changes it between steps") as refused:
+        parse_prompt("[" + "a" * 50_000 + ":0.5]")
+    assert len(str(refused.value)) < 400

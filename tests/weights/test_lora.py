@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -32,7 +33,7 @@ from nativesd.weights.files.header import read_header
 from nativesd.weights.files.locate import Located
 from nativesd.weights.lora.audit import bases
 from nativesd.weights.lora.file import Place, Use, read_lora, resolve
-from nativesd.weights.lora.merge import Host, Merged, host, set_loras
+from nativesd.weights.lora.merge import Host, Merged, host, merge_into, set_loras
 from nativesd.weights.maps.keymap import KeyMap, TableError, load_table, load_tables
 from nativesd.weights.model import choose, identify
 from oracles import difference, published_manifests, sparse
@@ -1103,3 +1104,19 @@ def test_cost_of_a_rank_64_lora_for_sdxl(weights: str, tmp_path: Path) -> None:
     assert touched == len(tensors) // 2
     assert seconds <= 10
     assert added <= 1.2
+
+
+@pytest.mark.parametrize("alpha", [1e38, 3e4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_weight_that_would_be_infinite_is_named(alpha: float, dtype: torch.dtype) -> None:
+    """An alpha that float32 holds and the product does not, or float32 does and half does not."""
+    weight = torch.zeros(4, 4, dtype=dtype)
+    up, down = torch.full((4, 1), 1e4), torch.full((1, 4), 1e4)
+    target = SimpleNamespace(parameter="to_k.weight", source=SimpleNamespace(rule=SimpleNamespace(op="copy")))
+    change = SimpleNamespace(target=target, keys={"up": "a.up", "down": "a.down"}, scale=lambda _: alpha)
+    changes: Any = [(change, 1.0, {"a.up": up, "a.down": down}.__getitem__)]
+    if alpha < 1e10 and dtype == torch.float32:
+        merge_into(weight, weight, changes)
+        return
+    with pytest.raises(WeightsError, match=r"to_k\.weight would not be finite"):
+        merge_into(weight, weight, changes)

@@ -140,6 +140,8 @@ class Change:
     def scale(self, alpha: float | None) -> float:
         """What the product of the parts is multiplied with."""
         if alpha is not None:
+            if self.rank == 0:
+                raise WeightsError(f"{next(iter(self.keys.values()))} of a LoRA has rank 0: get the file again")
             return 1.0 if self.rank is None else alpha / self.rank
         return 1.0 if self.stated is None else self.stated
 

@@ -47,12 +47,14 @@ def merged(weight: Tensor, changes: Sequence[Applied]) -> Tensor:
 def merge_into(out: Tensor, weight: Tensor, changes: Sequence[Applied]) -> None:
     """Write `weight` with all changes to `out`, of its shape and any dtype; it may be `weight` itself.
 
-    Raises WeightsError where a LoRA's values are not finite; nothing is written then.
+    Raises WeightsError where a LoRA's values are not finite, and nothing is written then; or the changed weight.
     """
     gathered = [_gather(applied, weight.device) for applied in changes]
     if not out.is_contiguous() or not all(isinstance(parts, Factors) for parts in gathered):
         out.copy_(_whole(weight, gathered))
+        _require_finite(out.sum(dtype=torch.float32), changes)
         return
+    sums: list[Tensor] = []
     factors = [parts for parts in gathered if isinstance(parts, Factors)]
     source, target = weight.flatten(1), out.flatten(1)
     rows = max(1, ROWS // source.shape[1])
@@ -62,6 +64,15 @@ def merge_into(out: Tensor, weight: Tensor, changes: Sequence[Applied]) -> None:
         for each in factors:
             total.addmm_(each.up[start : start + rows], each.down, alpha=each.scale)
         result.copy_(total)
+        sums.append(result.sum(dtype=torch.float32))  # while it is cached
+    _require_finite(torch.stack(sums).sum(), changes)
+
+
+def _require_finite(total: Tensor, changes: Sequence[Applied]) -> None:
+    """Raises WeightsError where the sum of a changed weight says that a number in it is not finite."""
+    if not total.isfinite():
+        names = ", ".join(sorted({change.target.parameter for change, _, _ in changes}))
+        raise WeightsError(f"{names} would not be finite with the LoRAs: an alpha or a strength is too large")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nativesd.errors import WeightsError
+from nativesd.errors import SourceError, WeightsError
 from nativesd.reading import parse_json, read_json
 
 METADATA = "lora_adapter_metadata"
@@ -44,7 +44,10 @@ def stated_by(metadata: Mapping[str, str], path: Path) -> dict[str, Stated]:
     """
     if METADATA in metadata:
         where = f"{path}, {METADATA}"
-        data = parse_json(metadata[METADATA].encode(), where)
+        try:
+            data = parse_json(metadata[METADATA].encode(), where)
+        except SourceError as error:
+            raise WeightsError(str(error)) from error
     elif path.name in BESIDE and (path.parent / BESIDE[path.name]).is_file():
         where, data = str(path.parent / BESIDE[path.name]), read_json(path.parent / BESIDE[path.name])
     else:
