@@ -60,3 +60,7 @@ def quote(value: object) -> str:
         return reprlib.repr(value)
     text = f"'{value}'" if value.isprintable() else ascii(value)
     return text if len(text) <= 100 else f"{text[:96]}...'"
+
+
+class NoMemoryError(NativesdError):
+    """More memory would be needed than there is, on the GPU or beside it."""

@@ -26,6 +26,7 @@ from nativesd.models.vae import VAE
 from nativesd.pipeline.arguments import Lora
 from nativesd.pipeline.control import check_controlnet
 from nativesd.pipeline.pipeline import Pipeline
+from nativesd.tuning.memory import memory_explained
 
 OnPart = Callable[[str, int, int], None]
 EXPORTED = ("text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder")
@@ -65,6 +66,7 @@ class Static:
         return Request(self.batch, self.height // factor, self.width // factor, self.chunks * CHUNK)
 
 
+@memory_explained()
 def export_onnx(
     source: str | Path,
     dest: str | Path,
@@ -124,6 +126,7 @@ def export_onnx(
     return done
 
 
+@memory_explained()
 def export_tensorrt(
     source: str | Path,
     engines: str | Path | None = None,

@@ -17,6 +17,7 @@ from nativesd.models.unet import UNet
 from nativesd.pipeline.control import ControlModel
 from nativesd.shipped import TINY
 from nativesd.tuning.fp8 import is_fp8
+from nativesd.tuning.memory import memory_explained
 from nativesd.tuning.tune import tune
 from nativesd.weights.checkpoint import fill
 from nativesd.weights.files.locate import locate_part
@@ -25,6 +26,7 @@ from nativesd.weights.maps.identify import identify_all
 from nativesd.weights.maps.keymap import load_tables
 
 
+@memory_explained()
 def load_control(
     source: str | Path = "tiny",
     *,

@@ -18,6 +18,7 @@ from nativesd.loading.settle import settle
 from nativesd.pipeline.arguments import Lora, read_loras
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.text.tokenizer import DEFAULT, ClipTokenizer, pad_id, pad_token
+from nativesd.tuning.memory import memory_explained
 from nativesd.weights.files.locate import locate
 from nativesd.weights.lora.merge import Merged, host
 from nativesd.weights.maps.keymap import load_tables
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from nativesd.export.library import BackendName
 
 
+@memory_explained()
 def load(
     source: str | Path = "tiny",
     *,

@@ -10,6 +10,7 @@ import torch
 
 from nativesd.errors import UsageError
 from nativesd.tuning.fp8 import why_not_fp8
+from nativesd.wheels import install_torch, kernels, no_kernels
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
@@ -56,16 +57,34 @@ def find_placement(
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
-    """The device, or CUDA where there is one. Raises UsageError where it cannot be used."""
+    """The device, or CUDA where there is one. Raises UsageError where it cannot be used, which is tried."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.ones(1, device=place).add_(1)  # the first launch, at which a torch without kernels for the card fails
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError) as error:
+        if sentence := _no_kernels(device):
+            raise UsageError(sentence) from error
         reason = str(error).splitlines()[0].rstrip(".")
         raise UsageError(f"device {str(device)!r} cannot be used: {reason}") from error
     return place
+
+
+def _no_kernels(device: str | torch.device) -> str | None:
+    """What the doctor says of a card that torch was not built for; None where that is not it."""
+    try:
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        architectures = torch.cuda.get_arch_list()
+    except (RuntimeError, AssertionError, ValueError):
+        return None
+    if torch.version.hip is not None or kernels(architectures, capability) is not None:
+        return None
+    install = install_torch([capability], None) or "pass device='cpu' (--device cpu)"
+    card = f"{name} (sm_{capability[0]}{capability[1]})"
+    return f"{no_kernels(torch.__version__, card, architectures)}: {install}"
 
 
 def find_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

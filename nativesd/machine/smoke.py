@@ -34,8 +34,8 @@ from nativesd.machine.probe import first_line
 from nativesd.models.build import build
 from nativesd.models.vae import VAE
 from nativesd.pipeline.control import Control
-from nativesd.pipeline.diffusion import free_bytes
 from nativesd.tuning.fp8 import use_fp8, why_not_fp8
+from nativesd.tuning.memory import free_bytes
 
 Size = Literal["small", "published"]
 T = TypeVar("T")

@@ -36,6 +36,7 @@ from nativesd.sampling.table import Call
 from nativesd.text.embedding import Embedding
 from nativesd.text.encode import encode_prompts
 from nativesd.text.tokenizer import ClipTokenizer
+from nativesd.tuning.memory import free_bytes
 from nativesd.weights.lora.file import LoraFile
 from nativesd.weights.lora.merge import Merged
 
@@ -422,23 +423,6 @@ def unet_bytes(config: UNetConfig, batch: int, height: int, width: int, dtype: t
     shapes = config.residual_shapes(batch, height, width)
     maps = 32 if dtype == torch.float32 else 14
     return dtype.itemsize * (sum(math.prod(shape) for shape in shapes) + maps * math.prod(shapes[0]))
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device, where that can be known; what torch holds there for the next tensors is."""
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        held: Iterator[int] = (
-            segment["total_size"] - segment["active_size"]
-            for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-            if segment["device"] == index and tuple(segment["segment_pool_id"]) == (0, 0)  # the others are of graphs
-        )
-        return torch.cuda.mem_get_info(device)[0] + sum(held)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:

@@ -30,6 +30,7 @@ from nativesd.text.tags import take_tags
 from nativesd.text.words import FILE as WORDS
 from nativesd.text.words import unknown_words
 from nativesd.tuning.fp8 import is_fp8
+from nativesd.tuning.memory import memory_explained
 from nativesd.weights.lora.file import Use, read_lora
 from nativesd.weights.lora.merge import set_loras
 
@@ -57,6 +58,7 @@ class Pipeline(Diffusion):
     """Set to end the call that is running; None where none is."""
 
     @signed(CallOptions)
+    @memory_explained()
     @torch.inference_mode()
     def __call__(self, prompt: Prompt, **options: Unpack[CallOptions]) -> Result:
         """Make pictures of `prompt`, or of each of several.
@@ -97,7 +99,8 @@ class Pipeline(Diffusion):
         on_step         called with a `Step` at every step
 
         None stands for the default of each. Calls on the same weights take turns, from whatever threads they come.
-        Raises UsageError for an option that cannot be, Interrupted where `interrupt` ended it, what `on_step` raises.
+        Raises UsageError for an option that cannot be, Interrupted where `interrupt` ended it, NoMemoryError, and what
+        `on_step` raises.
         """
         asked = check(prompt, options)
         models = {self.turns, *(() if asked.refiner is None else (asked.refiner.turns,))}
@@ -214,6 +217,7 @@ class Pipeline(Diffusion):
             parameters={name: value for name, value in parameters.items() if value is not None},
         )
 
+    @memory_explained()
     def accelerate(
         self,
         backend: BackendName = "onnx",

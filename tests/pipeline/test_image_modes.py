@@ -401,6 +401,7 @@ def test_memory_that_torch_holds_for_the_next_tensors_is_free(monkeypatch: pytes
         {"device": 0, "total_size": 3000, "active_size": 0, "segment_pool_id": (0, 1)},
         {"device": 1, "total_size": 5000, "active_size": 0, "segment_pool_id": (0, 0)},
     ]
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 100000))
