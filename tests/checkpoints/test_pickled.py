@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 import nativesd
@@ -141,6 +143,62 @@ def test_a_lora_and_its_merge(single: Path, tmp_path: Path) -> None:
     merge_checkpoint(TINY, [Use(read_lora(tmp_path / "lora.safetensors"))], tmp_path / "plain")
     again, wanted = (nativesd.load(tmp_path / name, device="cpu", fast=False) for name in ("out", "plain"))
     assert same(states(again), states(wanted))
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth"])
+def test_a_folder_of_one_file(suffix: str, tmp_path: Path) -> None:
+    shutil.copy(TINY / "unet" / "config.json", tmp_path)
+    torch.save(load_file(TINY / "unet" / "diffusion_pytorch_model.safetensors"), tmp_path / f"unet{suffix}")
+    report = nativesd.audit(tmp_path)
+    assert (report.components[0].name, report.ok) == ("unet", True)
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from nativesd.models.build import build
+from nativesd.weights.checkpoint import fill
+from nativesd.weights.files.source import open_source
+from nativesd.weights.maps.identify import identify_all
+from nativesd.weights.maps.keymap import load_tables
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(l.split()[1]) for l in lines if l.startswith("RssAnon")) * 1024
+[(member, identity)] = identify_all(open_source(sys.argv[1]), load_tables())
+[component] = identity.components
+unet = build(component.config)
+before = anonymous()
+fill(unet, member, component, device=torch.device("cpu"), dtype=torch.float16)
+print((anonymous() - before) / sum(p.nbytes for p in unet.parameters()))
+"""
+
+
+@pytest.mark.parametrize("kind", ["zip", "torchscript"])
+def test_weights_are_mapped(kind: str, tmp_path: Path) -> None:
+    """As those of safetensors: nearly no memory is taken beside the file's pages."""
+    tensors = load_file(TINY / "unet" / "diffusion_pytorch_model.safetensors")
+    shutil.copy(TINY / "unet" / "config.json", tmp_path)
+    if kind == "zip":
+        torch.save(tensors, tmp_path / "unet.pt")
+    else:
+        torch.jit.script(tree(tensors)).save(tmp_path / "unet.pt")  # type: ignore[no-untyped-call]
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert ratio < 0.15
+
+
+def tree(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A module whose state dict they are."""
+    root = nn.Module()
+    for key, tensor in tensors.items():
+        *path, name = key.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(name, nn.Parameter(tensor))
+    return root
 
 
 def test_a_controlnet(tmp_path: Path) -> None:

@@ -231,6 +231,12 @@ def nested(levels: int, leaf: bytes) -> bytes:
     return b"\x80\x02" + leaf + b"q\x00" + b"".join(levels_) + b"."
 
 
+def many(before: bytes = b"") -> bytes:
+    """A dictionary that has one tensor under many names."""
+    names = b"".join(b"X\x06\0\0\0%06dh\x00" % i for i in range(340_000))
+    return b"\x80\x02" + TENSOR + b"q\x000" + before + b"}(" + names + b"u"
+
+
 def legacy(*parts: bytes) -> bytes:
     return b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {})) + b"".join(parts)
 
@@ -245,6 +251,11 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "marks": (lambda: zipped(b"\x80\x02" + b"(" * 900_000), "over 1000 marks"),
     "opcodes": (lambda: zipped(b"\x80\x02" + b"}" * 3_000_000 + b"."), "over 700000 opcodes"),
     "memo and dictionaries": (lambda: zipped(b"\x80\x04" + b"}\x94" * 340_000 + b"."), "no tensors"),
+    "entries of a dictionary": (lambda: zipped(many() + b"."), "340000 entries"),
+    "entries of an inner dictionary": (lambda: zipped(many(b"}K\x01") + b"s."), "made to fill memory"),
+    "names to call": (
+        lambda: zipped(b"\x80\x02" + b"".join(b"ca\nb%d\n)R0" % i for i in range(170_000)) + b"N."), "holds no tensors"
+    ),
     "a memo's number": (lambda: zipped(b"\x80\x02Np%d\n." % 2**61), "memorises under the number"),
     "equal hashes": (
         lambda: zipped(b"\x80\x02}(" + b"".join(b"L%dL\nN" % (k * (2**61 - 1)) for k in range(100_000)) + b"u."),
@@ -427,6 +438,15 @@ def test_storages_may_not_overlap(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(moved)
     with pytest.raises(SourceError, match=r"disagree|two storages"):
         opened(tmp_path / "x.pt")
+
+
+def test_entries_of_more_than_4_gb_say_so_elsewhere(tmp_path: Path) -> None:
+    """As small ones can, too: the size stands in an extra field."""
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        for name, content in {"data.pkl": tensor(b"K\x01\x85", b"K\x01\x85"), "data/0": struct.pack("<f", 2)}.items():
+            with archive.open(zipfile.ZipInfo(f"x/{name}"), "w", force_zip64=True) as entry:
+                entry.write(content)
+    check(tmp_path / "x.pt", {"": torch.full((1,), 2.0)})
 
 
 def test_checksums_may_be_left_out(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from nativesd.weights.files.header import MAX_COUNT, MAX_DIMENSIONS, FormatError
 MAX_BYTES = 8_000_000
 MAX_OPCODES = 700_000
 MAX_MARKS = 1000
+MAX_CALLED = 1000
+"""Names that are kept of those that a pickle would have called."""
 
 
 Value = object
@@ -197,7 +199,8 @@ class _Machine:
                 return known(*args)
             except TypeError as error:
                 raise FormatError(f"holds a pickle that calls {quote(function.text)} in a way that fails") from error
-        self.called[function.text] = None
+        if len(self.called) < MAX_CALLED:
+            self.called[function.text] = None
         return Inert(function.text, args)
 
 

@@ -122,9 +122,12 @@ def components(path: Path) -> list[str]:
 
 def _component_folder(path: Path) -> Member:
     """A folder that holds one checkpoint, with or without its config.json."""
-    suffix = next((suffix for suffix in SUFFIXES if any(path.glob(f"*{suffix}*"))), SUFFIXES[0])
-    indexes = sorted(path.glob(f"*{suffix}.index*.json"))
-    files = sorted(path.glob(f"*{suffix}"))
+    indexes: list[Path] = []
+    files: list[Path] = []
+    for suffix in SUFFIXES:
+        indexes, files = sorted(path.glob(f"*{suffix}.index*.json")), sorted(path.glob(f"*{suffix}"))
+        if indexes or files:
+            break
     config = component_config(path / "config.json") if (path / "config.json").is_file() else None
     if indexes:
         return member("", shards(indexes[0]), config)

@@ -14,10 +14,12 @@ from nativesd.errors import quote
 from nativesd.weights.files.header import FormatError
 from nativesd.weights.files.pickles import Inert, Pairs, Stored, Value
 
+MAX_ENTRIES = 100_000
+"""Of the outermost dictionary; a checkpoint of SDXL with its training average has some 4 000."""
 MAX_DEPTH = 100
 """Objects within one another."""
-MAX_NAMES = 16_000_000
-"""Characters of all names, those of inner objects included; a checkpoint of SDXL has some 200 000."""
+MAX_NAMES = 8_000_000
+"""Characters of all names, 20 more for each, those of inner objects included; a checkpoint of SDXL has some 300 000."""
 
 WRAPPERS = ("state_dict", "model_state_dict", "params_ema", "params", "model", "module")
 """What tools call the dictionary of weights when they save it with other things; the first that is there counts."""
@@ -79,14 +81,14 @@ def _unwrapped(value: Value, walker: _Walker, state: State) -> Iterator[tuple[st
     if not isinstance(value, Pairs):
         yield "", value
         return
-    entries = {_key(key): child for key, child in value.items if _key(key) is not None}
-    if dropped := len({id(key) for key, _ in value.items if _key(key) is None}):
+    if len(value.items) > MAX_ENTRIES:
+        raise FormatError(f"holds a dictionary of {len(value.items)} entries, over the {MAX_ENTRIES} there can be")
+    entries = dict(_named(value.items))
+    if dropped := sum(_key(key) is None for key, _ in value.items):
         state.left_out["(unnamed)"] = f"{dropped} entries under keys that are neither text nor numbers"
     whole = {key for key, child in entries.items() if key not in TRAINING and walker.leaves(child)}
     wrapper = next((key for key in WRAPPERS if key in whole and not isinstance(entries[key], Stored)), None)
     for key, child in entries.items():
-        if key is None:
-            continue
         if wrapper == key:
             yield "", child
         elif key in whole and wrapper is None:
@@ -175,7 +177,7 @@ def _text(value: Value) -> str | None:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return None  # to write it out could take long
     text = str(value) if isinstance(value, str | int | float) else None
-    if text is None or len(text) > MAX_TEXT or re.search("[\ud800-\udfff]", text):
+    if text is None or len(text) > MAX_TEXT or (not text.isascii() and re.search("[\ud800-\udfff]", text)):
         return None
     return text
 
