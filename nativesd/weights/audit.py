@@ -154,13 +154,17 @@ class ComponentReport:
         return out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AuditReport:
     """What is in a source. `ok`: no component has a finding."""
 
     source: str
     family: str
     components: tuple[ComponentReport, ...]
+
+    def __repr__(self) -> str:
+        names = ", ".join(component.name for component in self.components)
+        return f"<AuditReport {self.source}: {names}; {'ok' if self.ok else 'with findings'}>"
 
     @property
     def ok(self) -> bool:

@@ -53,7 +53,7 @@ class Difference:
     maximum: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DiffReport:
     """What two checkpoints differ in; `same` parameters are equal in everything that was compared: shapes and dtypes,
     and `values` too, or not."""
@@ -65,6 +65,10 @@ class DiffReport:
     differences: tuple[Difference, ...]
     unused: tuple[Difference, ...] = ()
     """Keys that only one of them has and no model needs, with the reasons: they count as no difference."""
+
+    def __repr__(self) -> str:
+        found = f"{self.same} parameters are the same, {len(self.differences)} differ"
+        return f"<DiffReport {self.first}, {self.second}: {found}>"
 
     @property
     def ok(self) -> bool:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import nativesd
 from nativesd.errors import UsageError
+from nativesd.shipped import TINY
 
 THREADS, ROUNDS = 4, 3
 
@@ -163,7 +164,11 @@ def test_a_call_inside_a_call_is_refused(pipe: nativesd.Pipeline, loras: list[Pa
     assert len(previews) == 2
 
 
-def test_what_is_printed_is_one_short_line(pipe: nativesd.Pipeline) -> None:
+def test_what_is_printed_is_one_short_line(
+    pipe: nativesd.Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny-model").symlink_to(TINY)
+    monkeypatch.chdir(tmp_path)
     steps: list[nativesd.Step] = []
     result = pipe(["a fox", 'a <b> & "c"'], steps=1, seed=3, on_step=steps.append)
     control = nativesd.load_control("tiny", device="cpu")
@@ -173,6 +178,8 @@ def test_what_is_printed_is_one_short_line(pipe: nativesd.Pipeline) -> None:
         (control, "<ControlNet tiny>"),
         (result, f"<Result: 2 pictures of {size}x{size}, seeds 3, ...>"),
         (steps[0], "<Step 1 of 1, sigma "),
+        (nativesd.audit("tiny-model"), "<AuditReport tiny-model: unet, vae, text_encoder; ok>"),
+        (nativesd.diff("tiny-model", "tiny-model"), "<DiffReport tiny-model, tiny-model: "),
         (nativesd.Control(control, "x.png"), "Control(model=<ControlNet tiny>, image='x.png', scale=1.0"),
     ):
         assert repr(thing).startswith(words)

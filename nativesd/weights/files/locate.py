@@ -61,6 +61,8 @@ def locate_model(source: str | Path, *, half: bool = False) -> Path:
     if source == "tiny":
         return TINY
     path = Path(source)
+    if path.name == "model_index.json" and path.is_file():
+        raise SourceError(f"{path} is a part of the model in its folder: give the folder, {path.parent}")
     if path.exists():
         return path
     if not _on_hub(source):
