@@ -173,6 +173,7 @@ print((anonymous() - before) / sum(p.nbytes for p in unet.parameters()))
 """
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["zip", "torchscript"])
 def test_weights_are_mapped(kind: str, tmp_path: Path) -> None:
     """As those of safetensors: nearly no memory is taken beside the file's pages."""
