@@ -181,7 +181,7 @@ def main() -> int:
         print(f"| {' | '.join(each.columns(reference))} |")
     if loras:
         print(
-            "without the LoRA: off by {}, mean {:.2f}".format(
+            "PyTorch's without the LoRA: off by {}, mean {:.2f}".format(
                 *Made("", without.images[0], 1.0, False).differences(reference)
             )
         )

@@ -8,14 +8,13 @@ comes. The embedded model then paints a whole picture on both.
 from __future__ import annotations
 
 import gc
-import json
 import math
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -24,24 +23,21 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageStat
 from torch import Tensor, nn
 
-from nativesd.config import Config, ControlNetConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from nativesd.config import UNetConfig, VAEConfig
 from nativesd.errors import NativesdError, UsageError
 from nativesd.export.check import tf32
 from nativesd.loading.load import load
 from nativesd.machine import doctor
+from nativesd.machine.cases import FLOAT32_INPUTS, RESIDUAL_GAIN, Case, Size, Subject, cases, draw, subjects
 from nativesd.machine.needs import FAMILIES, Family, weight_bytes
 from nativesd.machine.probe import first_line
+from nativesd.machine.report import Check, SmokeReport
 from nativesd.models.build import build
-from nativesd.models.vae import VAE
 from nativesd.pipeline.control import Control
 from nativesd.tuning.fp8 import use_fp8, why_not_fp8
 from nativesd.tuning.memory import free_bytes
 
-Size = Literal["small", "published"]
 T = TypeVar("T")
-
-SCHEMA = 1
-"""Version of `SmokeReport.to_json`'s schema; it counts up when a name changes its meaning or goes away."""
 
 PROMPT = "a strawberry on a yellow background"  # one that the embedded model knows
 
@@ -68,98 +64,6 @@ FP8 = Precision("float16, fp8", torch.float16, 6e-2, fp8=True)
 # Mean difference of the embedded model's pictures, 1 being black against white. Where every answer of its UNet is off
 # by the limit above, four pictures of 20 steps moved by 2e-5, 5e-4, 1.8e-3 and 7e-3; another seed moves them by 3e-2.
 PICTURE_LIMITS = {FLOAT32: 2e-4, TF32: 1e-3, FLOAT16: 4e-3, BFLOAT16: 1.5e-2, FP8: 1e-2}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A call of a component: its name, and the call with inputs cast and moved. It gives tensors."""
-
-    name: str
-    inputs: Mapping[str, Any]
-    call: Callable[..., Sequence[Tensor]]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A component to check: its name, the families that have it, and the (batch, height, width) of the latents."""
-
-    name: str
-    families: tuple[str, ...]
-    config: Config
-    sizes: tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True)
-class Check:
-    """What became of one case in one precision. `error` is None where it is no number, and `note` says why.
-
-    seconds  of a call (on CUDA the median of three after a first one)
-    peak     bytes on the card, weights included; None on the CPU
-    """
-
-    component: str
-    families: tuple[str, ...]
-    case: str
-    precision: str
-    limit: float
-    status: Literal["passed", "failed", "skipped"]
-    error: float | None = None
-    seconds: float | None = None
-    peak: int | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class SmokeReport:
-    """What a device computes. Without a usable device nothing ran, for `reason`."""
-
-    device: str
-    size: Size
-    machine: doctor.Report
-    checks: tuple[Check, ...] = ()
-    reason: str = ""
-    seconds: float = 0.0
-    host_peak: int | None = None
-    """Bytes of main memory that the process had at its peak, where that can be known."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether no check failed; where nothing ran, whether there is no card that should have run it."""
-        found = self.machine.found
-        blocked = not self.checks and bool(found.devices or found.bus)
-        return not blocked and all(check.status != "failed" for check in self.checks)
-
-    def to_json(self) -> str:
-        """`schema`, `ok` and the fields of the report, named as in `SmokeReport`, `Check` and `machine.Found`."""
-        fields = {name: value for name, value in asdict(self).items() if name != "machine"}
-        machine = {"found": asdict(self.machine.found), "findings": [asdict(f) for f in self.machine.findings]}
-        return json.dumps({"schema": SCHEMA, "ok": self.ok, **fields, "machine": machine}, indent=2)
-
-    def to_text(self) -> str:
-        """The machine, then a Markdown table of the checks."""
-        lines = [*self.machine.to_text().splitlines(), ""]
-        if not self.checks:
-            return "\n".join([*lines, f"not run: {self.reason}"])
-        lines += [
-            f"Smoke test on {self.device}, {self.size} sizes: difference from float32 on the CPU",
-            "",
-            "| component | of | case | precision | difference | limit | ms | peak GB | |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        for check in self.checks:
-            cells = [
-                check.component, ", ".join(check.families), check.case, check.precision,
-                "" if check.error is None else f"{check.error:.1e}",
-                f"{check.limit:g}",
-                "" if check.seconds is None else f"{check.seconds * 1e3:.1f}",
-                "" if check.peak is None else f"{check.peak / 1e9:.2f}",
-                ": ".join(filter(None, (check.status, check.note))),
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-        counts = {status: sum(c.status == status for c in self.checks) for status in ("passed", "failed", "skipped")}
-        memory = "" if self.host_peak is None else f", main memory at its peak {self.host_peak / 1e9:.1f} GB"
-        total = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-        return "\n".join([*lines, "", f"{total}; {self.seconds:.0f} s{memory}"])
 
 
 def smoke(
@@ -215,118 +119,6 @@ def _place(device: str) -> torch.device:
     if place.type not in ("cuda", "cpu"):
         raise UsageError(f"device {device!r} is not checked: pass cuda, cuda:1, ... or cpu")
     return place
-
-
-# --- what is checked ---------------------------------------------------------------------------------------------
-
-
-def subjects(families: Mapping[str, Family], size: Size) -> list[Subject]:
-    """The components of the families; what several have in common comes once."""
-    wanted: dict[tuple[str, Config, tuple[tuple[int, int, int], ...]], list[str]] = {}
-    for name, family in families.items():
-        cells = family.side // family.vae.factor
-        sizes = ((2, 32, 32), (1, 33, 27)) if size == "small" else ((2, cells, cells),)
-        one = tuple((1, height, width) for _, height, width in sizes)
-        wanted.setdefault(("VAE", family.vae, one), []).append(name)
-        for encoder in family.text_encoders:
-            wanted.setdefault(("text encoder", encoder, ()), []).append(name)
-        wanted.setdefault(("UNet", family.unet, sizes), []).append(name)
-        wanted.setdefault(("ControlNet", family.controlnet, sizes), []).append(name)
-    return [Subject(label, tuple(names), config, sizes) for (label, config, sizes), names in wanted.items()]
-
-
-def cases(config: Config, sizes: Sequence[tuple[int, int, int]]) -> Iterator[Case]:
-    """The calls of a component for latents of `sizes`, each (batch, height, width)."""
-    generator = torch.Generator().manual_seed(1)
-    normal = partial(torch.randn, generator=generator)
-    match config:
-        case TextEncoderConfig():
-            yield Case(f"2x{config.length} tokens", {"tokens": _tokens(config, generator)}, _call)
-        case VAEConfig():
-            for batch, height, width in sizes:
-                pixels = (batch, config.image_channels, config.factor * height, config.factor * width)
-                shape = f"{pixels[3]}x{pixels[2]} px"
-                yield Case(f"encode {shape}", {"images": normal(pixels).clamp(-1, 1)}, _encode)
-                latents = normal((batch, config.latent_channels, height, width))
-                yield Case(f"decode {shape}", {"latents": latents}, _decode)
-        case UNetConfig():
-            for batch, height, width in sizes:
-                inputs = _unet_inputs(config, batch, height, width, generator)
-                residuals = [normal(shape) for shape in config.residual_shapes(batch, height, width)]
-                yield Case(f"{batch}x{height}x{width} cells", inputs, _call)
-                yield Case(f"{batch}x{height}x{width} cells, residuals", {**inputs, "residuals": residuals}, _call)
-        case ControlNetConfig():
-            factor = 1 << (len(config.hint_widths) - 1)
-            for batch, height, width in sizes:
-                inputs = _unet_inputs(config.unet, batch, height, width, generator)
-                hint = torch.rand((batch, config.hint_channels, factor * height, factor * width), generator=generator)
-                yield Case(f"{batch}x{height}x{width} cells", {**inputs, "hint": hint}, _call)
-
-
-def _unet_inputs(config: UNetConfig, batch: int, height: int, width: int, generator: torch.Generator) -> dict[str, Any]:
-    """Normal latents, context and pooled embedding; a timestep per picture, and the ids of a square picture."""
-    inputs: dict[str, Any] = {
-        "latents": torch.randn((batch, config.in_channels, height, width), generator=generator),
-        "timestep": torch.linspace(999, 261, batch),
-        "context": torch.randn((batch, 77, config.context), generator=generator),
-    }
-    if config.added is not None:
-        inputs["pooled"] = torch.randn((batch, config.added.pooled), generator=generator)
-        inputs["time_ids"] = torch.tensor([1024.0, 1024, 0, 0, 1024, 1024][: config.added.ids]).expand(batch, -1)
-    return inputs
-
-
-FLOAT32_INPUTS = ("timestep", "time_ids")  # as the pipeline passes them, whatever the dtype
-
-
-def _tokens(config: TextEncoderConfig, generator: torch.Generator) -> Tensor:
-    """Ids (2, length) of a short and a long prompt, padded with the end-of-text token."""
-    tokens = torch.full((2, config.length), config.vocabulary - 1)
-    for row, length in zip(tokens, (7, config.length - 17), strict=True):
-        row[:length] = torch.randint(config.vocabulary - 2, (length,), generator=generator)
-    return tokens
-
-
-def _call(module: nn.Module, **inputs: Any) -> Sequence[Tensor]:
-    out: Tensor | Sequence[Tensor] = module(**inputs)
-    return [out] if isinstance(out, Tensor) else out
-
-
-def _encode(module: VAE, images: Tensor) -> Sequence[Tensor]:
-    return module.encode(images)
-
-
-def _decode(module: VAE, latents: Tensor) -> Sequence[Tensor]:
-    return [module.decode(latents)]
-
-
-# Of the weights in blocks around which their input passes, times 1 / sqrt(fan-in). With 1 deep transformers double what
-# TF32 rounds off (SDXL at a fifth of its width: 2.3e-3 against 1e-3). The VAE's rounding grows with less than 1.
-RESIDUAL_GAIN = 0.7
-
-
-def draw(module: nn.Module, seed: int, gain: float) -> None:
-    """Move a module from meta to the CPU and draw every parameter, at scales that keep activations of order one.
-
-    Weights have a standard deviation of gain / sqrt(fan-in). No parameter has a telling value: norms are not the
-    identity, and no convolution is zero.
-    """
-    module.to_empty(device="cpu").eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for part in module.modules():
-            for name, parameter in part.named_parameters(recurse=False):
-                match part:
-                    case nn.GroupNorm() | nn.LayerNorm():
-                        parameter.normal_(1.0 if name == "weight" else 0.0, 0.2, generator=generator)
-                    case nn.Embedding():
-                        parameter.normal_(generator=generator)
-                    case _:
-                        fan_in = parameter[0].numel()
-                        parameter.normal_(0.0, 0.1 if name == "bias" else gain * fan_in**-0.5, generator=generator)
-
-
-# --- the checks --------------------------------------------------------------------------------------------------
 
 
 def precisions(device: torch.device) -> tuple[Precision, ...]:
