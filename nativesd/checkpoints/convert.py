@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nativesd.checkpoints.marks import markers, not_said, spec
 from nativesd.config import (
     Config,
     ControlNetConfig,
@@ -20,7 +22,7 @@ from nativesd.config import (
     VAEConfig,
 )
 from nativesd.destination import copy_file, fresh
-from nativesd.errors import UsageError
+from nativesd.errors import NativesdWarning, UsageError
 from nativesd.models.build import expected
 from nativesd.text.tokenizer import FILES, ClipTokenizer, pad_token
 from nativesd.weights.files.locate import Located, locate_model
@@ -70,7 +72,9 @@ def convert(
     dest    the folder ("diffusers") or the .safetensors file ("ldm"; sgm for SDXL) to write; it must not exist
     dtype   "f16", "bf16" or "f32" for all floating-point tensors; default: as they are
 
-    Everything is checked before anything is written. Raises UsageError, SourceError, WeightsError, NetworkError.
+    Everything is checked before anything is written. What the source says of its sampling is written as the target says
+    it: a scheduler's config, or marker tensors and metadata; a NativesdWarning names what it cannot say. Raises
+    UsageError, SourceError, WeightsError, NetworkError.
     """
     if layout not in LAYOUTS:
         raise UsageError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
@@ -81,14 +85,15 @@ def convert(
         kind = "a .safetensors file" if layout == "ldm" else "a folder"
         raise UsageError(f"{layout} is {kind}: {dest} is not")
     with fresh(path) as temporary:
-        count, ignored = _convert(source, temporary, layout, dtype, load_tables(None if maps is None else Path(maps)))
+        tables = load_tables(None if maps is None else Path(maps))
+        count, ignored = _convert(source, temporary, path, layout, dtype, tables)
     return Converted(path, count, ignored)
 
 
 def _convert(
-    source: str | Path, out: Path, layout: str, dtype: str | None, tables: Mapping[str, KeyMap]
+    source: str | Path, out: Path, dest: Path, layout: str, dtype: str | None, tables: Mapping[str, KeyMap]
 ) -> tuple[int, dict[str, str]]:
-    """Write to `out`; returns how many tensors, and what was left out with the reasons."""
+    """Write to `out`, which becomes `dest`; returns how many tensors, and what was left out with the reasons."""
     place = locate_model(source, half=dtype == "f16")
     identities = identify_known(place, open_source(place, half=dtype == "f16"), tables)
     parts = {c.name: (member, c) for member, identity in identities for c in identity.components}
@@ -112,6 +117,13 @@ def _convert(
         ignored |= left_out
     metadata = {key: value for member, _ in model.parts.values() for key, value in member.metadata.items()}
     metadata.setdefault("format", "pt")
+    if "unet" in model.parts and len(model.parts) > 1:
+        for lost in not_said(model, layout, dest.stem):
+            warnings.warn(f"{dest} will not say {lost}", NativesdWarning, stacklevel=3)
+        if layout == "ldm":
+            tensors["markers"] = markers(model)
+            metadata |= {key: value for key, value in spec(model).items() if key not in metadata}
+            ignored = {key: reason for key, reason in ignored.items() if key not in tensors["markers"]}
     if layout == "ldm":
         write(out, {key: entry for part in tensors.values() for key, entry in part.items()}, metadata)
     else:

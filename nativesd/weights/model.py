@@ -238,7 +238,7 @@ def _sigmas(member: Member, predicted: Prediction) -> tuple[float, float]:
         if key in member.tensors:
             if member.tensors[key].elements != 1:
                 raise SourceError(f"{key} is not one number but {list(member.tensors[key].shape)}")
-            known[i] = float(read_tensor(member, key))
+            known[i] = float(f"{float(read_tensor(member, key)):.7g}")  # the number that was meant, not float32's
     return known[0], known[1]
 
 

@@ -267,7 +267,7 @@ def test_left_over_tensors_stop_loading_and_conversion(tmp_path: Path) -> None:
     for act in (nativesd.load, lambda path: nativesd.convert(path, tmp_path / "folder", layout="diffusers")):
         with pytest.raises(WeightsError, match=r"unexpected foo\.bar"):
             act(file)
-    save_file({"lora_unet_mid_block.alpha": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    save_file({"lora_unet_mid_block.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(UsageError, match="no other layout"):
         nativesd.convert(tmp_path / "lora.safetensors", tmp_path / "x.safetensors", layout="ldm")
 
