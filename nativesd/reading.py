@@ -8,7 +8,7 @@ import os
 import stat
 from collections import Counter
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from nativesd.errors import SourceError, quote
 
@@ -38,6 +38,21 @@ def open_regular(path: Path, what: str = "file") -> BinaryIO:
         raise SourceError(f"{path} is missing: {hint}") from error
     except (OSError, ValueError) as error:  # ValueError: no name that a file can have
         raise SourceError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+class Stamp(NamedTuple):
+    """What tells whether a file is still the one that was looked at."""
+
+    device: int
+    inode: int
+    size: int
+    written: int
+    """Nanoseconds"""
+
+    @classmethod
+    def of(cls, stated: os.stat_result) -> Stamp:
+        """Of what stat or fstat answers."""
+        return cls(stated.st_dev, stated.st_ino, stated.st_size, stated.st_mtime_ns)
 
 
 def read_bounded(path: Path, limit: int, what: str = "file") -> bytes:

@@ -46,7 +46,7 @@ def read_fields(data: Mapping[str, Any], schema: Sequence[Field], where: str) ->
         value = data.get(field.name)
         if value is None:
             if field.default is REQUIRED:
-                raise SourceError(f"{where} lacks the field {field.name}, which must be {field.kind.says}")
+                raise SourceError(f"{where} lacks the field {field.name!r}, which must be {field.kind.says}")
             out[field.name] = field.default
             continue
         try:

@@ -104,6 +104,6 @@ def test_what_a_field_cannot_hold_is_said(field: str, value: Any, allowed: str) 
 
 
 def test_a_field_that_is_missing() -> None:
-    with pytest.raises(SourceError, match=r"config\.json lacks the field width, which must be a whole number"):
+    with pytest.raises(SourceError, match=r"config\.json lacks the field 'width', which must be a whole number"):
         read_fields({}, SCHEMA, "config.json")
     assert json.dumps(read_fields({"width": 1}, SCHEMA, "x"))

@@ -47,6 +47,7 @@ def load(
     fast: bool = True,
     compile: bool | Literal["auto"] = False,
     fp8: bool = False,
+    mapped: bool = True,
 ) -> Pipeline:
     """Load a model.
 
@@ -68,6 +69,9 @@ def load(
                    "auto": on CUDA, where Triton is installed. On a CPU `fast` alone is as fast
     fp8            keep and multiply the UNet's transformer blocks in float8 (`models.fp8`): less memory, larger errors,
                    no LoRAs. For GPUs of compute capability 8.9 (RTX 40, H100) and newer
+    mapped         leave tensors that fit in the pages of their file: nothing is read before it is used, and processes
+                   share them. False reads all: a file that is then cut short does not end the process (SIGBUS), nor
+                   does one that is written over change the weights
 
     With all files local no request is made. Raises SourceError and WeightsError for what cannot be read or does not
     fit, NetworkError for the hub, UsageError for an argument that cannot be.
@@ -82,7 +86,7 @@ def load(
     located = locate(source, unet=unet, vae=vae, text_encoders=text_encoders, preview=preview, half=half)
     model = choose(identify(located, tables, half=half))
     modules = build_modules(model)
-    fill_modules(modules, model, placement)
+    fill_modules(modules, model, placement, mapped=mapped)
     speed_up(modules, placement, fast=fast, compile=compile)
     name = Path(source).stem if Path(source).is_file() else Path(source).name
     config = settle(model, modules, located, name, prediction)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -43,16 +44,20 @@ def build_modules(model: Model) -> Modules:
     return Modules(unet, vae, tuple(encoder for encoder in encoders if isinstance(encoder, TextEncoder)), previewer)
 
 
-def fill_modules(modules: Modules, model: Model, placement: Placement) -> None:
-    """Assign every tensor, straight to its dtype and the place where weights stay. Raises WeightsError, SourceError."""
+def fill_modules(modules: Modules, model: Model, placement: Placement, *, mapped: bool = True) -> None:
+    """Assign every tensor, straight to its dtype and the place where weights stay; `mapped` as `load` has it.
+
+    Raises WeightsError, SourceError.
+    """
     config = modules.vae.config
     upcast = isinstance(config, VAEConfig) and config.force_upcast and placement.dtype == torch.float16
-    _fill(modules.unet, model.parts["unet"], placement.home, placement.dtype)
-    _fill(modules.vae, model.parts["vae"], placement.home, torch.float32 if upcast else placement.dtype)
+    put = partial(_fill, mapped=mapped)
+    put(modules.unet, model.parts["unet"], placement.home, placement.dtype)
+    put(modules.vae, model.parts["vae"], placement.home, torch.float32 if upcast else placement.dtype)
     for name, encoder in zip(model.text_encoders, modules.text_encoders, strict=True):
-        _fill(encoder, model.parts[name], placement.home, placement.dtype)
+        put(encoder, model.parts[name], placement.home, placement.dtype)
     if modules.previewer is not None and model.preview is not None:
-        _fill(modules.previewer, model.preview, placement.home, placement.dtype)
+        put(modules.previewer, model.preview, placement.home, placement.dtype)
 
 
 def speed_up(modules: Modules, placement: Placement, *, fast: bool, compile: bool | Literal["auto"]) -> None:
@@ -78,6 +83,6 @@ def _build(part: Part) -> nn.Module:
     return build(component.config)
 
 
-def _fill(module: nn.Module, part: Part, device: torch.device, dtype: torch.dtype) -> None:
-    fill(module, *part, device=device, dtype=dtype)
+def _fill(module: nn.Module, part: Part, device: torch.device, dtype: torch.dtype, *, mapped: bool) -> None:
+    fill(module, *part, device=device, dtype=dtype, mapped=mapped)
     module.eval()

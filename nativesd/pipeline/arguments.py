@@ -76,6 +76,7 @@ class LoadOptions(TypedDict, total=False):
     fast: bool
     compile: bool | Literal["auto"]
     fp8: bool
+    mapped: bool
 
 
 class CallOptions(TypedDict, total=False):

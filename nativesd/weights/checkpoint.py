@@ -11,18 +11,28 @@ from torch import Tensor, nn
 from nativesd.errors import WeightsError
 from nativesd.weights.audit import compare
 from nativesd.weights.files.source import Member
-from nativesd.weights.files.tensors import DTYPES, map_file, map_tensor, read_as, read_into, read_tensor
+from nativesd.weights.files.tensors import DTYPES, map_file, map_tensor, open_tensors, read_as, read_into, read_tensor
 from nativesd.weights.maps.identify import Component
 from nativesd.weights.maps.keymap import BoundMap, Shape, Source
 from nativesd.weights.maps.plan import make_plan
 
 
-def fill(module: nn.Module, member: Member, component: Component, *, device: torch.device, dtype: torch.dtype) -> None:
+def fill(
+    module: nn.Module,
+    member: Member,
+    component: Component,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    mapped: bool = True,
+) -> None:
     """Fill `module`, built on the meta device, with one component of a checkpoint.
 
     Tensors whose dtype, device and place in the file already fit are mapped, not read; others are read one by one, on a
     CPU piece by piece, into the same buffer and converted from there, so that one copy of the weights is in memory at
-    most.
+    most. Without `mapped` all are read: a file that is cut short under mapped tensors ends the process (SIGBUS), and
+    one that is written over changes them.
+
     Raises SourceError for a file that cannot be read and WeightsError, naming every tensor and the rule concerned,
     before anything is assigned.
     """
@@ -38,16 +48,18 @@ def fill(module: nn.Module, member: Member, component: Component, *, device: tor
         )
     with ExitStack() as stack:
         paths = {member.files[key] for key in tensors}
-        mapped = {path: map_file(path) for path in paths}
-        files = {path: stack.enter_context(path.open("rb")) for path in paths}
+        files = {path: stack.enter_context(open_tensors(member, path)) for path in paths}
+        maps = {path: map_file(path) for path in paths} if mapped else {}
         largest = max((info.nbytes for info in tensors.values()), default=0)
         buffer = torch.empty(largest, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
         def get(key: str, source: Source) -> Tensor:
             """A tensor, in the buffer only where it is alone and about to be copied."""
             path = member.files[key]
-            if device.type == "cpu" and (tensor := map_tensor(mapped[path], member, key, dtype)) is not None:
-                return tensor
+            if device.type == "cpu" and path in maps:
+                tensor = map_tensor(maps[path], member, key, dtype)
+                if tensor is not None:
+                    return tensor
             alike = DTYPES.get(tensors[key].dtype) == dtype  # nothing would copy it out of the buffer
             if len(source.keys) > 1 or (device.type == "cpu" and alike):
                 return read_tensor(member, key)

@@ -851,7 +851,7 @@ def test_what_is_no_lora_at_all(folders: dict[str, Path], tmp_path: Path) -> Non
     ("settings", "message"),
     [
         ("{", "Expecting property name"),
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ('{"unet.r": 4}', "no lora_alpha, r and alpha_pattern"),
         ('{"unet.r": 0, "unet.lora_alpha": 4}', "no lora_alpha, r and alpha_pattern"),
         ('{"r": 4, "lora_alpha": 4, "alpha_pattern": {"a": "b"}}', "no lora_alpha, r and alpha_pattern"),

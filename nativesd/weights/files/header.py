@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nativesd.errors import SourceError, WeightsError, quote
-from nativesd.reading import is_name, read_json
+from nativesd.reading import Stamp, is_name, read_json
 
 BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -83,6 +83,8 @@ class Header:
     file_size: int
     left_out: Mapping[str, str] = field(default_factory=dict)
     """What the file has beside tensors and metadata, and why it is not read"""
+    stamp: Stamp | None = None
+    """Which file it was; what reads its tensors later compares"""
 
 
 def read_header(path: Path) -> Header:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nativesd.config import Config
 from nativesd.errors import SourceError, quote
-from nativesd.reading import is_name, read_json
+from nativesd.reading import Stamp, is_name, read_json
 from nativesd.weights.files.configs import component_config
 from nativesd.weights.files.container import SUFFIXES, read_file
 from nativesd.weights.files.folder import local_weights, shards
@@ -32,6 +32,8 @@ class Member:
     config: Config | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     """What the files have beside tensors and metadata, and why it is not read"""
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+    """file -> which one it was when its header was read"""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -77,6 +79,7 @@ def from_headers(
         metadata=metadata,
         config=config,
         left_out={key: reason for header in headers.values() for key, reason in header.left_out.items()},
+        stamps={path: header.stamp for path, header in headers.items() if header.stamp is not None},
     )
 
 
@@ -88,6 +91,7 @@ def join(members: Sequence[tuple[str, Member]]) -> Member:
         files={prefix + key: path for prefix, member in members for key, path in member.files.items()},
         data_starts={path: start for _, member in members for path, start in member.data_starts.items()},
         metadata={key: value for _, member in members for key, value in member.metadata.items()},
+        stamps={path: stamp for _, member in members for path, stamp in member.stamps.items()},
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import cast
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nativesd.errors import SourceError
+from nativesd.reading import Stamp
 from nativesd.weights.files.blocks import dequantise
 from nativesd.weights.files.gguf import BLOCKS
 from nativesd.weights.files.header import TensorInfo
@@ -27,9 +31,27 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()} | dict.fromkeys(BLOCKS, 
 PIECE = 4 << 20  # bytes: many enough for the calls, few enough for the cache
 
 
+@contextmanager
+def open_tensors(member: Member, path: Path) -> Iterator[BufferedReader]:
+    """A file of a checkpoint, which must be the one whose header was read, to the end. Raises SourceError."""
+    try:
+        with path.open("rb") as file:
+            _require_same(member, path, os.fstat(file.fileno()))
+            yield file
+            _require_same(member, path, os.fstat(file.fileno()))
+        _require_same(member, path, path.stat())
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _require_same(member: Member, path: Path, stated: os.stat_result) -> None:
+    if Stamp.of(stated) != member.stamps.get(path, Stamp.of(stated)):
+        raise SourceError(f"{path} is not the file any more that was looked at: wait until it is written, then load it")
+
+
 def read_tensor(member: Member, key: str) -> Tensor:
     """One tensor of a checkpoint, read into memory of its own: nothing of the file stays mapped. Raises SourceError."""
-    with member.files[key].open("rb") as file:
+    with open_tensors(member, member.files[key]) as file:
         return read_into(torch.empty(member.tensors[key].nbytes, dtype=torch.uint8), member, key, file)
 
 
