@@ -36,7 +36,7 @@ from nativesd.sampling.table import Call
 from nativesd.text.embedding import Embedding
 from nativesd.text.encode import encode_prompts
 from nativesd.text.tokenizer import ClipTokenizer
-from nativesd.tuning.memory import free_bytes
+from nativesd.tuning.memory import free_bytes, memory_explained
 from nativesd.weights.lora.file import LoraFile
 from nativesd.weights.lora.merge import Merged
 
@@ -190,6 +190,7 @@ class Diffusion:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"<{type(self).__name__} {self.config.name} ({self.config.family}) on {self.device} in {dtype}>"
 
+    @memory_explained()
     def encode_prompt(
         self, prompts: Sequence[str], *, literal: bool = False, clip_skip: int | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -205,6 +206,7 @@ class Diffusion:
         """Pictures of scaled latents (B, C, h, w). Raises NativesdError where the VAE gives no finite picture."""
         return to_pictures(self.decode_tensor(latents))
 
+    @memory_explained()
     @torch.inference_mode()
     def decode_tensor(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) to pixels (B, 3, H, W) in [0, 1], float32. Raises NativesdError."""
@@ -215,6 +217,7 @@ class Diffusion:
                 self.vae, latents, scaling=config.scaling, name=self.config.name, **self._room(side, len(latents))
             )
 
+    @memory_explained()
     @torch.inference_mode()
     def encode_tensor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) in [-1, 1] to mean and standard deviation of the scaled latents, float32."""

@@ -45,6 +45,8 @@ def test_pictures_and_loads_end_in_that_sentence(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(type(pipe.vae), "decode", full)
     with pytest.raises(NoMemoryError, match="offload=True"):
         pipe("a fox", steps=1)
+    with pytest.raises(NoMemoryError, match="offload=True"):  # in a loop of one's own
+        pipe.decode_tensor(torch.zeros(1, 4, 16, 16))
     monkeypatch.setattr(torch, "ones", full)
     with pytest.raises(NoMemoryError, match="end what else uses the card"):
         nativesd.load("tiny", device="cpu")
