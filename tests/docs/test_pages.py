@@ -54,7 +54,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("stand-ins")
     nativesd.convert("tiny", folder / "model.safetensors", layout="ldm")
-    state = load_file(folder / "model.safetensors")
+    state = {key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()}
     torch.save({"state_dict": state, "global_step": 1000}, folder / "old.ckpt")
     unet_only = {key: tensor for key, tensor in state.items() if key.startswith("model.diffusion_model.")}
     torch.jit.script(scripted(unet_only)).save(str(folder / "unet.pt"))
