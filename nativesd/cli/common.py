@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 import warnings
@@ -156,9 +155,6 @@ def say(message: str) -> None:
 def run() -> None:
     """The console script: errors are one sentence on stderr and an exit code, and Ctrl-C is 130 without a word."""
     warnings.showwarning = _show_warning
-    log, handler = logging.getLogger("nativesd"), _Lines()
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
     try:
         code = main(prog_name="nativesd", standalone_mode=False)
     except click.ClickException as error:
@@ -170,16 +166,7 @@ def run() -> None:
     except NativesdError as error:
         say(str(error))
         sys.exit(error.exit_code)
-    finally:
-        log.removeHandler(handler)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-class _Lines(logging.Handler):
-    """What the library logs, as lines on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

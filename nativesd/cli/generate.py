@@ -146,7 +146,7 @@ def generate(
         raise click.UsageError("pass a prompt, or a picture to repeat with --from")
 
     import nativesd
-    from nativesd.cli.progress import progress
+    from nativesd.cli.progress import listening, progress
     from nativesd.pictures.result import check_target, write_picture
     from nativesd.pipeline.arguments import check, split
     from nativesd.pipeline.diffusion import Step
@@ -157,7 +157,8 @@ def generate(
     loading, asked = split(cast("GenerateOptions", options))
     check(text, asked)
     start = perf_counter()
-    pipeline = nativesd.load(model, **loading)
+    with listening():
+        pipeline = nativesd.load(model, **loading)
     for embedding in embeddings:
         pipeline.load_embedding(embedding)
     if refiner is not None:

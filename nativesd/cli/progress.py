@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,25 @@ class Steps:
     def close(self) -> None:
         """Take the bar away."""
         self._bar.close()
+
+
+class _Lines(logging.Handler):
+    """What the library logs, as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Meanwhile what the library logs about its work is said."""
+    log, handler = logging.getLogger("nativesd"), _Lines()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 @contextmanager
