@@ -10,6 +10,9 @@ TINY = Path(__file__).parent / "tiny"
 TAESD = Path(__file__).parent / "taesd"
 """The published TAESD of SD1.x and SD2.x, and that of SDXL: encoder and decoder of each."""
 
+PARAMETERS = Path(__file__).parent / "parameters.json.gz"
+"""The names and shapes of the published models' parameters."""
+
 TABLES = next(
     path for path in (Path(__file__).parent / "weightmaps", Path(__file__).parents[1] / "weightmaps") if path.is_dir()
 )

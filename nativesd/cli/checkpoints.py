@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 from rich.text import Text
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 SHOWN = 5  # findings of a kind that are listed one by one, unless all are asked for
 
 
-@main.command(help=f"Explain every tensor of SOURCE: {SOURCE_HELP}. Exit code 1 means findings.")
-@click.argument("source")
+@main.command(
+    help=f"Explain every tensor of SOURCE: {SOURCE_HELP}. Of several files, of patterns, of a folder of loose files: "
+    f"a line each. Exit code 1 means findings."
+)
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @click.option("--keys", is_flag=True, help="List the whole mapping.")
 @click.option("--trace", metavar="NAME", help="Show how a key, or a parameter of ours, is mapped.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON (schema 1: see docs/models-and-files.md).")
@@ -30,9 +33,10 @@ SHOWN = 5  # findings of a kind that are listed one by one, unless all are asked
 @click.option("--values", is_flag=True, help="With --diff: compare the tensors too.")
 @click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--missing", is_flag=True, help="Of many files: say what each model lacks for a picture.")
 @click.option("--all", "everything", is_flag=True, help=f"List every finding, not the first {SHOWN} of a kind.")
 def audit(
-    source: str,
+    sources: Sequence[str],
     keys: bool,
     trace: str | None,
     as_json: bool,
@@ -41,11 +45,17 @@ def audit(
     values: bool,
     maps: Path | None,
     revision: str | None,
+    missing: bool,
     everything: bool,
 ) -> None:
     """See the command's help."""
+    if _are_many(sources):
+        if other is not None or trace is not None or keys or believed is not None:
+            raise click.UsageError("--diff, --trace, --keys and --as are of one source: name one")
+        _survey(sources, maps, as_json=as_json, missing=missing)
     from nativesd.checkpoints import audit as auditing
 
+    [source] = sources
     if other is not None:
         difference = auditing.diff(source, other, values=values, maps=maps)
         if as_json:
@@ -107,6 +117,52 @@ def merge(model: str, loras: Sequence[str], dest: Path, maps: Path | None) -> No
         click.echo(f"left out {some(keys)}: {reason}", err=True)
     click.echo(f"{done.changed} of {done.tensors} tensors changed", err=True)
     click.echo(done.path)
+
+
+def _are_many(sources: Sequence[str]) -> bool:
+    """Whether a line each is wanted: several sources, a pattern, or a folder of loose files."""
+    if len(sources) > 1:
+        return True
+    path = Path(sources[0])
+    if not path.is_dir():
+        return not path.exists() and any(mark in sources[0] for mark in "*?[") and "://" not in sources[0]
+    from nativesd.checkpoints.survey import expand
+
+    found = expand([path])
+    return found != [path] and len(found) > 1 and not list(path.glob("*.safetensors.index*.json"))
+
+
+def _survey(sources: Sequence[str], maps: Path | None, *, as_json: bool, missing: bool) -> NoReturn:
+    """Print a line for every source and a summary, or JSON lines; leave with 1 where one is not ok."""
+    from nativesd.checkpoints.survey import survey
+
+    lines = []
+    for line in survey(sources, maps=maps):
+        lines.append(line)
+        if as_json:
+            click.echo(line.to_json())
+            continue
+        what = ", ".join(filter(None, (line.kind, line.family, line.layout, line.dtype)))
+        if line.error:
+            state, style, what = line.error, "red", ""
+        elif not line.ok:
+            state, style = line.why or "has findings", "red"
+        else:
+            state, style = line.why or "ok", ""
+        words = f" [{', '.join(line.words)}]" if line.words else ""
+        size = f" {size_text(line.bytes)}" if line.bytes else ""
+        print_lines(
+            [Text.assemble((line.source, "bold"), f": {what}{size}{words}: " if what else ": ", (state, style))]
+        )
+        if missing and line.lacks:
+            options = ", ".join(f"no {name.rstrip('s')}: --{name.replace('_', '-').rstrip('s')}" for name in line.lacks)
+            print_lines([Text(f"  {options}")])
+    if not as_json:
+        good = sum(line.ok for line in lines)
+        kinds = by_reason((line.source, line.kind or "unreadable") for line in lines)
+        counts = ", ".join(f"{kind} {len(each)}" for kind, each in sorted(kinds.items()))
+        click.echo(f"{len(lines)} files, {good} ok, {size_text(sum(line.bytes for line in lines))}: {counts}")
+    sys.exit(0 if all(line.ok for line in lines) else 1)
 
 
 def _audit_lines(report: AuditReport, *, keys: bool, shown: int) -> Iterator[Text | Row]:

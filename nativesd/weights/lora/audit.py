@@ -49,16 +49,28 @@ def bases(unets: Mapping[str, UNetConfig] = UNETS) -> dict[str, dict[str, Config
 
 
 def fits(
-    groups: Sequence[Group], tensors: Mapping[str, TensorInfo], tables: Mapping[str, KeyMap], expected: Expected
+    groups: Sequence[Group],
+    tensors: Mapping[str, TensorInfo],
+    tables: Mapping[str, KeyMap],
+    expected: Expected,
+    known: dict[Config, Place] | None = None,
 ) -> list[Fit]:
-    """The published bases that a LoRA fits in every module, or else the one that it fits best."""
+    """The published bases that a LoRA fits in every module, or else the one that it fits best.
+
+    `known` keeps the bases' places for the next LoRA.
+    """
+    kept = {} if known is None else known
+
+    def place_of(config: Config) -> Place:
+        return kept.setdefault(config, Place(config, expected(config), tables))
+
     shapes = {key: info.shape for key, info in tensors.items()}
     width = context(groups, shapes)
     out: list[Fit] = []
     for label, configs in bases().items():
         unet = configs["unet"]
         if width is None or not isinstance(unet, UNetConfig) or unet.context == width:
-            places = {name: Place(config, expected(config), tables) for name, config in configs.items()}
+            places = {name: place_of(config) for name, config in configs.items()}
             out.append(Fit(label, *place(groups, shapes, places)))
     whole = [fit for fit in out if not fit.unplaced]
     return whole or sorted(out, key=lambda fit: len(fit.unplaced))[:1]
@@ -70,14 +82,15 @@ def report_lora(
     tables: Mapping[str, KeyMap],
     expected: Expected,
     read: Callable[[str], float] | None = None,
+    known: dict[Config, Place] | None = None,
 ) -> ComponentReport:
     """The report of a LoRA, whose keys are `tensors`, with the parameters that they change in the base that it fits.
 
     Keys without a place there are unexpected. `read` gives the value of a key that is one number, where the file is at
-    hand.
+    hand; `known` is that of `fits`.
     """
     groups, nameless = group(tensors, tables)
-    found = fits(groups, tensors, tables, expected)
+    found = fits(groups, tensors, tables, expected, known)
     if not found:
         width = context(groups, {key: info.shape for key, info in tensors.items()})
         reason = f"no published base has a context {width} wide"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -104,6 +105,8 @@ def identify(
     if believed is None and (signature := recognise(shapes)) is not None:
         return Identity(family=family, unrecognised=list(shapes), unsupported=signature)
     detection = detect(shapes, tables)
+    if believed is None and (rows := _nameless_embedding(detection, shapes, tables)) is not None:
+        detection = Detection([rows], detection.ignored)
     if believed is not None:
         detection = _as_believed(detection, shapes, tables, *believed)
     identity = Identity(family=family, ignored=detection.ignored, unrecognised=detection.unrecognised)
@@ -134,6 +137,21 @@ def identify(
         for component in sorted(identity.components, key=lambda c: (c.name != "unet", order[id(c.found)]))
     ]
     return identity
+
+
+def _nameless_embedding(
+    detection: Detection, shapes: Mapping[str, Shape], tables: Mapping[str, KeyMap]
+) -> Found | None:
+    """One tensor of a text encoder's width and any name, which is a textual inversion."""
+    table = tables.get("textual_inversion")
+    if table is None or detection.found or len(detection.unrecognised) != 1:
+        return None
+    [key] = detection.unrecognised
+    shape = shapes[key]
+    if len(shape) not in (1, 2) or shape[-1] not in TEXT_ENCODERS or (len(shape) == 2 and not 0 < shape[0] <= 77):
+        return None
+    named = replace(table, names={re.escape(key): "rows of the new token"})
+    return Found(named.bind(), "", [key])
 
 
 def _any(shapes: Mapping[str, Shape], prefix: str) -> bool:
@@ -256,9 +274,23 @@ def _component(
         if isinstance(given, T2IAdapterConfig):
             config, evidence = given, [STATED]
         label = "SDXL" if config.unshuffle == 16 else "SD1.x"
+    elif kind == "textual_inversion":
+        label, evidence = _embedding(found.keys, shapes)
     elif found.table.keymap.is_named:
         label = adapter_family(shapes)
     return Component(name, label, "", found, config, tuple(evidence))
+
+
+def _embedding(keys: Sequence[str], shapes: Mapping[str, Shape]) -> tuple[str, list[Evidence]]:
+    """A textual inversion's family, and its vectors, by their widths."""
+    rows = [shapes[key] for key in keys if shapes[key] and not key.endswith("_out") and key != "t5xxl"]
+    widths = sorted({shape[-1] for shape in rows})
+    family = {(768,): "SD1.x", (1024,): "SD2.x", (768, 1280): "SDXL", (1280,): "SDXL, its second text encoder"}
+    counts = sorted({1 if len(shape) == 1 else shape[0] for shape in rows})
+    return family.get(tuple(widths), ""), [
+        Evidence("width", " + ".join(map(str, widths)), "the rows' length"),
+        Evidence("vectors", ", ".join(map(str, counts)), "how many token positions the word takes"),
+    ]
 
 
 def _text_preset(family: str, *, projected: bool) -> TextEncoderConfig:
