@@ -145,10 +145,7 @@ ELSEWHERE = {
 
 def check(prompt: Prompt, options: CallOptions) -> Checked:
     """What is asked of a call, read and in its ranges. Raises UsageError for what cannot be, naming the argument."""
-    hints = get_type_hints(Checked, include_extras=True)
-    rows: dict[str, Reader] = {
-        name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")
-    }
+    rows = _readers()
     _require_known(options, [*rows, *SEEDING])
     given = {name: value for name, value in options.items() if value is not None}
     prompts = _prompts("prompt", prompt)

@@ -98,7 +98,7 @@ def check_mistake(done: Done, code: int, words: str) -> None:
         ("unet/config.json", None, "config.json is missing"),
         ("unet/config.json", b"{", "cannot be read as JSON"),
         ("unet/config.json", b"[1]", "not a JSON object"),
-        ("unet/config.json", b"{}", "lacks the field block_out_channels"),
+        ("unet/config.json", b"{}", "lacks the field 'block_out_channels'"),
         ("vae/diffusion_pytorch_model.safetensors", None, "holds no weights"),
         ("vae/diffusion_pytorch_model.safetensors", b"<html>", "is a web page"),
         ("tokenizer/merges.txt", b"#version\nx", "tokenizer"),
