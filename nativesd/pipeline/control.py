@@ -16,7 +16,7 @@ from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.pictures.images import ImageSource, fit, read_image, to_tensor
 from nativesd.pictures.preprocess import preprocess
-from nativesd.pipeline.denoiser import Conditioning
+from nativesd.pipeline.conditioning import Conditioning
 from nativesd.pipeline.turns import Turns
 
 # xinsir6/ControlNetPlus README: the kinds of hint by number
@@ -167,6 +167,11 @@ class Steering:
     features: Sequence[tuple[Hint, list[Tensor]]]
     """What the T2I-Adapters made of their hints."""
 
+    @property
+    def mixes(self) -> bool:
+        """A union attends across its batch, which has to be one picture's rows."""
+        return any(isinstance(hint.model.module, ControlNetUnion) for hint in self.networks)
+
     def active(self, hint: Hint, sigma: float) -> bool:
         """Whether a hint acts at a sigma; between two of the schedule, as at the earlier one."""
         total = len(self.sigmas)
@@ -216,7 +221,7 @@ def _run(hints: list[Hint], latents: Tensor, time: float, side: Conditioning, ba
             rows = slice(picture, None, batch)
             parts.append(
                 module(
-                    latents[rows], time, side.context[rows],
+                    latents[rows], time, side.texts[rows],
                     [hint.pixels.expand(len(latents[rows]), -1, -1, -1) for hint in hints],
                     [hint.kind or 0 for hint in hints],
                     pooled=None if side.pooled is None else side.pooled[rows],
@@ -228,7 +233,7 @@ def _run(hints: list[Hint], latents: Tensor, time: float, side: Conditioning, ba
         return [[torch.stack(residuals, dim=1).flatten(0, 1) for residuals in zip(*parts, strict=True)]]
     return [
         module(
-            latents, time, side.context, hint.pixels.expand(len(latents), -1, -1, -1), pooled=side.pooled,
+            latents, time, side.texts, hint.pixels.expand(len(latents), -1, -1, -1), pooled=side.pooled,
             time_ids=side.time_ids, scale=hint.scale,
         )
         for hint in hints

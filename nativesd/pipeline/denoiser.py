@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,73 +12,20 @@ from torch import Tensor
 
 from nativesd.config import Prediction
 from nativesd.errors import NativesdWarning
-from nativesd.models.layers import CachedContext
 from nativesd.models.unet import UNet
+from nativesd.pipeline.conditioning import Conditioning, Group, groups, join
+from nativesd.pipeline.guidance import Guidance
+from nativesd.pipeline.prompting import Sides
 from nativesd.sampling.published import EDM
 from nativesd.sampling.samplers import Denoiser
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What the UNet is told beside the latents, for B pictures; what a UNet does not take is None.
-
-    context (B, T, C); pooled (B, P) and time_ids (B, n): SDXL's; guidance (B, w): LCM's embedding of the guidance
-    scale; channels (B, c, h, w): further input channels, of inpainting and of edited pictures. prompt (B,) is 1 where
-    it is the prompt's conditioning, and 0 where it is the negative prompt's.
-    """
-
-    context: Tensor
-    prompt: Tensor
-    pooled: Tensor | None = None
-    time_ids: Tensor | None = None
-    guidance: Tensor | None = None
-    channels: Tensor | None = None
-
-
-def join(sides: Sequence[Conditioning]) -> Conditioning:
-    """All of them, one after the other along the batch."""
-
-    def cat(name: str) -> Tensor | None:
-        tensors = [getattr(side, name) for side in sides]
-        return None if tensors[0] is None else torch.cat(tensors)
-
-    context, prompt = (torch.cat([getattr(side, name) for side in sides]) for name in ("context", "prompt"))
-    return Conditioning(context, prompt, cat("pooled"), cat("time_ids"), cat("guidance"), cat("channels"))
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance: how the answers for several conditionings become one.
-
-    `scale` 1 is none. `rescale` pulls the contrast back to that of the unguided answer (Lin et al. 2023, section 3.4;
-    0 to 1). `image_scale` weighs the picture that is edited (Brooks et al. 2022, equation 3).
-    """
-
-    scale: float
-    rescale: float = 0.0
-    image_scale: float = 1.5
-    sequential: bool = False
-    """One pass of the model per conditioning instead of one for all: half the memory, the same answer."""
-
-    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
-        """One answer of (positive), (negative, positive) or (prompt and picture, picture alone, neither)."""
-        if len(outputs) == 1:
-            return outputs[0]
-        if len(outputs) == 2:
-            negative, positive = outputs
-            combined = negative + self.scale * (positive - negative)
-        else:
-            positive, picture, nothing = outputs
-            combined = nothing + self.scale * (positive - picture) + self.image_scale * (picture - nothing)
-        if self.rescale:
-            axes = tuple(range(1, combined.ndim))
-            same_contrast = combined * (positive.std(axes, keepdim=True) / combined.std(axes, keepdim=True))
-            combined = torch.lerp(combined, same_contrast, self.rescale)
-        return combined
-
-
 class Steers(Protocol):
     """What adds to the UNet's features: ControlNets and adapters (`nativesd.pipeline.control.Steering`)."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a picture's rows see each other, and so have to stay together."""
 
     def residuals(self, latents: Tensor, time: float, sigma: float, side: Conditioning) -> list[Tensor] | None:
         """For noisy latents of unit variance (B, C, h, w), what the UNet takes as `residuals`."""
@@ -90,7 +36,7 @@ class Steers(Protocol):
 
 def make_denoiser(
     unet: UNet,
-    sides: Sequence[Conditioning],
+    sides: Sides,
     guidance: Guidance,
     timestep: Callable[[float], float],
     prediction: Prediction,
@@ -100,35 +46,45 @@ def make_denoiser(
 ) -> Denoiser:
     """The function that samplers call: noisy latents (B, C, h, w) and sigma to the predicted clean latents, float32.
 
-    `sides` are the conditionings that `guidance` combines, each for all B pictures. `edm` is the scheduler's.
+    `sides` gives the conditionings that `guidance` combines, each for all B pictures. `edm` is the scheduler's.
     """
     spread = 1.0 if edm is None else edm.data  # of clean latents
-    together = join(sides)
     sequential = guidance.sequential
-    # the UNet's answers begin to differ where the text comes in
-    shared = steering is None and together.channels is together.pooled is together.guidance is None
-    contexts = {id(side): CachedContext(side.context) for side in (together, *sides)}
+    prepared: dict[int, _Prepared] = {}
 
-    def answer(scaled: Tensor, time: float, sigma: float, side: Conditioning) -> Tensor:
+    def answer(scaled: Tensor, time: float, sigma: float, group: Group) -> Tensor:
+        side = group.side
         inputs = scaled if side.channels is None else torch.cat([scaled, side.channels], dim=1)
         output: Tensor = unet(
-            inputs.to(dtype), time, contexts[id(side)],
+            inputs.to(dtype), time, group.context,
             pooled=side.pooled, time_ids=side.time_ids, guidance=side.guidance,
             residuals=None if steering is None else steering.residuals(scaled.to(dtype), time, sigma, side),
             adapter=() if steering is None else steering.adapter(sigma, len(scaled)),
         )  # fmt: skip
         return output.float()
 
+    def answers(scaled: Tensor, time: float, sigma: float, parts: Sequence[Group]) -> Tensor:
+        if len(parts) == 1:
+            return answer(scaled, time, sigma, parts[0])
+        out = torch.empty_like(scaled, dtype=torch.float32)
+        for part in parts:
+            out[part.rows] = answer(scaled[part.rows], time, sigma, part)
+        return out
+
     def denoise(x: Tensor, sigma: float) -> Tensor:
         nonlocal sequential
         scaled, time = x / math.hypot(spread, sigma), timestep(sigma)
+        now = sides(sigma)
+        if id(now) not in prepared:
+            prepared[id(now)] = _Prepared(now, steering)
+        told = prepared[id(now)]
         outputs: Sequence[Tensor] = ()
         if not sequential:
             try:
-                every = scaled if shared else torch.cat([scaled] * len(sides))
-                outputs = answer(every, time, sigma, together).chunk(len(sides))
+                every = scaled if told.shared else torch.cat([scaled] * len(now))
+                outputs = answers(every, time, sigma, told.together).chunk(len(now))
             except torch.cuda.OutOfMemoryError:
-                if len(sides) == 1:
+                if len(now) == 1:
                     raise
                 warnings.warn(
                     "not enough memory for prompt and negative prompt at once: one by one now",
@@ -137,10 +93,25 @@ def make_denoiser(
                 )
                 sequential = True
         if sequential:
-            outputs = [answer(scaled, time, sigma, side) for side in sides]
-        return to_clean(guidance.combine(outputs), x, sigma, prediction, edm)
+            outputs = [answers(scaled, time, sigma, side) for side in told.each]
+        return to_clean(guidance.combine(outputs, now), x, sigma, prediction, edm)
 
     return denoise
+
+
+class _Prepared:
+    """Sides ready to be asked together, or each alone."""
+
+    def __init__(self, sides: Sequence[Conditioning], steering: Steers | None) -> None:
+        one = steering is not None and steering.mixes
+        self.sides = sides  # kept, so that its id stays its own
+        self.together = groups(join(sides), one=one)
+        self.each = [groups(side, one=one) for side in sides]
+        whole = self.together[0].side
+        # the UNet's answers begin to differ where the text comes in
+        self.shared = (
+            len(self.together) == 1 and steering is None and whole.channels is whole.pooled is whole.guidance is None
+        )
 
 
 def to_clean(output: Tensor, x: Tensor, sigma: float, prediction: Prediction, edm: EDM | None = None) -> Tensor:

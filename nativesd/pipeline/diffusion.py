@@ -23,8 +23,11 @@ from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
 from nativesd.pictures.masks import mask_to_latents, mask_to_tensor
 from nativesd.pipeline import autoencoder
+from nativesd.pipeline.conditioning import Role
 from nativesd.pipeline.control import Control, ControlModel, make_hint, steer
-from nativesd.pipeline.denoiser import Conditioning, Guidance, guidance_embedding, keep_known, make_denoiser, watch
+from nativesd.pipeline.denoiser import guidance_embedding, keep_known, make_denoiser, watch
+from nativesd.pipeline.guidance import Guidance
+from nativesd.pipeline.prompting import Frame, Sides, negative_side, over_steps, prompt_sides
 from nativesd.pipeline.start import Start
 from nativesd.pipeline.turns import Turns
 from nativesd.sampling.names import Choice
@@ -34,14 +37,12 @@ from nativesd.sampling.samplers import Noise
 from nativesd.sampling.schedule import Schedule
 from nativesd.sampling.table import Call
 from nativesd.text.embedding import Embedding
-from nativesd.text.encode import encode_prompts
+from nativesd.text.encode import encode_each, encode_prompts
 from nativesd.text.tokenizer import ClipTokenizer
 from nativesd.tuning.memory import free_bytes, memory_explained
 from nativesd.weights.lora.file import LoraFile
 from nativesd.weights.lora.merge import Merged
 
-# sgm inference/api.py (SamplingParams): the refiner's aesthetic scores for the prompt and the negative prompt
-AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 # input channels: latents; those of an inpainting UNet (latents, mask, known latents); of instruct-pix2pix (two latents)
 PLAIN, INPAINTING, EDITING = 4, 9, 8
 
@@ -139,6 +140,8 @@ class Job:
     refiner: Diffusion | None
     refiner_at: float
     on_step: Callable[[Step], object] | None
+    steps_before: int | None = None
+    """Steps of the first pass, in the second one."""
 
 
 class Closes(Protocol):
@@ -240,11 +243,11 @@ class Diffusion:
         shape = (config.vae.latent_channels, size[1] // factor, size[0] // factor)
         if start is None:
             noise = source.draw(shape).to(self.device)
-            return self._sample(job, plan, noise * plan.start, source, size)
+            return self._sample(job, plan, noise * plan.start, source, size, steps)
         if config.unet.in_channels == EDITING:
             edited = self.encode_tensor(start.pixels())[0] / config.vae.scaling  # not scaled, as it was trained
             noise = source.draw(shape).to(self.device)
-            return self._sample(job, plan, noise * plan.start, source, size, channels=edited)
+            return self._sample(job, plan, noise * plan.start, source, size, steps, channels=edited)
 
         inpainting = config.unet.in_channels == INPAINTING
         known, channels = None, None
@@ -262,8 +265,8 @@ class Diffusion:
         else:
             x = known + noise * float(plan.sigmas[0])
         if known is None or mask is None or inpainting:
-            return self._sample(job, plan, x, source, size, channels=channels)
-        latents = self._sample(job, plan, x, source, size, keep=(known, noise, mask))
+            return self._sample(job, plan, x, source, size, steps, channels=channels)
+        latents = self._sample(job, plan, x, source, size, steps, keep=(known, noise, mask))
         return torch.lerp(known, latents, mask)
 
     def _draw(self, pixels: Tensor, source: NoiseSource, job: Job) -> Tensor:
@@ -280,12 +283,14 @@ class Diffusion:
         x: Tensor,
         source: NoiseSource,
         size: tuple[int, int],
+        steps: int,
         *,
         channels: Tensor | None = None,
         keep: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """From x at the first sigma to clean latents (B, C, h, w); the refiner takes over where there is one.
 
+        steps     what was asked for, by which prompts change
         channels  further inputs of the UNet; keep  what `keep_known` takes beside the denoiser
         """
         total = len(plan.timesteps)
@@ -302,7 +307,7 @@ class Diffusion:
             if begin == end:
                 continue
             part = plan.part(begin, end)
-            sides = model._sides(job, size, channels)
+            sides = model._sides(job, size, channels, steps, plan.sigmas[:-1].tolist())
             steering = None
             if job.control and model is self:
                 hints = [make_hint(control, self.config.unet, size, self.config.vae.factor) for control in job.control]
@@ -334,44 +339,40 @@ class Diffusion:
         if job.on_step is not None:
             job.on_step(Step(begin + index, total, sigma, x, denoised, partial(self.preview, denoised)))
 
-    def _sides(self, job: Job, size: tuple[int, int], channels: Tensor | None) -> list[Conditioning]:
-        """The conditionings that guidance combines, in the order that `Guidance.combine` takes."""
-        config, unet = self.config, self.config.unet
-        guided = job.guidance.scale > 1 and unet.guidance is None
-        negatives = job.negatives if guided else ()
-        context, pooled = self.encode_prompt([*negatives, *job.prompts], literal=job.literal, clip_skip=job.clip_skip)
-        if config.zero_empty_negative:
-            for i, negative in enumerate(negatives):
-                if negative == "":
-                    context[i], pooled[i] = 0, 0
-        total = len(job.seeds)
+    def _sides(
+        self, job: Job, size: tuple[int, int], channels: Tensor | None, steps: int, sigmas: Sequence[float]
+    ) -> Sides:
+        """The conditionings that guidance combines, over a pass of `sigmas`, of which `steps` were asked for."""
+        unet, pictures = self.config.unet, len(job.seeds)
+        texts = prompt_sides(job.prompts, pictures, steps, job.steps_before, literal=job.literal)
+        if unet.guidance is None and (job.guidance.scale > 1 or len(texts) > 1):
+            editing = unet.in_channels == EDITING and channels is not None and job.guidance.image_scale != 1
+            roles: list[Role] = ["picture", "nothing"] if editing else ["negative"]
+            texts = [
+                *(
+                    negative_side(job.negatives, pictures, steps, job.steps_before, role, literal=job.literal)
+                    for role in roles
+                ),
+                *texts,
+            ]
 
-        def rows(tensor: Tensor, negative: bool) -> Tensor:
-            own = tensor[: len(negatives)] if negative else tensor[len(negatives) :]
-            return own.repeat_interleave(total // len(own), 0)  # (n, ...) -> (B, ...), picture by picture
+        def encode(distinct: Sequence[str]) -> tuple[Sequence[Tensor], Tensor]:
+            with self._visiting(*self.text_encoders):
+                return encode_each(
+                    distinct, self.text_encoders, self.tokenizers, literal=job.literal, clip_skip=job.clip_skip,
+                    embeddings=self.embeddings, device=self.device,
+                )  # fmt: skip
 
-        def side(*, negative: bool, channels: Tensor | None = channels) -> Conditioning:
-            told = None if unet.guidance is None else guidance_embedding(job.guidance.scale, unet.guidance)
-            conditioning = Conditioning(
-                rows(context, negative),
-                prompt=torch.full((total,), float(not negative), device=self.device),
-                guidance=None if told is None else told.expand(total, -1).to(self.device),
-                channels=None if channels is None else channels.expand(total, -1, -1, -1),
-            )
-            if unet.added is None:
-                return conditioning
-            width, height = size
-            score = NEGATIVE_AESTHETIC_SCORE if negative else AESTHETIC_SCORE
-            ids = [height, width, 0, 0, *([score] if unet.added.ids == 5 else [height, width])]
-            time_ids = torch.tensor(ids, dtype=torch.float32, device=self.device).expand(total, -1)
-            return replace(conditioning, pooled=rows(pooled, negative), time_ids=time_ids)
-
-        if not guided:
-            return [side(negative=False)]
-        if unet.in_channels == EDITING and channels is not None and job.guidance.image_scale != 1:
-            nothing = side(negative=True, channels=torch.zeros_like(channels))
-            return [side(negative=False), side(negative=True), nothing]
-        return [side(negative=True), side(negative=False)]
+        frame = Frame(
+            pictures=pictures,
+            size=size,
+            ids=None if unet.added is None else unet.added.ids,
+            guidance=None if unet.guidance is None else guidance_embedding(job.guidance.scale, unet.guidance),
+            channels=channels,
+            device=self.device,
+            zero_empty=self.config.zero_empty_negative,
+        )
+        return over_steps(texts, encode, frame, sigmas)
 
     def preview(self, latents: Tensor) -> Image.Image:
         """A quick picture of clean latents (B, C, h, w), maybe smaller, a batch side by side."""

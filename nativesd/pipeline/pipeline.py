@@ -17,8 +17,8 @@ from nativesd.pictures import images, masks
 from nativesd.pictures.result import Result
 from nativesd.pipeline.arguments import CallOptions, Checked, Lora, Prompt, check, read_loras, signed
 from nativesd.pipeline.control import Control, ControlModel
-from nativesd.pipeline.denoiser import Guidance
 from nativesd.pipeline.diffusion import EDITING, INPAINTING, PLAIN, Diffusion, Job, Step
+from nativesd.pipeline.guidance import Guidance
 from nativesd.pipeline.hires import LATENT, Hires, enlarge_latents, enlarge_picture
 from nativesd.pipeline.start import Start
 from nativesd.pipeline.tagged import tagged_prompts
@@ -395,7 +395,8 @@ class Pipeline(Diffusion):
             pictures = [enlarge_picture(each, size, factor, hires.upscaler) for each in self.decode(latents)]
             larger = self.encode_tensor(images.to_tensor(pictures))[0]
         start = Start(hires.strength, latents=size.cut(larger), steps_as="all")
-        return self.run(self._second(job, hires), hires.steps or steps, size.size(factor), start)
+        second = replace(self._second(job, hires), steps_before=steps)
+        return self.run(second, hires.steps or steps, size.size(factor), start)
 
     def _second(self, job: Job, hires: Hires) -> Job:
         """What the second pass is asked for: as the first, but for what `hires` says."""

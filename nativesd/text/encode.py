@@ -54,7 +54,30 @@ def encode_prompts(
     embeddings: Mapping[str, Embedding] = NO_EMBEDDINGS,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Context (B, 77 n, C), the encoders' states side by side, and the last encoder's pooled embedding (B, P).
+    """`encode_each` with all contexts in one tensor (B, 77 n, C), n the least common multiple of the chunks.
+
+    A context that is repeated k times says the same (see `conditioning.groups`), but costs as much: texts that differ
+    much in length are cheaper one by one.
+    """
+    contexts, pooled = encode_each(
+        prompts, encoders, tokenizers, literal=literal, clip_skip=clip_skip, embeddings=embeddings, device=device
+    )
+    common = math.lcm(*map(len, contexts))
+    _bound([len(context) // tokenizers[0].length for context in contexts], common // tokenizers[0].length)
+    return torch.stack([context.repeat(common // len(context), 1) for context in contexts]), pooled
+
+
+def encode_each(
+    prompts: Sequence[str],
+    encoders: Sequence[Encoder],
+    tokenizers: Sequence[ClipTokenizer],
+    *,
+    literal: bool = False,
+    clip_skip: int | None = None,
+    embeddings: Mapping[str, Embedding] = NO_EMBEDDINGS,
+    device: torch.device,
+) -> tuple[list[Tensor], Tensor]:
+    """Contexts (77 n_i, C), the encoders' states side by side, and the last encoder's pooled embedding (B, P).
 
     literal     take the prompts as they stand, without any syntax
     clip_skip   the layer whose states are the context, counted from the end: see `hidden_layer`
@@ -69,6 +92,7 @@ def encode_prompts(
     counts = [[len(of_prompt) for of_prompt in of_tokenizer] for of_tokenizer in chunks]
     if any(other != counts[0] for other in counts):
         raise SourceError("the model's tokenizers disagree on a prompt's length, so its text encodings do not match")
+    _bound(counts[0], max(counts[0]))
     widths = [encoder.config.width for encoder in encoders]
     states = []
     for i, (encoder, tokenizer, layer) in enumerate(zip(encoders, tokenizers, layers, strict=True)):
@@ -84,7 +108,17 @@ def encode_prompts(
         states.append(_weigh(output.hidden, rows))
     hidden = torch.cat(states, dim=-1)  # (rows, T, C)
     starts = [0, *accumulate(counts[0])][:-1]
-    return _join(hidden, counts[0]), output.pooled[starts]
+    contexts = [chunks.flatten(0, 1) for chunks in torch.split(hidden, counts[0])]  # (k, T, C) -> (k T, C)
+    return contexts, output.pooled[starts]
+
+
+def _bound(counts: Sequence[int], common: int) -> None:
+    """Raise UsageError where prompts of so many chunks come to a length, in chunks, that is beyond the bound."""
+    if common > MAX_CHUNKS:
+        raise UsageError(
+            f"the prompts have {', '.join(map(str, counts))} chunks, which are {common} for all of one length, over "
+            f"{MAX_CHUNKS}: shorten them, or make their pictures in several calls"
+        )
 
 
 def hidden_layer(config: TextEncoderConfig, clip_skip: int | None) -> int | None:
@@ -144,20 +178,3 @@ def _weigh(hidden: Tensor, rows: Sequence[Chunk]) -> Tensor:
     least = NO_MEAN * before.square().mean((1, 2), keepdim=True).sqrt()
     scale = torch.where((old.abs() > least) & (new.abs() > least), old / new, 1.0)
     return (after * scale).to(hidden.dtype)
-
-
-def _join(hidden: Tensor, counts: Sequence[int]) -> Tensor:
-    """States (rows, T, C) of all chunks, `counts` of them for each prompt -> (prompts, n T, C), n common to all.
-
-    Cross-attention is a mean over the context's tokens, weighted by a softmax. A context that is repeated k times has
-    every token k times with a k-th of the weight, so the result is the same, and n is the least common multiple.
-    Padding with other tokens would draw attention to them.
-    """
-    common = math.lcm(*counts)
-    if common > MAX_CHUNKS:
-        raise UsageError(
-            f"the prompts have {', '.join(map(str, counts))} chunks, which are {common} for all of one length, over "
-            f"{MAX_CHUNKS}: shorten them, or make their pictures in several calls"
-        )
-    contexts = [chunks.flatten(0, 1) for chunks in torch.split(hidden, list(counts))]  # (k, T, C) -> (k T, C)
-    return torch.stack([c.repeat(common // count, 1) for c, count in zip(contexts, counts, strict=True)])

@@ -24,7 +24,9 @@ from nativesd.loading.placement import compiles
 from nativesd.models.layers import GEGLU, Attention, CachedContext, TransformerBlock, Upsample, attention
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
-from nativesd.pipeline.denoiser import Conditioning, Guidance, make_denoiser
+from nativesd.pipeline.conditioning import Conditioning
+from nativesd.pipeline.denoiser import make_denoiser
+from nativesd.pipeline.guidance import Guidance
 from nativesd.tuning import fast
 from nativesd.tuning import tune as tuning
 from nativesd.tuning.tune import (
@@ -712,12 +714,15 @@ def test_guidance_computes_both_sides_as_if_alone(form: str) -> None:
             torch.ones(2),
             None if added is None else normal(2, added.pooled, seed=seed),
             None if added is None else torch.ones(2, added.ids),
+            role="negative" if seed == 1 else "prompt",
         )
         for seed in (1, 2)
     ]
     latents = normal(2, 4, 8, 8)
     together, alone = (
-        make_denoiser(network, sides, replace(Guidance(7.0), sequential=sequential), float, "epsilon", torch.float32)
+        make_denoiser(
+            network, lambda sigma: sides, replace(Guidance(7.0), sequential=sequential), float, "epsilon", torch.float32
+        )
         for sequential in (False, True)
     )
     for sigma in (3.0, 1.0):

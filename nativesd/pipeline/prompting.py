@@ -1,0 +1,142 @@
+"""From the prompts of a call to what the UNet is told at every step of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from nativesd.pipeline.conditioning import Conditioning, Role
+from nativesd.text.editing import Timeline, split_and, timeline
+
+# sgm inference/api.py (SamplingParams): the refiner's aesthetic scores for the prompt and the negative prompt
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+
+Value = TypeVar("Value")
+Sides = Callable[[float], Sequence[Conditioning]]
+"""What guidance combines, at a sigma: the same sequence for as long as nothing changes."""
+Encode = Callable[[Sequence[str]], tuple[Sequence[Tensor], Tensor]]
+"""Texts to their contexts, (T_i, C) each, and pooled embeddings (n, P)."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The prompts of one side over the steps, one for each picture, with the weight that each has."""
+
+    role: Role
+    lines: Sequence[Timeline]
+    shares: Sequence[float] | None = None
+
+    def at(self, step: int) -> tuple[str, ...]:
+        """Every picture's text at a step."""
+        return tuple(line.at(step) for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a side is told beside its text: SDXL's size, LCM's scale, and further channels."""
+
+    pictures: int
+    size: tuple[int, int]
+    """Width and height, in pixels."""
+    ids: int | None
+    """How many numbers SDXL's UNet takes; None: it is no such UNet."""
+    guidance: Tensor | None
+    channels: Tensor | None
+    device: torch.device
+    zero_empty: bool
+    """An empty negative prompt means zeros."""
+
+
+def prompt_sides(
+    prompts: Sequence[str], pictures: int, steps: int, before: int | None, *, literal: bool
+) -> list[Texts]:
+    """The sides of the prompts, more than one where AND combines some; a picture with fewer has them with weight 0."""
+    if literal:
+        return [Texts("prompt", _each([Timeline([steps], [prompt]) for prompt in prompts], pictures))]
+    parts = [split_and(prompt) for prompt in prompts]
+    most = max(map(len, parts))
+    padded = [part + [(part[0][0], 0.0)] * (most - len(part)) for part in parts]
+    plain = most == 1
+    return [
+        Texts(
+            "prompt",
+            _each([timeline(part[k][0], steps, before) for part in padded], pictures),
+            None if plain else _each([part[k][1] for part in padded], pictures),
+        )
+        for k in range(most)
+    ]
+
+
+def negative_side(
+    negatives: Sequence[str], pictures: int, steps: int, before: int | None, role: Role, *, literal: bool
+) -> Texts:
+    """The side of the negative prompts."""
+    lines = [Timeline([steps], [text]) if literal else timeline(text, steps, before) for text in negatives]
+    return Texts(role, _each(lines, pictures))
+
+
+def _each(values: Sequence[Value], pictures: int) -> list[Value]:
+    """One for each picture, of one for each prompt."""
+    return [value for value in values for _ in range(pictures // len(values))]
+
+
+def over_steps(texts: Sequence[Texts], encode: Encode, frame: Frame, sigmas: Sequence[float]) -> Sides:
+    """The sides at every sigma of a pass, which begins at the first of `sigmas`; all texts are encoded at once."""
+    moments = [tuple(side.at(step) for side in texts) for step in range(len(sigmas))]
+    distinct = list(dict.fromkeys(text for moment in dict.fromkeys(moments) for side in moment for text in side))
+    contexts, pooled = encode(distinct)
+    numbers = {text: i for i, text in enumerate(distinct)}
+    made: dict[tuple[tuple[str, ...], ...], list[Conditioning]] = {}
+    for moment in dict.fromkeys(moments):
+        made[moment] = [
+            _told(side, [numbers[text] for text in row], contexts, pooled, frame)
+            for side, row in zip(texts, moment, strict=True)
+        ]
+    if len(made) == 1:
+        only = made[moments[0]]
+        return lambda sigma: only
+
+    def at(sigma: float) -> Sequence[Conditioning]:
+        # between two sigmas of the schedule, as at the earlier one
+        step = max((i for i, each in enumerate(sigmas) if each >= sigma * (1 - 1e-9)), default=0)
+        return made[moments[step]]
+
+    return at
+
+
+def _told(
+    texts: Texts, numbers: Sequence[int], contexts: Sequence[Tensor], pooled: Tensor, frame: Frame
+) -> Conditioning:
+    """One side's conditioning, of the texts of these numbers."""
+    negative, total = texts.role != "prompt", frame.pictures
+    # zeros for an empty negative prompt; its text is the only one without a character
+    empty = [frame.zero_empty and negative and line.texts == [""] for line in texts.lines]
+    rows = [contexts[i] * 0 if zero else contexts[i] for i, zero in zip(numbers, empty, strict=True)]
+    one_length = len({len(row) for row in rows}) == 1
+    channels = frame.channels
+    if channels is not None:
+        channels = torch.zeros_like(channels) if texts.role == "nothing" else channels
+        channels = channels.expand(total, -1, -1, -1)
+    time_ids = None
+    if frame.ids is not None:
+        width, height = frame.size
+        score = NEGATIVE_AESTHETIC_SCORE if negative else AESTHETIC_SCORE
+        ids = [height, width, 0, 0, *([score] if frame.ids == 5 else [height, width])]
+        time_ids = torch.tensor(ids, dtype=torch.float32, device=frame.device).expand(total, -1)
+    told = None
+    if frame.ids is not None:
+        told = torch.stack([pooled[i] * (not zero) for i, zero in zip(numbers, empty, strict=True)])
+    return Conditioning(
+        torch.stack(rows) if one_length else tuple(rows),
+        prompt=torch.full((total,), float(not negative), device=frame.device),
+        pooled=told,
+        time_ids=time_ids,
+        guidance=None if frame.guidance is None else frame.guidance.expand(total, -1).to(frame.device),
+        channels=channels,
+        role=texts.role,
+        share=None if texts.shares is None else torch.tensor(texts.shares, device=frame.device),
+    )
