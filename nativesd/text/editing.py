@@ -146,6 +146,12 @@ def timeline(prompt: str, steps: int, before: int | None = None) -> Timeline:
     return Timeline(ordered, ["".join(_text(nodes, end, steps, offsets)) for end in ordered])
 
 
+def all_texts(prompt: str, steps: int = 1000) -> list[str]:
+    """Every text that a prompt is at some step, of every prompt that AND combines in it."""
+    texts = (text for part, _ in split_and(prompt) for text in timeline(part, steps).texts)
+    return list(dict.fromkeys(texts))
+
+
 def _when(written: str, steps: int, offsets: tuple[int, float]) -> int:
     number = float(written)
     scaled = (number - offsets[1]) * steps if "." in written else number - offsets[0]

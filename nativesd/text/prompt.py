@@ -9,8 +9,8 @@ The syntax is that of AUTOMATIC1111/stable-diffusion-webui (modules/prompt_parse
     name, embedding:name   a textual inversion's vectors (the second form is ComfyUI's)
 
 A bracket that is not closed weighs everything to the end; one that was not opened is text. Other than in A1111, BREAK
-works within brackets too, and a backslash makes a colon text. What means something else in A1111 and is not supported
-([from:to:when], [a|b], <lora:name:weight>) is refused.
+works within brackets too, and a backslash makes a colon text. What is no text of one step ([from:to:when], [a|b],
+<lora:name:weight>) is refused here: `editing` and `tags` resolve it before.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def parse_prompt(
         return [(Piece(prompt),)]
     if AND.search(prompt):
         warnings.warn(
-            "AND in a prompt is read as a word: it does not combine prompts here", NativesdWarning, stacklevel=2
+            "AND is read as a word here: prompts are combined where a call has them as its prompt",
+            NativesdWarning,
+            stacklevel=2,
         )
     pattern, invoked = _names(embeddings)
     return [tuple(_find_embeddings(part, pattern, invoked)) for part in _parse_weights(prompt)]
@@ -227,7 +229,7 @@ def _refuse_editing(prompt: str, bracket: _Open, end: int) -> None:
     if scheduled or bracket.bar:
         escape = "|" if bracket.bar else ":"
         raise UsageError(
-            f"{_short(prompt[bracket.start : end + 1])} in the prompt changes it between steps, which is not supported:"
+            f"{_short(prompt[bracket.start : end + 1])} in the prompt changes between steps, and is no one text:"
             f" write \\{escape} if the {escape} is meant as text"
         )
 

@@ -7,7 +7,9 @@ from collections.abc import Collection, Sequence
 from functools import cache
 
 from nativesd.shipped import TINY
+from nativesd.text.editing import all_texts
 from nativesd.text.prompt import parse_prompt
+from nativesd.text.tags import take_tags
 
 FILE = TINY / "words.txt"
 
@@ -20,6 +22,7 @@ def taught_words() -> frozenset[str]:
 
 def unknown_words(prompts: Sequence[str], known: Collection[str], *, literal: bool = False) -> list[str]:
     """The words of prompts that are not among `known`, each once, in their order; a plural or a weight is none."""
-    texts = [piece.text for prompt in prompts for part in parse_prompt(prompt, literal=literal) for piece in part]
+    single = prompts if literal else [text for prompt in prompts for text in all_texts(take_tags(prompt)[0])]
+    texts = [piece.text for prompt in single for part in parse_prompt(prompt, literal=literal) for piece in part]
     words = dict.fromkeys(word.lower() for text in texts for word in re.findall(r"[^\W\d_]+", text))
     return [word for word in words if word not in known and word.removesuffix("s") not in known]

@@ -137,3 +137,11 @@ def test_a_second_pass_counts_on(folders: dict[str, Path]) -> None:
     early = steps_of(pipe, "a [fox:owl:20]", hires=hires)
     assert close(early[19], plain[19])
     assert not close(early[20], plain[20])
+
+
+def test_the_embedded_model_knows_the_words_of_every_step() -> None:
+    pipe = nativesd.load()
+    result = pipe("a [fox:zzyx:0.5] on a [red|blue] background AND a penguin :0.5", steps=2, seed=7)
+    (note,) = result.parameters["notes"]
+    assert "zzyx" in note
+    assert "fox" not in note
