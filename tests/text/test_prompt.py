@@ -624,6 +624,6 @@ def test_no_prompt_takes_long(text: str) -> None:
 def test_a_prompt_has_a_length() -> None:
     with pytest.raises(UsageError, match="has 100001 characters, over the 100000"):
         parse_prompt("x" * 100_001)
-    with pytest.raises(UsageError, match="in the prompt changes it between steps") as refused:
+    with pytest.raises(UsageError, match="in the prompt changes between steps") as refused:
         parse_prompt("[" + "a" * 50_000 + ":0.5]")
     assert len(str(refused.value)) < 400
