@@ -92,7 +92,7 @@ def load(
     config = settle(model, modules, located, name, prediction)
 
     hosts = {part: host(module, *model.parts[part], tables) for part, module in by_name(modules, model).items()}
-    fast = fast and not offload
+    fast = fast and placement.stays
     pipeline = Pipeline(
         config,
         modules.unet,

@@ -65,7 +65,7 @@ def speed_up(modules: Modules, placement: Placement, *, fast: bool, compile: boo
     if placement.fp8:
         use_fp8(modules.unet)
         torch.cuda.empty_cache()  # what its weights took before
-    if fast and not placement.offload:
+    if fast and placement.stays:
         tune(modules.unet)
         tune(modules.vae)
     if compiles(compile, placement.device):

@@ -33,6 +33,11 @@ class Placement:
         return torch.device("cpu") if self.offload else self.device
 
     @property
+    def stays(self) -> bool:
+        """Whether weights are computed with where they are: `offload` onto a CPU moves nothing."""
+        return self.home == self.device
+
+    @property
     def half(self) -> bool:
         """Whether fp16 variants of files will do."""
         return self.dtype != torch.float32

@@ -204,7 +204,8 @@ def test_a_form_of_ones_own_is_loaded_with_a_warning(tmp_path: Path) -> None:
     nativesd.convert("tiny", tmp_path / "tiny.safetensors", layout="ldm")
     with pytest.warns(UserWarning, match="head counts"):
         pipe = nativesd.load(tmp_path / "tiny.safetensors", device="cpu")
-    assert pipe("a fox", steps=1, seed=0).images[0].size == (256, 256)
+    assert pipe.config.prediction == "v"  # the marker that the conversion wrote
+    assert pipe("a fox", steps=1, seed=0).images[0].size == (384, 384)  # as SD2.x with v: 96 cells
 
 
 def test_metadata_is_kept_and_nothing_half_written_left(tmp_path: Path) -> None:

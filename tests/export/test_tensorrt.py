@@ -6,6 +6,7 @@ import functools
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -353,7 +354,7 @@ def test_what_tensorrt_does_not_load_is_one_sentence(
         building.details |= make(path, schema, building.folder).details()
     [entry] = store.entries()
     monkeypatch.setattr(loading, "device_target", lambda device: "sm120")
-    queue = SimpleNamespace(device=torch.device("cpu"), handle=0)
+    queue = SimpleNamespace(device=torch.device("cpu"), handle=0, use=nullcontext)
     with pytest.raises(
         SourceError, match=r"model.engine cannot be loaded by tensorrt_rtx .*CUDA driver version is insuff"
     ):

@@ -353,8 +353,9 @@ def test_loras_named_at_load_are_in_the_graph(store: Path, tmp_path: Path) -> No
     assert plainly.parameters.get("loras") is None
 
 
-def test_loras_later_with_refit(store: Path, tmp_path: Path) -> None:
+def test_loras_later_with_refit(tmp_path: Path) -> None:
     """Their graphs are made, and found when they come again."""
+    store = tmp_path / "graphs"
     pipe = nativesd.load("tiny", device="cpu")
     file = lora_file(pipe, tmp_path / "style.safetensors", 1)
     other = pipe.accelerate("onnx", engines=store, components=["text_encoder"], refit=True)

@@ -226,7 +226,7 @@ def test_both_kinds_at_once_do_not_mix(torchsde: Any) -> None:
 
 def test_without_torchsde_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchsde", None)
-    with pytest.raises(UsageError, match=r"pip install 'nativesd\[samplers\]'"):
+    with pytest.raises(UsageError, match=r'pip install "\.\[samplers\]"'):
         BrownianNoise(torch.zeros(1, 4), 0.1, 10, [0])
 
 
