@@ -429,19 +429,16 @@ def test_no_other_exporter_is_used() -> None:
     """Neither TorchScript nor the exporter built on it."""
     sources = [*(ROOT / "nativesd").rglob("*.py"), *(ROOT / "weightmaps").rglob("*.toml")]
     assert len(sources) > 60
-    used = re.compile(r"(?m)^\s*(?:import|from) torch\.jit|\btorch\.jit\.(?!save\b|_pickle\.)\w+|dynamo=False")
-    assert [path for path in sources if used.search(path.read_text())] == []  # names in files that are read are none
+    found = [path for path in sources if re.search(r"torch\.jit|dynamo=False", path.read_text())]
+    assert found == []
 
 
 def test_no_warning_is_hidden(exported: Export) -> None:
-    """But for one logger's notes on packages that are not installed, and one deprecation in torch's own code; and that
-    only while an export runs."""
+    """But for one logger's notes on packages that are not installed, and that only while an export runs."""
     silencers = r"filterwarnings|simplefilter|catch_warnings|logging\.disable|setLevel|NullHandler|redirect_std"
     export = (ROOT / "nativesd" / "export").glob("*.py")
     found = {path.name: re.findall(silencers, path.read_text()) for path in export}
-    assert {name: hits for name, hits in found.items() if hits} == {
-        "onnx.py": ["setLevel", "catch_warnings", "filterwarnings", "setLevel"]
-    }
+    assert {name: hits for name, hits in found.items() if hits} == {"onnx.py": ["setLevel", "setLevel"]}
     exported("clip")
     assert logging.getLogger("torch.onnx._internal.exporter._registration").level == logging.NOTSET
 
@@ -566,7 +563,11 @@ VERDICTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "NaN": (lambda x: x * torch.nan, "the text encoder gives NaN or nothing but zeros at 2x1x1, 77 tokens: do not use"),
     "infinite": (lambda x: x / 0, "gives NaN or nothing but zeros"),
     "black": (torch.zeros_like, "gives NaN or nothing but zeros"),
-    "off": (lambda x: x * 1.001, r"the text encoder is off from float32 by 1\.0e-03 at .*, and 1e-05 is the tolerance"),
+    "off": (
+        lambda x: x * 1.001,
+        r"the text encoder is off from float32 by 1\.0e-03 at .*, "
+        r"and 1e-05 is the tolerance \(PyTorch's own error is 0\.0e\+00\)",
+    ),
 }
 
 

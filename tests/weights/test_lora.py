@@ -987,6 +987,7 @@ def test_audit_of_one_for_no_base_that_is_known(loras: dict[str, list[Path]], tm
             "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.zeros(4, 64)}  # fmt: skip
     [component] = nativesd.audit(write(flux, tmp_path / "flux.safetensors")).components
     assert (component.name, component.ok, component.mapped) == ("Flux LoRA", False, ())
+    assert component.unsupported == "a LoRA of Flux, a transformer that is not a Stable Diffusion model"
 
 
 # --- merged into files

@@ -1,4 +1,4 @@
-"""Files that torch.save and torch.jit.save write, read as data: where every tensor lies in them.
+"""Files that torch.save writes, and TorchScript's, read as data: where every tensor lies in them.
 
 Since PyTorch 1.6 they are zip archives: `data.pkl` describes an object, `data/KEY` are its storages, stored as they are
 (caffe2/serialize/inline_container.h). Before, they were pickles one after another (a magic number, a protocol, the
@@ -36,7 +36,7 @@ Place = Callable[[Storage], int]
 
 
 def read_archive(file: BinaryIO, size: int, name: str) -> Header:
-    """The tensors of a zip archive that torch.save or torch.jit.save wrote; `file` is open at its beginning.
+    """The tensors of a zip archive that torch.save wrote, or TorchScript; `file` is open at its beginning.
 
     `size` is the file's in bytes, and `name` what messages call it. Raises SourceError.
     """

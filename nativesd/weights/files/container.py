@@ -20,7 +20,7 @@ FIRST = 512
 
 
 def read_file(path: Path) -> Header:
-    """The tensors of a file: safetensors, GGUF, or what torch.save and torch.jit.save write. None is executed.
+    """The tensors of a file: safetensors, GGUF, what torch.save writes, or TorchScript. None is executed.
 
     Raises SourceError for what cannot be read.
     """

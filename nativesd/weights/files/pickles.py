@@ -294,18 +294,22 @@ TENSORS: dict[str, Callable[..., Value]] = {
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
 }
-CALLS: dict[str, Callable[..., Value]] = TENSORS | {
-    "torch._tensor._rebuild_from_type_v2": _typed,
-    "torch.nn.parameter.Parameter": _first,
-    "torch.jit._pickle.restore_type_tag": _first,
-    "torch.jit._pickle.build_intlist": _first,
-    "torch.jit._pickle.build_tensorlist": _first,
-    "torch.jit._pickle.build_doublelist": _first,
-    "torch.jit._pickle.build_boollist": _first,
-    "torch.Size": _size,
-    "collections.OrderedDict": _dictionary,
-    "collections.defaultdict": lambda *_: Pairs(),
-}
+SCRIPTED = tuple(
+    f"jit._pickle.{name}"
+    for name in ("restore_type_tag", "build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")
+)
+"""The functions by which TorchScript archives write lists, named from torch on."""
+CALLS: dict[str, Callable[..., Value]] = (
+    TENSORS
+    | {f"torch.{name}": _first for name in SCRIPTED}
+    | {
+        "torch._tensor._rebuild_from_type_v2": _typed,
+        "torch.nn.parameter.Parameter": _first,
+        "torch.Size": _size,
+        "collections.OrderedDict": _dictionary,
+        "collections.defaultdict": lambda *_: Pairs(),
+    }
+)
 """What is done for the functions that are known: `call` never calls any other."""
 
 
