@@ -15,7 +15,7 @@ from nativesd.shipped import TINY
 from nativesd.weights.audit import ComponentReport, report_components
 from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.lora.audit import report_lora
-from nativesd.weights.lora.file import Place
+from nativesd.weights.lora.place import Place
 from nativesd.weights.maps.identify import Identity, identify_all
 from nativesd.weights.maps.keymap import KeyMap, Shape, load_tables
 from nativesd.weights.maps.parameters import known_parameters

@@ -109,7 +109,8 @@ def lora() -> None:
 def merge(model: str, loras: Sequence[str], dest: Path, maps: Path | None) -> None:
     """See the command's help."""
     from nativesd.checkpoints.merge import merge_checkpoint
-    from nativesd.weights.lora.file import Use, read_lora
+    from nativesd.weights.lora.file import read_lora
+    from nativesd.weights.lora.resolve import Use
 
     uses = [Use(read_lora(file), unet, text) for file, unet, text in map(lora_use, loras)]
     done = merge_checkpoint(model, uses, dest, maps=maps)

@@ -31,8 +31,9 @@ from nativesd.text.words import FILE as WORDS
 from nativesd.text.words import unknown_words
 from nativesd.tuning.fp8 import is_fp8
 from nativesd.tuning.memory import memory_explained
-from nativesd.weights.lora.file import Use, read_lora
+from nativesd.weights.lora.file import read_lora
 from nativesd.weights.lora.merge import set_loras
+from nativesd.weights.lora.resolve import Use
 
 if TYPE_CHECKING:
     from nativesd.export.library import BackendName

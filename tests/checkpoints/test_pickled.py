@@ -22,7 +22,8 @@ from nativesd.errors import SourceError
 from nativesd.loading.control import load_control
 from nativesd.shipped import TINY
 from nativesd.text.embedding import read_embedding
-from nativesd.weights.lora.file import Use, read_lora
+from nativesd.weights.lora.file import read_lora
+from nativesd.weights.lora.resolve import Use
 
 FILES = Path(__file__).parents[1] / "weights" / "files"
 Save = Callable[[Mapping[str, Tensor], Path], None]

@@ -31,9 +31,11 @@ from nativesd.models.build import build, expected
 from nativesd.weights.checkpoint import fill, unmap
 from nativesd.weights.files.header import read_header
 from nativesd.weights.files.locate import Located
-from nativesd.weights.lora.audit import bases
-from nativesd.weights.lora.file import Place, Use, read_lora, resolve
+from nativesd.weights.lora.bases import bases
+from nativesd.weights.lora.file import read_lora
 from nativesd.weights.lora.merge import Host, Merged, host, merge_into, set_loras
+from nativesd.weights.lora.place import Place
+from nativesd.weights.lora.resolve import Use, resolve
 from nativesd.weights.maps.keymap import KeyMap, TableError, load_table, load_tables
 from nativesd.weights.model import choose, identify
 from oracles import difference, published_manifests, sparse
@@ -1061,7 +1063,8 @@ def test_merging_into_files_that_cannot_be(
 
 MERGE = """
 import sys, time, nativesd
-from nativesd.weights.lora.file import Use, read_lora
+from nativesd.weights.lora.file import read_lora
+from nativesd.weights.lora.resolve import Use
 from nativesd.weights.lora.merge import set_loras
 def peak():
     return next(int(line.split()[1]) << 10 for line in open('/proc/self/status') if line.startswith('VmHWM'))

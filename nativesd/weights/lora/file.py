@@ -1,27 +1,20 @@
-"""LoRA files: which parameters of a model they change, found by the layouts' own tables.
+"""LoRA files: their keys by the modules that they change.
 
-A key of a LoRA is a module's name in some layout with a prefix and a suffix (`lora_names`), so the modules' names come
-out of the tables that load checkpoints. Here are names and shapes only: what the parts of a change multiply to is in
-`lora_parts`, the arithmetic in `lora_merge`.
+A key of a LoRA is a module's name in some layout with a prefix and a suffix (`lora_names`). Here are names and shapes
+only: which parameters of a model the modules are is in `place`, what the parts of a change multiply to in `parts`, the
+arithmetic in `merge`.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
-from nativesd.config import Config, TextEncoderConfig, UNetConfig
-from nativesd.errors import UsageError, WeightsError, quote
+from nativesd.errors import WeightsError, quote
 from nativesd.weights.files.source import Member, open_source
-from nativesd.weights.lora.parts import BIAS, DORA, dora_axis, product
 from nativesd.weights.lora.settings import Stated, stated_by
-from nativesd.weights.maps.describe import FAMILIES, unet_family
-from nativesd.weights.maps.identify import CONTEXTS
-from nativesd.weights.maps.keymap import KeyMap, Shape, Source, TableError, load_tables
+from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.maps.signatures import recognise
 
 
@@ -46,112 +39,6 @@ class LoraFile:
     unplaced: Mapping[str, str]
     written: int
     """When the file was last written, in nanoseconds"""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A parameter of ours that a module's weight or bias fills, or that is a part of it."""
-
-    parameter: str
-    shape: Shape
-    source: Source
-
-    @property
-    def published(self) -> Shape:
-        """The shape of the module's tensor."""
-        return self.source.published_shape(self.shape)
-
-
-Module = Mapping[str, Sequence[Target]]
-""""weight" and "bias" -> what they fill."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A component that LoRAs can change: the shapes of its parameters, and the tables that name them."""
-
-    config: Config
-    shapes: Mapping[str, Shape]
-    tables: Mapping[str, KeyMap]
-
-    @cached_property
-    def modules(self) -> Mapping[str, Module]:
-        """Every module by every name that a layout has for it, with dots and with underscores.
-
-        Raises TableError where two modules get one name.
-        """
-        kind = "text_encoder" if isinstance(self.config, TextEncoderConfig) else "unet"
-        out: dict[str, Module] = {}
-        for table in self.tables.values():
-            dims = _dims(self.config)
-            if table.component != kind or not table.rules or (table.probes and dims is None):
-                continue
-            for prefix in table.prefixes:
-                for name, module in _modules(table, dims or {}, prefix, self.shapes).items():
-                    for spelling in {name, name.replace(".", "_")}:
-                        known = out.setdefault(spelling, module)
-                        if known is not module and _filled(known) != _filled(module):
-                            raise TableError(f"{table.name} and another table call two modules {spelling}")
-        return out
-
-
-def _dims(config: Config) -> Mapping[str, int | tuple[int, ...]] | None:
-    """What counting layouts need to know; None where they cannot state the model."""
-    try:
-        return config.dims if isinstance(config, UNetConfig) else None
-    except ValueError:
-        return None
-
-
-def _modules(
-    table: KeyMap, dims: Mapping[str, int | tuple[int, ...]], prefix: str, shapes: Mapping[str, Shape]
-) -> dict[str, dict[str, list[Target]]]:
-    """The modules of one layout, in its words."""
-    bound = table.bind(dims, prefix)
-    out: dict[str, dict[str, list[Target]]] = {}
-    for name, shape in shapes.items():
-        source = bound.source(name)
-        match = _TENSOR.fullmatch(source.keys[0]) if source is not None and len(source.keys) == 1 else None
-        if source is not None and match is not None:
-            out.setdefault(match[1], {}).setdefault(match[2], []).append(Target(name, shape, source))
-    return out
-
-
-_TENSOR = re.compile(r"(.+)[._](weight|bias)")
-
-
-def _filled(module: Module) -> set[tuple[str, str, int]]:
-    """What a module's tensors fill, and how."""
-    return {(t.parameter, t.source.rule.op, t.source.part) for targets in module.values() for t in targets}
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a LoRA does to one parameter: `kind` in words, and its keys by the part they play."""
-
-    component: str
-    target: Target
-    kind: str
-    keys: Mapping[str, str]
-    rank: int | None
-    stated: float | None = None
-    """The scale by peft's settings"""
-
-    def scale(self, alpha: float | None) -> float:
-        """What the product of the parts is multiplied with."""
-        if alpha is not None:
-            if self.rank == 0:
-                raise WeightsError(f"{next(iter(self.keys.values()))} of a LoRA has rank 0: get the file again")
-            return 1.0 if self.rank is None else alpha / self.rank
-        return 1.0 if self.stated is None else self.stated
-
-
-@dataclass(frozen=True)
-class Resolution:
-    """What a LoRA changes in a model, and the keys that found no place in it, with the reasons."""
-
-    changes: tuple[Change, ...]
-    unplaced: Mapping[str, str]
 
 
 def read_lora(path: str | Path, tables: Mapping[str, KeyMap] | None = None) -> LoraFile:
@@ -204,134 +91,3 @@ def group(
         Group(components, module, parts, stated.get(components[0], stated.get("")))
         for (components, module, _), parts in groups.items()
     ], unplaced
-
-
-def resolve(lora: LoraFile, places: Mapping[str, Place], *, strict: bool = True) -> Resolution:
-    """Find the parameters that a LoRA changes in the components `places`.
-
-    Raises WeightsError for a LoRA of another family, one of which nothing fits, and with `strict` one of which anything
-    does not fit, naming every such key with the reason.
-    """
-    shapes, unet = lora.member.shapes, places.get("unet")
-    width = context(lora.groups, shapes)
-    if width is not None and unet is not None and isinstance(unet.config, UNetConfig) and width != unet.config.context:
-        theirs, ours = CONTEXTS.get(width, "another model"), FAMILIES[unet_family(unet.config)[0]]
-        raise WeightsError(
-            f"{lora.path} fits {theirs} (context {width}), but the model is {ours} (context {unet.config.context})"
-        )
-    changes, unplaced = place(lora.groups, shapes, places)
-    unplaced = {**lora.unplaced, **unplaced}
-    if unplaced and (strict or not changes):
-        raise WeightsError(
-            f"{lora.path} does not fit the model: {len(unplaced)} of its {len(shapes)} keys found no place:\n  "
-            + "\n  ".join(f"{key}: {reason}" for key, reason in unplaced.items())
-        )
-    return Resolution(tuple(changes), unplaced)
-
-
-def place(
-    groups: Iterable[Group], shapes: Mapping[str, Shape], places: Mapping[str, Place]
-) -> tuple[list[Change], dict[str, str]]:
-    """The changes that the groups make in a model's components, and the keys without a place, with the reasons."""
-    out: list[Change] = []
-    unplaced: dict[str, str] = {}
-    claimed: dict[tuple[str, str], str] = {}
-    for group in groups:
-        try:
-            changes = _changes(group, shapes, places)
-            for change in changes:
-                if first := claimed.get((change.component, change.target.parameter)):
-                    raise ValueError(f"{first} already changes {change.component} {change.target.parameter}")
-        except ValueError as error:
-            unplaced |= dict.fromkeys(group.keys.values(), str(error))
-            continue
-        out += changes
-        for change in changes:
-            claimed[change.component, change.target.parameter] = next(iter(change.keys.values()))
-    return out, unplaced
-
-
-def _changes(group: Group, shapes: Mapping[str, Shape], places: Mapping[str, Place]) -> list[Change]:
-    """The changes of one group, in the first component whose module of this name it fits. Raises ValueError."""
-    there = [name for name in group.components if name in places]
-    if not there:
-        raise ValueError(f"the model has no {' and no '.join(group.components)}")
-    named = [name for name in there if group.module in places[name].modules]
-    if not named:
-        raise ValueError(f"the {' or the '.join(there)} has no module of this name")
-    faults: list[ValueError] = []
-    for name in named:
-        try:
-            return _fit(group, shapes, name, places[name].modules[group.module])
-        except ValueError as error:
-            faults.append(error)
-    raise faults[0]
-
-
-def _fit(group: Group, shapes: Mapping[str, Shape], component: str, module: Module) -> list[Change]:
-    """The changes of one group in its module. Raises ValueError where its parts do not fit it or each other."""
-    keys, out = dict(group.keys), []
-    for part in [part for part in BIAS if part in keys]:
-        key = keys.pop(part)
-        if not module.get("bias"):
-            raise ValueError("the module has no bias")
-        for target in module["bias"]:
-            _same(shapes[key], target.published)
-            out.append(Change(component, target, BIAS[part], {part: key}, None))
-    if not keys:
-        return out
-    if not module.get("weight"):
-        raise ValueError("the module has no weight")
-    kind, rows, columns, rank = product({part: shapes[key] for part, key in keys.items()})
-    stated = None if group.stated is None else group.stated.scale(group.module, rank)
-    for target in module["weight"]:
-        published = target.published
-        if kind.endswith("difference"):
-            [whole] = keys.values()
-            _same(shapes[whole], published)
-        elif len(published) < 2 or (rows, columns) != (published[0], math.prod(published[1:])):
-            raise ValueError(f"its parts make a matrix {rows} x {columns}, the module's weight is {list(published)}")
-        elif kind == "LoRA" and (math.prod(published[2:]) > 1 or "mid" in keys):
-            kind = "LoCon"
-        for part in DORA:
-            if part in keys and target.source.rule.op not in ("copy", "conv1x1"):
-                raise ValueError("DoRA of a matrix that is several in one here, or transposed")
-            if part in keys:
-                dora_axis(part, shapes[keys[part]], published)
-        full = f"DoRA on {kind}" if set(DORA) & set(keys) else kind
-        out.append(Change(component, target, full, keys, rank, stated))
-    return out
-
-
-def _same(shape: Shape, published: Shape) -> None:
-    """Check that two shapes differ by trailing ones at most. Raises ValueError."""
-    if math.prod(shape) != math.prod(published) or shape[: len(published)] != published[: len(shape)]:
-        raise ValueError(f"it is {list(shape)}, the module's tensor is {list(published)}")
-
-
-def context(groups: Iterable[Group], shapes: Mapping[str, Shape]) -> int | None:
-    """The width of the text's embedding that a LoRA was made for, by its cross-attentions; None where it has none."""
-    for group in groups:
-        if re.fullmatch(r".*attn2[._]to_[kv]", group.module):
-            try:
-                return product({part: shapes[key] for part, key in group.keys.items() if part not in BIAS})[2]
-            except ValueError:
-                continue
-    return None
-
-
-@dataclass(frozen=True)
-class Use:
-    """A LoRA with the strength it is applied with, to the UNet and to the text encoders; 0 is not at all."""
-
-    lora: LoraFile
-    unet: float = 1.0
-    text_encoder: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.unet) and math.isfinite(self.text_encoder)):
-            raise UsageError(f"the strength of {self.lora.path} must be a finite number")
-
-    def strength(self, component: str) -> float:
-        """That of one component."""
-        return self.unet if component == "unet" else self.text_encoder

@@ -22,8 +22,10 @@ from nativesd.errors import SourceError, WeightsError
 from nativesd.weights.checkpoint import apply
 from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import NAMES, read_tensor
-from nativesd.weights.lora.file import Change, LoraFile, Place, Resolution, Use, resolve
+from nativesd.weights.lora.file import LoraFile
 from nativesd.weights.lora.parts import DORA, dora_axis
+from nativesd.weights.lora.place import Change, Place
+from nativesd.weights.lora.resolve import Resolution, Use, resolve
 from nativesd.weights.maps.identify import Component
 from nativesd.weights.maps.keymap import KeyMap, Shape, Source, load_tables
 from nativesd.weights.maps.plan import make_plan
