@@ -3,7 +3,7 @@
 Everything that writes goes through `fresh`. While it lasts it holds a lock on the place, `.nativesd-ID.lock`, and
 writes to `.nativesd-ID-RANDOM.partial`, both in the same folder; ID is a hash of the place's name. The system releases
 the lock of a process that dies, so a `.partial` whose lock is free was left behind, and the next writer in that folder
-removes it. This holds for killed processes; what a power cut keeps is the file system's matter.
+removes both. This holds for killed processes; what a power cut keeps is the file system's matter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from nativesd.errors import NativesdError, SourceError, UsageError
 from nativesd.reading import open_regular
 
-LEFTOVER = re.compile(r"\.nativesd-([0-9a-f]{16})-[0-9a-f]{16}\.partial")
+LEFTOVER = re.compile(r"\.nativesd-([0-9a-f]{16})(?:-[0-9a-f]{16}\.partial|\.lock)")
 POLL = 0.05
 """Seconds between two looks at a lock that another process holds."""
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES}
@@ -101,7 +101,10 @@ def hold(place: Path, wait: float = 0) -> Iterator[None]:
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
-    """What writers that died have left in a folder; each is locked until the next one is asked for."""
+    """What writers that died have left in a folder; each is locked until the next one is asked for.
+
+    Locks that they have left go at once.
+    """
     with suppress(OSError):
         for identity, paths in _partials(folder).items():
             with suppress(NativesdError), _lock(folder, identity, 0, "not left over"):
@@ -207,12 +210,14 @@ def _lock(folder: Path, identity: str, wait: float, held: str) -> Iterator[None]
 
 
 def _partials(folder: Path) -> dict[str, list[Path]]:
-    """identity -> the temporary files and folders of its writers, alive or dead."""
+    """identity -> the temporary files and folders of its writers, alive or dead; of one may be nothing but its lock."""
     found: dict[str, list[Path]] = {}
     with suppress(PermissionError), os.scandir(folder) as entries:
         for entry in entries:
             if match := LEFTOVER.fullmatch(entry.name):
-                found.setdefault(match[1], []).append(folder / entry.name)
+                paths = found.setdefault(match[1], [])
+                if not entry.name.endswith(".lock"):
+                    paths.append(folder / entry.name)
     return found
 
 

@@ -181,6 +181,20 @@ def test_two_at_once_and_what_a_killed_one_leaves(tmp_path: Path) -> None:
     assert sorted(tree(tmp_path)) == ["x", "y", "z"]
 
 
+def test_a_lock_alone_is_cleared_too(tmp_path: Path) -> None:
+    lock = tmp_path / ".nativesd-0123456789abcdef.lock"
+    lock.touch()  # of one that was killed before it wrote anything
+    with fresh(tmp_path / "x") as temporary:
+        temporary.write_bytes(b"x")
+    assert tree(tmp_path) == {"x": b"x"}
+    with writing(tmp_path / "y"):
+        held = [name for name in os.listdir(tmp_path) if name.endswith(".lock")]
+        with fresh(tmp_path / "z") as temporary:
+            temporary.write_bytes(b"z")
+        assert len(held) == 1
+        assert held[0] in os.listdir(tmp_path)
+
+
 def test_a_writer_that_is_waited_for(tmp_path: Path) -> None:
     with writing(tmp_path / "x") as process:
         assert process.pid is not None
