@@ -7,35 +7,24 @@ it keeps the token from hosts that it is redirected to.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
-from time import monotonic
-from typing import TypeVar
 from urllib.parse import SplitResult, urlsplit
 
-from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
 
 from nativesd.config import Config
 from nativesd.errors import NetworkError, SourceError, UsageError, quote
-from nativesd.version import __version__
+from nativesd.weights.files.asking import refusal, within
 from nativesd.weights.files.configs import component_config
 from nativesd.weights.files.folder import weight_files
 from nativesd.weights.files.header import HEAD, Header, header_length, parse_header, read_header, read_index
-from nativesd.weights.files.hub import TRANSPORT_ERROR, fetch_configs
+from nativesd.weights.files.hub import fetch_configs, headers_for, list_files
 from nativesd.weights.files.source import UNUSED, Member, components, from_headers
-
-T = TypeVar("T")
 
 FIRST = 512 * 1024
 """Bytes of the first request, which are the only ones where the header is no longer (SDXL in one file: 0.4 MB)."""
-STALL = 10.0
-"""Seconds without a byte that end a request."""
-TOTAL = 60.0
-"""Seconds that a header or a list may take."""
 
 
 def open_remote(source: str, *, revision: str | None = None) -> list[Member]:
@@ -45,6 +34,10 @@ def open_remote(source: str, *, revision: str | None = None) -> list[Member]:
     """
     if "://" in source:
         return [from_headers("", {Path(source): fetch_url_header(source)}, local=False)]
+    return within(source, lambda: _open_repository(source, revision))
+
+
+def _open_repository(source: str, revision: str | None) -> list[Member]:
     owner, name, *inside = source.split("/")
     repo_id = f"{owner}/{name}"
 
@@ -55,13 +48,13 @@ def open_remote(source: str, *, revision: str | None = None) -> list[Member]:
     if inside:
         return [fetch("", ["/".join(inside)], None)]
     names = list_files(repo_id, revision=revision)
-    folder = fetch_configs(repo_id, revision=revision)
-    if "model_index.json" not in names:
+    folder = fetch_configs(repo_id, names, revision=revision)
+    if folder is None or "model_index.json" not in names:
         whole = [file for file in names if file.endswith(".safetensors") and "/" not in file]
         if len(whole) != 1:
             listed = ", ".join(f"{repo_id}/{file}" for file in whole) or "none"
             raise SourceError(f"{repo_id} is no model folder: name one of its safetensors files ({listed})")
-        config = component_config(folder / "config.json") if "config.json" in names else None
+        config = component_config(folder / "config.json") if folder is not None and "config.json" in names else None
         return [fetch("", whole, config)]
     out = []
     for component in components(folder):
@@ -96,7 +89,7 @@ def fetch_header(repo_id: str, filename: str, *, revision: str | None = None) ->
     if isinstance(cached, str):
         return read_header(Path(cached))
     _split(url)
-    return _within(name, lambda: _fetch(url, name, signed_in=True))
+    return within(name, lambda: _fetch(url, name, signed_in=True))
 
 
 def fetch_url_header(url: str) -> Header:
@@ -105,22 +98,7 @@ def fetch_url_header(url: str) -> Header:
     hub = _split(constants.ENDPOINT)
     on_hub = (parts.scheme, parts.netloc) == (hub.scheme, hub.netloc)
     name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # no password, no signature
-    return _within(name, lambda: _fetch(url, name, signed_in=on_hub))
-
-
-def list_files(repo_id: str, *, revision: str | None = None) -> list[str]:
-    """The paths of a hub repository's files, sorted. Raises NetworkError and UsageError."""
-
-    def names() -> list[str]:
-        info = HfApi().model_info(repo_id, revision=revision, timeout=STALL)
-        return sorted(file.rfilename for file in info.siblings or ())
-
-    try:
-        return _within(repo_id, names)
-    except HFValidationError as error:
-        raise UsageError(f"{repo_id!r} is no repository on the hub: it has to be owner/name") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise NetworkError(f"{constants.ENDPOINT} gave no list of {repo_id}'s files: check HF_ENDPOINT") from error
+    return within(name, lambda: _fetch(url, name, signed_in=on_hub))
 
 
 @dataclass(frozen=True)
@@ -134,38 +112,35 @@ class _Part:
 
 def _fetch(url: str, name: str, *, signed_in: bool) -> Header:
     """The header of the file at `url`, which messages call `name`. Raises SourceError, NetworkError."""
-    deadline = monotonic() + TOTAL
-    headers = {"User-Agent": f"nativesd/{__version__}", "Accept-Encoding": "identity"}
-    if signed_in and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and (token := get_token()):
-        headers["Authorization"] = f"Bearer {token}"
-    first = _read(url, name, headers, 0, FIRST, deadline)
+    headers = headers_for(signed_in=signed_in)
+    first = _read(url, name, headers, 0, FIRST)
     stop = 8 + header_length(first.data[:HEAD], first.total, name)
     raw = first.data[8:stop]
     if stop > FIRST:
-        rest = _read(url, name, headers, FIRST, stop, deadline)
+        rest = _read(url, name, headers, FIRST, stop)
         if (rest.total, rest.tag) != (first.total, first.tag):
             raise NetworkError(f"{name} changed while its header was read: try again")
         raw += rest.data
     return parse_header(raw, first.total, name)
 
 
-def _read(url: str, name: str, headers: Mapping[str, str], start: int, stop: int, deadline: float) -> _Part:
+def _read(url: str, name: str, headers: Mapping[str, str], start: int, stop: int) -> _Part:
     """The bytes [start, stop) of a file, or to its end. A server that sends the whole file is cut off at `stop`."""
     asked = {**headers, "Range": f"bytes={start}-{stop - 1}"}
     data = bytearray()
-    with get_session().stream("GET", url, headers=asked, timeout=STALL, follow_redirects=True) as response:
+    with get_session().stream("GET", url, headers=asked, follow_redirects=True) as response:
         status, answered = response.status_code, response.headers
         if status == 416 and answered.get("Content-Range") == "bytes */0":
             return _Part(b"", 0, "")
         if status not in (200, 206):
-            raise _refusal(status, answered, name)
+            raise refusal(status, answered, name)
         begin, total = _extent(status, answered)
         if begin not in (0, start) or total is None or answered.get("Content-Encoding", "identity") != "identity":
             raise NetworkError(f"{name} comes without its length, or packed: download it, and read it from there")
         stop = min(stop, total)
         for chunk in response.iter_raw():
             data += chunk
-            if len(data) >= stop - begin or monotonic() > deadline:
+            if len(data) >= stop - begin:
                 break
     if len(data) < stop - begin:
         raise NetworkError(f"{name} broke off after {len(data)} of {stop - begin} bytes: try again")
@@ -179,64 +154,6 @@ def _extent(status: int, headers: Mapping[str, str]) -> tuple[int, int | None]:
         return (int(found[1]), int(found[2])) if found else (0, None)
     length = headers.get("Content-Length", "")
     return 0, int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
-
-
-def _refusal(status: int, headers: Mapping[str, str], name: str) -> NetworkError:
-    """What a server's refusal to hand out `name` means; the hub says more in X-Error-Code."""
-    match status, headers.get("X-Error-Code"):
-        case _, "GatedRepo":
-            reason = "is gated: accept its terms on the hub and set HF_TOKEN"
-        case _, "RepoNotFound":
-            reason = "is not on the hub, or is private: check the repository's name, or set HF_TOKEN"
-        case _, "RevisionNotFound":
-            reason = "is not on the hub in this revision: check the branch, tag or commit"
-        case _, "EntryNotFound":
-            reason = "is not on the hub: its repository has no such file"
-        case 401, _:
-            reason = "asks for a sign-in (401): set HF_TOKEN to a valid token, or check the name"
-        case 403, _:
-            reason = "is refused (403): the token, if any, gives no access to it"
-        case 404 | 410, _:
-            reason = f"is not there ({status}): check the name"
-        case 429, _:
-            wait = headers.get("Retry-After", "")
-            reason = f"is refused for now (429): try again in {wait if wait.isdecimal() else 'some'} seconds"
-        case _ if status >= 500:
-            reason = f"cannot be had, as the server is in trouble ({status}): try again later"
-        case _:
-            reason = f"cannot be had, as the server answered {status}: check the address"
-    return NetworkError(f"{name} {reason}")
-
-
-def _within(name: str, call: Callable[[], T]) -> T:
-    """What `call` gives within TOTAL seconds. On a thread: the name of a host is looked up without a timeout."""
-    outcome: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(call())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    Thread(target=work, daemon=True).start()
-    try:
-        return outcome.result(timeout=TOTAL)
-    except OfflineModeIsEnabled as error:
-        raise NetworkError(f"{name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it") from error
-    except HfHubHTTPError as error:
-        raise _refusal(error.response.status_code, error.response.headers, name) from error
-    except UnicodeError as error:
-        raise NetworkError(
-            f"{name} cannot be asked for: HF_TOKEN, or the token that is signed in, is no token"
-        ) from error
-    except (OSError, TRANSPORT_ERROR) as error:
-        if not outcome.done():
-            reason = f"the server took over {TOTAL:g} s"
-        elif "timed out" in str(error):
-            reason = f"the server was silent for {STALL:g} s"
-        else:
-            reason = str(error) or type(error).__name__
-        raise NetworkError(f"{name} cannot be reached ({reason}): check the connection, or try again later") from error
 
 
 def _split(url: str) -> SplitResult:
