@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from nativesd.checkpoints.convert import convert as convert
     from nativesd.checkpoints.export import export_onnx as export_onnx
     from nativesd.checkpoints.export import export_tensorrt as export_tensorrt
+    from nativesd.diffusion.control import Control as Control
+    from nativesd.diffusion.preview import Step as Step
     from nativesd.loading.control import load_control as load_control
     from nativesd.loading.load import load as load
     from nativesd.pictures.preprocess import canny as canny
     from nativesd.pictures.result import Result as Result
     from nativesd.pipeline.arguments import GenerateOptions, Prompt
-    from nativesd.pipeline.control import Control as Control
-    from nativesd.pipeline.diffusion import Step as Step
     from nativesd.pipeline.hires import Hires as Hires
     from nativesd.pipeline.pipeline import Pipeline as Pipeline
     from nativesd.pipeline.repeat import options_from as options_from
@@ -38,11 +38,11 @@ _HOMES = {
     "checkpoints.export": ("export_onnx", "export_tensorrt"),
     "pictures.preprocess": ("canny",),
     "pictures.result": ("Result",),
-    "pipeline.control": ("Control",),
+    "diffusion.control": ("Control",),
     "loading.control": ("load_control",),
     "loading.load": ("load",),
     "pipeline.hires": ("Hires",),
-    "pipeline.diffusion": ("Step",),
+    "diffusion.preview": ("Step",),
     "pipeline.pipeline": ("Pipeline",),
     "pipeline.repeat": ("options_from",),
 }

@@ -29,11 +29,8 @@ from nativesd.cli.machine import timing_table
 from nativesd.config import UNetConfig
 from nativesd.machine.bench import (
     CASES,
-    CLOCKS,
     Case,
     Inputs,
-    Report,
-    Way,
     draw,
     empty_module,
     machine,
@@ -41,6 +38,7 @@ from nativesd.machine.bench import (
     measure,
     native_ways,
 )
+from nativesd.machine.timing import CLOCKS, Report, Way
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

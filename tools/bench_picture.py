@@ -22,7 +22,8 @@ import transformers
 
 import nativesd
 from nativesd.config import TEXT_ENCODERS, UNETS, VAES
-from nativesd.machine.bench import draw, peak_memory
+from nativesd.machine.bench import draw
+from nativesd.machine.timing import peak_memory
 from nativesd.text.tokenizer import DEFAULT
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

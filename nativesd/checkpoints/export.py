@@ -11,6 +11,7 @@ import torch
 
 from nativesd.checkpoints.manifest import write_manifest
 from nativesd.destination import fresh
+from nativesd.diffusion.control import check_controlnet
 from nativesd.errors import UsageError
 from nativesd.export.engines import Wish, build
 from nativesd.export.graphs import FILE
@@ -24,7 +25,6 @@ from nativesd.loading.load import load
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.vae import VAE
 from nativesd.pipeline.arguments import Lora
-from nativesd.pipeline.control import check_controlnet
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.tuning.memory import memory_explained
 

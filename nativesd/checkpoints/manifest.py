@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nativesd.config import TinyVAEConfig, VAEConfig
+from nativesd.diffusion.config import EDITING, INPAINTING, PipelineConfig
 from nativesd.export.library import numbered
 from nativesd.export.store import MANIFEST, files_in
-from nativesd.pipeline.diffusion import EDITING, INPAINTING, PipelineConfig
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.sampling.published import EDM_CLASSES, PREDICTIONS, SchedulerConfig
 from nativesd.sampling.schedule import trained_sigmas

@@ -13,8 +13,8 @@ from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Border, Size, lora_use
 from nativesd.cli.help import flag, section, with_flags
 
 if TYPE_CHECKING:
+    from nativesd.diffusion.control import Control
     from nativesd.pipeline.arguments import GenerateOptions, LoadOptions
-    from nativesd.pipeline.control import Control
 
 BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 NEEDS = {
@@ -147,9 +147,9 @@ def generate(
 
     import nativesd
     from nativesd.cli.progress import listening, progress
+    from nativesd.diffusion.preview import Step
     from nativesd.pictures.result import check_target, write_picture
     from nativesd.pipeline.arguments import check, split
-    from nativesd.pipeline.diffusion import Step
 
     for path in filter(None, (output or Path("nativesd.png"), preview)):
         check_target(path)  # before anything is loaded
@@ -232,7 +232,7 @@ def _for_python(options: dict[str, Any]) -> dict[str, Any]:
 
 def _controls(options: dict[str, Any]) -> list[Control]:
     """The --control options, taken out of `options`; those that go with them are matched by their order."""
-    from nativesd.pipeline.control import Control
+    from nativesd.diffusion.control import Control
 
     controls = options.pop("control", ())
     settings: dict[str, tuple[Any, ...]] = {

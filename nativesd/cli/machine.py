@@ -15,7 +15,7 @@ from rich.text import Text
 from nativesd.cli.common import Row, main, print_lines, print_tables, say
 
 if TYPE_CHECKING:
-    from nativesd.machine.bench import Report
+    from nativesd.machine.timing import Report
 
 
 @main.command()

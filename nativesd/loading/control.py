@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from nativesd.config import ControlNetConfig, T2IAdapterConfig
+from nativesd.diffusion.control import ControlModel
 from nativesd.errors import SourceError, UsageError
 from nativesd.loading.placement import find_placement
 from nativesd.models.build import build
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.models.unet import UNet
-from nativesd.pipeline.control import ControlModel
 from nativesd.shipped import TINY
 from nativesd.tuning.fp8 import is_fp8
 from nativesd.tuning.memory import memory_explained

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 
 from nativesd.config import Prediction
+from nativesd.diffusion.config import PipelineConfig
 from nativesd.errors import NativesdWarning
 from nativesd.loading.modules import Modules
 from nativesd.models.unet import UNet
-from nativesd.pipeline.diffusion import PipelineConfig
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.shipped import TINY
 from nativesd.text.words import taught_words

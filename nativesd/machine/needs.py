@@ -85,8 +85,9 @@ def estimate(name: str, family: Family, dtype: str) -> Need:
     """
     import torch
 
-    from nativesd.pipeline.autoencoder import MAPS, decode_bytes
-    from nativesd.pipeline.diffusion import unet_bytes
+    from nativesd.diffusion.autoencoder import decode_bytes
+    from nativesd.diffusion.strips import MAPS
+    from nativesd.tuning.memory import unet_bytes
 
     kind: torch.dtype = getattr(torch, dtype)
     vae_kind = torch.float32 if family.vae.force_upcast and kind == torch.float16 else kind

@@ -24,6 +24,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageStat
 from torch import Tensor, nn
 
 from nativesd.config import UNetConfig, VAEConfig
+from nativesd.diffusion.control import Control
 from nativesd.errors import NativesdError, UsageError
 from nativesd.export.check import tf32
 from nativesd.loading.load import load
@@ -33,7 +34,6 @@ from nativesd.machine.needs import FAMILIES, Family, weight_bytes
 from nativesd.machine.probe import first_line
 from nativesd.machine.report import Check, SmokeReport
 from nativesd.models.build import build
-from nativesd.pipeline.control import Control
 from nativesd.tuning.fp8 import use_fp8, why_not_fp8
 from nativesd.tuning.memory import free_bytes
 

@@ -269,3 +269,9 @@ def _inwards(side: int, before: int, after: int, depth: int) -> NDArray[np.float
     if after:
         nearest = np.minimum(nearest, position[::-1])
     return (1 - nearest / depth).clip(0, 1) if depth else np.zeros(side)
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """Pixels (B, 3, H, W) in [0, 1] as pictures."""
+    array = (pixels * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, 3, H, W) -> (B, H, W, 3)
+    return [Image.fromarray(picture) for picture in array]

@@ -1,1 +1,1 @@
-"""From a prompt to latents and pictures: a call, its passes, and what steers them."""
+"""A call: what it may ask for, its passes put together, and the pictures with their text."""

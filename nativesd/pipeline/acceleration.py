@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from nativesd.diffusion.control import ControlModel
+from nativesd.diffusion.model import Diffusion
 from nativesd.errors import NativesdWarning, UsageError
 from nativesd.export import library
 from nativesd.export.accelerate import Delegate, accelerate_module
@@ -24,8 +26,6 @@ from nativesd.export.store import Store
 from nativesd.export.tensorrt.engine import Arena
 from nativesd.models.controlnet import ControlNet
 from nativesd.models.vae import VAE
-from nativesd.pipeline.control import ControlModel
-from nativesd.pipeline.diffusion import Diffusion
 from nativesd.tuning.fp8 import is_fp8
 from nativesd.weights.lora.file import LoraFile
 from nativesd.weights.lora.merge import Merged, writes

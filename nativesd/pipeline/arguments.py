@@ -35,13 +35,14 @@ import torch
 from PIL import Image
 
 from nativesd.config import Prediction
+from nativesd.diffusion.control import Control
+from nativesd.diffusion.model import Diffusion
+from nativesd.diffusion.preview import Step
+from nativesd.diffusion.start import StepsAs
 from nativesd.errors import UsageError
 from nativesd.pictures.images import Fit, ImageSource
-from nativesd.pipeline.control import Control
-from nativesd.pipeline.diffusion import Diffusion, Step
 from nativesd.pipeline.hires import UPSCALERS, Hires, Upscaler
 from nativesd.pipeline.readers import Reader, flag, is_list, is_path, one_of, real, shown, text, to_whole, whole
-from nativesd.pipeline.start import StepsAs
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.noise import NoiseKind
 

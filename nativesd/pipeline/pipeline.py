@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Unpack
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from nativesd.diffusion.config import EDITING
+from nativesd.diffusion.control import Control, ControlModel
+from nativesd.diffusion.guidance import Guidance
+from nativesd.diffusion.model import Diffusion, Job
+from nativesd.diffusion.preview import Step
+from nativesd.diffusion.start import Start
+from nativesd.diffusion.turns import take_turns
 from nativesd.errors import Interrupted, UsageError
-from nativesd.pictures import images, masks
+from nativesd.pictures import images
 from nativesd.pictures.result import Result
 from nativesd.pipeline.arguments import CallOptions, Checked, Lora, Prompt, check, read_loras, signed
-from nativesd.pipeline.control import Control, ControlModel
-from nativesd.pipeline.diffusion import EDITING, INPAINTING, PLAIN, Diffusion, Job, Step
-from nativesd.pipeline.guidance import Guidance
 from nativesd.pipeline.hires import LATENT, Hires, enlarge_latents, enlarge_picture
-from nativesd.pipeline.start import Start
+from nativesd.pipeline.inputs import read_inputs, unheeded
 from nativesd.pipeline.tagged import tagged_prompts
-from nativesd.pipeline.turns import take_turns
 from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedule
 from nativesd.sampling.published import Kind
 from nativesd.text.embedding import read_embedding
 from nativesd.text.tags import take_tags
-from nativesd.text.words import FILE as WORDS
-from nativesd.text.words import unknown_words
 from nativesd.tuning.fp8 import is_fp8
 from nativesd.tuning.memory import memory_explained
 from nativesd.weights.lora.file import read_lora
@@ -39,17 +39,6 @@ if TYPE_CHECKING:
     from nativesd.export.library import BackendName
 
 STRENGTH = 0.8  # of image-to-image where none is asked for, as in diffusers
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The size of the pictures to make, and the picture and mask to begin from, brought to it; `notes` say how."""
-
-    width: int
-    height: int
-    picture: Image.Image | None = None
-    mask: Image.Image | None = None
-    notes: tuple[str, ...] = ()
 
 
 class Pipeline(Diffusion):
@@ -139,7 +128,7 @@ class Pipeline(Diffusion):
         if asked.sampler is None:
             inferred.setdefault("sampler", f"{choice.sampler.name}, for the model's {config.scheduler.class_name}")
 
-        inputs = self._inputs(asked)
+        inputs = read_inputs(config, asked)
         size = (inputs.width, inputs.height)
         larger = () if asked.hires is None else asked.hires.enlarged(*size, config.vae.factor).size(config.vae.factor)
         for side in (*size, *larger):
@@ -209,7 +198,7 @@ class Pipeline(Diffusion):
             "loras": {use.lora.path.stem: (use.unet, use.text_encoder) for use in self._uses()} or None,
             "control": [str(getattr(each.model, "name", each.model)) for each in asked.control] or None,
             "inferred": inferred,
-            "notes": [*inputs.notes, *self._unheeded(asked, guidance_scale)],
+            "notes": [*inputs.notes, *unheeded(config, asked, guidance_scale, self.embeddings)],
         }
         return Result(
             images=pictures,
@@ -320,71 +309,6 @@ class Pipeline(Diffusion):
             )
         kind = choice.kind or kind or own.kind
         return choice, own.kind if kind == "automatic" else kind
-
-    def _unheeded(self, asked: Checked, guidance_scale: float) -> Iterator[str]:
-        """What of a call changes nothing with this model."""
-        config = self.config
-        if guidance_scale <= 1 and any(asked.negative_prompt):
-            yield f"negative_prompt is not used: a guidance_scale of {guidance_scale:g} is no guidance"
-        if guidance_scale <= 1 and asked.guidance_rescale:
-            yield f"guidance_rescale is not used: a guidance_scale of {guidance_scale:g} is no guidance"
-        edits = config.unet.in_channels == EDITING
-        if edits and asked.strength is not None:
-            yield f"strength is not used: {config.name} edits by instruction"
-        if not edits and asked.image_guidance_scale != Checked.image_guidance_scale:
-            yield f"image_guidance_scale is not used: {config.name} does not edit by instruction"
-        if config.words is not None:
-            unknown = unknown_words(asked.prompts, {*config.words, *self.embeddings}, literal=asked.literal)
-            if unknown:
-                yield (
-                    f"the embedded model does not know {', '.join(unknown)}: it was taught drawings such as "
-                    f'"a strawberry on a yellow background", and the words in {WORDS}'
-                )
-
-    def _inputs(self, asked: Checked) -> Inputs:
-        """The picture to begin from and its mask, brought to one size. Raises UsageError for what cannot be."""
-        width, height, image, mask, outpaint = asked.width, asked.height, asked.image, asked.mask, asked.outpaint
-        factor, channels = self.config.vae.factor, self.config.unet.in_channels
-        for pixels in (width, height):
-            if pixels is not None and (pixels < factor or pixels % factor):
-                raise UsageError(
-                    f"width and height must be positive multiples of {factor} pixels for this model, not {pixels}"
-                )
-        if image is None:
-            given = {"mask": mask, "outpaint": outpaint, "strength": asked.strength}
-            if needing := [name for name, value in given.items() if value is not None]:
-                raise UsageError(f"{needing[0]} is for a picture to begin from: pass image= too")
-            if channels != PLAIN:
-                kind = {INPAINTING: "image= and mask= (inpainting)", EDITING: "image= (a picture to edit)"}
-                raise UsageError(
-                    f"{self.config.name} takes {channels} input channels: "
-                    f"{'pass ' + kind[channels] if channels in kind else 'such models are not supported'}"
-                )
-            return Inputs(width or self.config.size, height or self.config.size)
-        if asked.hires is not None:
-            raise UsageError("hires makes a picture larger that was made from a prompt: pass no image with it")
-        if channels not in (PLAIN, INPAINTING, EDITING):
-            raise UsageError(f"{self.config.name} takes {channels} input channels: such models are not supported")
-        if channels == INPAINTING and mask is None and outpaint is None:
-            raise UsageError(f"{self.config.name} is an inpainting model: pass mask= with image=")
-        if channels == EDITING and (mask is not None or outpaint is not None):
-            raise UsageError(f"{self.config.name} edits whole pictures by instruction: it takes no mask")
-        notes = []
-        picture, note = images.fit(images.read_image(image), width, height, asked.resize, factor=factor)
-        notes += [note] if note else []
-        painted: Image.Image | None = None
-        if mask is not None:
-            painted, note = masks.read_mask(mask)
-            painted = images.fit(painted, picture.width, picture.height, asked.resize, factor=factor).image
-            notes += [note] if note else []
-        if outpaint is not None:
-            left, top, right, bottom = outpaint
-            picture, border, note = images.pad(picture, left, right, top, bottom, factor=factor)
-            notes.append(note)
-            painted = border if painted is None else masks.add_border(painted, border, (left, right, top, bottom))
-        if painted is not None:
-            painted = masks.blur(painted, asked.mask_blur)
-        return Inputs(picture.width, picture.height, picture, painted, tuple(notes))
 
     def _enlarge(self, job: Job, steps: int, latents: Tensor, hires: Hires) -> Tensor:
         """The second pass: latents of the larger size."""

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from nativesd.sampling import distilled, multistep, samplers
+from nativesd.sampling import distilled, multistep, samplers, unipc
 from nativesd.sampling.published import Kind, SchedulerConfig
 from nativesd.sampling.samplers import Denoiser, Noise
 from nativesd.sampling.schedule import SamplerRule, Schedule, timestep_of
@@ -127,7 +127,7 @@ def _solver(call: Call) -> str:
 
 def _unipc(denoise: Denoiser, x: Tensor, call: Call) -> Tensor:
     solver = "bh1" if call.config.solver == "bh1" else "bh2"
-    return multistep.sample_unipc(denoise, x, call.sigmas, order=call.config.order, solver=solver)
+    return unipc.sample_unipc(denoise, x, call.sigmas, order=call.config.order, solver=solver)
 
 
 def _lcm(denoise: Denoiser, x: Tensor, call: Call) -> Tensor:

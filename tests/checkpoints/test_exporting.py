@@ -23,11 +23,11 @@ from nativesd.checkpoints import export
 from nativesd.checkpoints.export import Static, export_onnx, export_tensorrt
 from nativesd.checkpoints.manifest import scheduler_json
 from nativesd.config import ControlNetConfig, Level, UNetConfig
+from nativesd.diffusion.control import ControlModel
 from nativesd.errors import NativesdError, UsageError
 from nativesd.export import check, library
 from nativesd.export.store import MANIFEST, Store
 from nativesd.models.build import build
-from nativesd.pipeline.control import ControlModel
 from nativesd.sampling.published import EDM, SchedulerConfig
 from nativesd.text.tokenizer import ClipTokenizer, pad_id
 

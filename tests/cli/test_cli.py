@@ -19,7 +19,7 @@ from sd_parsers import ParserManager
 
 import nativesd
 from conftest import Done, Run
-from nativesd.pipeline.control import Control
+from nativesd.diffusion.control import Control
 from nativesd.shipped import TINY
 
 

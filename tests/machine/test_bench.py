@@ -11,6 +11,7 @@ import torch
 from conftest import Run
 from models.test_models import UNETS
 from nativesd.machine import bench
+from nativesd.machine.timing import Report
 from oracles import TOLERANCE, difference
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def test_every_way_runs_on_the_same_tensors(small: bench.Case) -> None:
     assert bench.twin(plain, small).get_parameter("conv_in.weight").data_ptr() == plain.conv_in.weight.data_ptr()  # type: ignore[union-attr]
     timings = list(bench.measure(small, ways, CPU, rounds=2, repeat=3, clock="cpu"))
     assert [timing.way for timing in timings] == ["nativesd plain", "nativesd"]
-    report = bench.Report(bench.machine(CPU, "cpu"), timings)
+    report = Report(bench.machine(CPU, "cpu"), timings)
     for timing in timings:
         assert timing.first > 0
         assert len(timing.seconds) == 6

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import nativesd
 from nativesd.config import AdapterStage, Level, T2IAdapterConfig, TextTime, UNetConfig
+from nativesd.diffusion.control import ControlModel
 from nativesd.errors import SourceError, UsageError
 from nativesd.export import library
 from nativesd.export.accelerate import AcceleratedUNet, Delegate, accelerate_module, fetch
@@ -31,7 +32,6 @@ from nativesd.models.vae import VAE
 from nativesd.pipeline import acceleration
 from nativesd.pipeline.acceleration import accelerate
 from nativesd.pipeline.arguments import split
-from nativesd.pipeline.control import ControlModel
 from oracles import draw
 
 pytest.importorskip("onnxruntime", reason='needs pip install ".[onnx]"')

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 import nativesd
+from nativesd.diffusion import model as diffusion
+from nativesd.diffusion.start import Start
 from nativesd.errors import UsageError
-from nativesd.pipeline import diffusion
 from nativesd.pipeline.hires import UPSCALERS
-from nativesd.pipeline.start import Start
 from nativesd.sampling.names import find_sampler
+from nativesd.tuning import memory
 from nativesd.weights import model as weights_model
 from pipeline.test_pipeline import BETAS, SCHEDULERS, TOLERANCE, save_model
 
@@ -405,7 +406,7 @@ def test_memory_that_torch_holds_for_the_next_tensors_is_free(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 100000))
-    found = [diffusion.free_bytes(torch.device(name)) for name in ("cuda:0", "cuda:1", "cuda")]
+    found = [memory.free_bytes(torch.device(name)) for name in ("cuda:0", "cuda:1", "cuda")]
     assert found == [907, 5007, 5007]
 
 
@@ -414,7 +415,7 @@ def test_what_does_not_fit_is_said_before_the_first_step(
 ) -> None:
     ours = nativesd.load(folders["sd15"], device="cpu")
     expected = ours("a cat", steps=2, seed=1, num_images=2).latents
-    needed = diffusion.unet_bytes(ours.config.unet, 2, 8, 8, torch.float32)
+    needed = memory.unet_bytes(ours.config.unet, 2, 8, 8, torch.float32)
     monkeypatch.setattr(diffusion, "free_bytes", lambda device: needed + 1)
     batches: list[int] = []
     ours.unet.register_forward_pre_hook(lambda module, arguments: batches.append(len(arguments[0])))

@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import nativesd
+from nativesd.diffusion.preview import Step
 from nativesd.errors import UsageError
-from nativesd.pipeline.diffusion import Step
 from nativesd.sampling import noise
 from nativesd.sampling.names import Choice, find_sampler
 from nativesd.sampling.table import SAMPLERS
@@ -257,7 +257,7 @@ def test_no_step_waits_for_the_device(name: str, options: dict[str, Any], monkey
         return replace(choice, sampler=replace(choice.sampler, run=run))
 
     monkeypatch.setattr(nativesd.pipeline.pipeline, "find_sampler", find)
-    for module in (nativesd.pipeline.diffusion, noise):
+    for module in (nativesd.diffusion.model, noise):
         monkeypatch.setattr(module, "move_noise", lambda noise, device: torch.empty(noise.shape, device=device))
     if options.get("control"):
         options = options | {"control": [nativesd.Control("tiny", Image.new("RGB", (64, 64)))]}

@@ -11,10 +11,10 @@ from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from torch import Tensor
 
 from nativesd.config import PLAYGROUND_VAE, SD_VAE, Prediction
+from nativesd.diffusion.autoencoder import decode, encode
+from nativesd.diffusion.denoiser import to_clean
 from nativesd.errors import SourceError, UsageError
 from nativesd.models.vae import VAE
-from nativesd.pipeline.autoencoder import decode, encode
-from nativesd.pipeline.denoiser import to_clean
 from nativesd.sampling.names import find_sampler
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.sampling.schedule import make_schedule

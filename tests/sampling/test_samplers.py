@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import kdiffusion
+from nativesd.diffusion.denoiser import to_clean
 from nativesd.errors import SourceError, UsageError
-from nativesd.pipeline.denoiser import to_clean
 from nativesd.sampling import multistep, samplers
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.published import Kind, SchedulerConfig

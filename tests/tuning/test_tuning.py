@@ -19,14 +19,14 @@ from torch._dynamo.utils import counters
 import nativesd
 from models.test_models import UNETS
 from nativesd.config import UNetConfig, VAEConfig
+from nativesd.diffusion.conditioning import Conditioning
+from nativesd.diffusion.denoiser import make_denoiser
+from nativesd.diffusion.guidance import Guidance
 from nativesd.errors import UsageError
 from nativesd.loading.placement import compiles
 from nativesd.models.layers import GEGLU, Attention, CachedContext, TransformerBlock, Upsample, attention
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
-from nativesd.pipeline.conditioning import Conditioning
-from nativesd.pipeline.denoiser import make_denoiser
-from nativesd.pipeline.guidance import Guidance
 from nativesd.tuning import fast
 from nativesd.tuning import tune as tuning
 from nativesd.tuning.tune import (

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,109 +14,35 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nativesd.config import Prediction, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from nativesd.diffusion import autoencoder
+from nativesd.diffusion.conditioning import Role
+from nativesd.diffusion.config import EDITING, INPAINTING, PipelineConfig
+from nativesd.diffusion.control import Control, ControlModel, make_hint, steer
+from nativesd.diffusion.denoiser import guidance_embedding, keep_known, make_denoiser, watch
+from nativesd.diffusion.guidance import Guidance
+from nativesd.diffusion.preview import LatentPreview, Step
+from nativesd.diffusion.prompting import Frame, Sides, negative_side, over_steps, prompt_sides
+from nativesd.diffusion.start import Start
+from nativesd.diffusion.turns import Turns
 from nativesd.errors import NativesdWarning
 from nativesd.models.clip import TextEncoder
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
+from nativesd.pictures.images import to_pictures
 from nativesd.pictures.masks import mask_to_latents, mask_to_tensor
-from nativesd.pipeline import autoencoder
-from nativesd.pipeline.conditioning import Role
-from nativesd.pipeline.control import Control, ControlModel, make_hint, steer
-from nativesd.pipeline.denoiser import guidance_embedding, keep_known, make_denoiser, watch
-from nativesd.pipeline.guidance import Guidance
-from nativesd.pipeline.prompting import Frame, Sides, negative_side, over_steps, prompt_sides
-from nativesd.pipeline.start import Start
-from nativesd.pipeline.turns import Turns
 from nativesd.sampling.names import Choice
 from nativesd.sampling.noise import BrownianNoise, NoiseKind, NoiseSource, move_noise, noise_source
-from nativesd.sampling.published import Kind, SchedulerConfig
+from nativesd.sampling.published import Kind
 from nativesd.sampling.samplers import Noise
 from nativesd.sampling.schedule import Schedule
 from nativesd.sampling.table import Call
 from nativesd.text.embedding import Embedding
 from nativesd.text.encode import encode_each, encode_prompts
 from nativesd.text.tokenizer import ClipTokenizer
-from nativesd.tuning.memory import free_bytes, memory_explained
+from nativesd.tuning.memory import free_bytes, memory_explained, unet_bytes
 from nativesd.weights.lora.file import LoraFile
 from nativesd.weights.lora.merge import Merged
-
-# input channels: latents; those of an inpainting UNet (latents, mask, known latents); of instruct-pix2pix (two latents)
-PLAIN, INPAINTING, EDITING = 4, 9, 8
-
-
-@dataclass(frozen=True)
-class PipelineConfig:
-    """Everything about a loaded model that is not a tensor."""
-
-    name: str
-    family: str
-    """sd1, sd2, sdxl or refiner"""
-    unet: UNetConfig
-    vae: VAEConfig | TinyVAEConfig
-    text_encoders: tuple[TextEncoderConfig, ...]
-    scheduler: SchedulerConfig
-    prediction: Prediction
-    size: int
-    """Default side of a picture, in pixels."""
-    zero_empty_negative: bool
-    """SDXL's force_zeros_for_empty_prompt: without a negative prompt its embeddings are zeros."""
-    guidance_scale: float | None = None
-    """The model's own default; None: the family's."""
-    steps: int | None = None
-    """The same for the steps."""
-    inferred: Mapping[str, str] = field(default_factory=dict)
-    """What was chosen at load without being told, and from what."""
-    words: frozenset[str] | None = None
-    """All that the embedded model knows; None: of a model that was taught language."""
-
-    @property
-    def smallest(self) -> int:
-        """Pixels of the shortest side at which the UNet's deepest feature map is a cell wide."""
-        return self.vae.factor << len(self.unet.levels) - 1
-
-    @property
-    def few_steps(self) -> bool:
-        """A distilled model: LCM's or TCD's sampler, or trailing spacing on an Euler scheduler (turbo, Lightning)."""
-        name = self.scheduler.class_name
-        return name in ("LCMScheduler", "TCDScheduler") or (
-            self.scheduler.spacing == "trailing" and not self.scheduler.zero_snr and name.startswith("Euler")
-        )
-
-    @property
-    def default_guidance(self) -> float:
-        """Guidance where none is asked for: few-step models none, LCM (told its scale) 8.5, SDXL 5, else 7.5."""
-        if self.guidance_scale is not None:
-            return self.guidance_scale
-        if self.unet.guidance is not None:
-            return 8.5
-        return 1.0 if self.few_steps else 5.0 if self.unet.added is not None else 7.5
-
-    @property
-    def default_steps(self) -> int:
-        """Steps where none are asked for."""
-        return self.steps or (4 if self.few_steps else 20)
-
-
-@dataclass(frozen=True, repr=False)
-class Step:
-    """What `on_step` receives, once for every step, after the model has answered.
-
-    `latents` (B, C, h, w) are the sampler's, noise included, at `sigma`; `denoised` the clean latents it predicts.
-    `preview()` makes a quick picture of these, maybe smaller, a batch side by side. In another thread than `on_step`'s
-    it waits for the end of the call.
-    """
-
-    index: int
-    total: int
-    sigma: float
-    latents: Tensor
-    denoised: Tensor
-    preview: Callable[[], Image.Image]
-
-    def __repr__(self) -> str:
-        return f"<Step {self.index + 1} of {self.total}, sigma {self.sigma:.3g}>"
 
 
 @dataclass(frozen=True)
@@ -377,7 +302,7 @@ class Diffusion:
     def preview(self, latents: Tensor) -> Image.Image:
         """A quick picture of clean latents (B, C, h, w), maybe smaller, a batch side by side."""
         with self.turns.wait(), self._visiting(self.vae):
-            return autoencoder.LatentPreview(self.vae, self.config.vae.scaling, self.previewer).preview(latents)
+            return LatentPreview(self.vae, self.config.vae.scaling, self.previewer).preview(latents)
 
     def _room(self, side: tuple[int, int], batch: int) -> dict[str, Any]:
         """How the VAE is to work on `batch` pictures of a size, height and width, in the memory there is."""
@@ -416,20 +341,3 @@ class Diffusion:
         finally:
             for module in modules:
                 module.to("cpu")
-
-
-def unet_bytes(config: UNetConfig, batch: int, height: int, width: int, dtype: torch.dtype) -> int:
-    """About what a step needs beside the weights, for latents of `height` x `width`: the skips and the feature maps.
-
-    Of these there are, at the peak, 29 to 33 of the first level's size in float32 and 13 to 14 in half precision (SD1.5
-    and SD2.1, batches of 2 and 4, 64x64 and 96x96 cells; on a CPU); SDXL's first level has no attention, so fewer.
-    """
-    shapes = config.residual_shapes(batch, height, width)
-    maps = 32 if dtype == torch.float32 else 14
-    return dtype.itemsize * (sum(math.prod(shape) for shape in shapes) + maps * math.prod(shapes[0]))
-
-
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (B, 3, H, W) in [0, 1] as pictures."""
-    array = (pixels * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, 3, H, W) -> (B, H, W, 3)
-    return [Image.fromarray(picture) for picture in array]

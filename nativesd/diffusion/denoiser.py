@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from nativesd.config import Prediction
+from nativesd.diffusion.conditioning import Conditioning, Group, groups, join
+from nativesd.diffusion.guidance import Guidance
+from nativesd.diffusion.prompting import Sides
 from nativesd.errors import NativesdWarning
 from nativesd.models.unet import UNet
-from nativesd.pipeline.conditioning import Conditioning, Group, groups, join
-from nativesd.pipeline.guidance import Guidance
-from nativesd.pipeline.prompting import Sides
 from nativesd.sampling.published import EDM
 from nativesd.sampling.samplers import Denoiser
 
 
 class Steers(Protocol):
-    """What adds to the UNet's features: ControlNets and adapters (`nativesd.pipeline.control.Steering`)."""
+    """What adds to the UNet's features: ControlNets and adapters (`nativesd.diffusion.control.Steering`)."""
 
     @property
     def mixes(self) -> bool:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from nativesd.pipeline.conditioning import Conditioning, Role
+from nativesd.diffusion.conditioning import Conditioning, Role
 from nativesd.text.editing import Timeline, split_and, timeline
 
 # sgm inference/api.py (SamplingParams): the refiner's aesthetic scores for the prompt and the negative prompt

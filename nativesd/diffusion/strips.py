@@ -1,4 +1,4 @@
-"""Between latents and pixels, within the memory there is: whole, picture by picture, or strip by strip; and previews.
+"""The VAE over strips of a picture, with the whole picture's result.
 
 Tiles that are decoded on their own, and blended, differ from the whole picture: every GroupNorm takes its statistics
 from its tile, and the attention sees its tile only. Here a picture is worked on in strips of rows that share both, so
@@ -12,171 +12,18 @@ plain decode has four of twice the width, for half as many operations again.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from nativesd.config import SD_VAE, SDXL_VAE, TinyVAEConfig, VAEConfig
-from nativesd.errors import NativesdError, NativesdWarning, UsageError
 from nativesd.models.layers import ResnetBlock, Upsample
-from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.vae import VAE, Stage
-from nativesd.tuning.tune import untune
 
-TILE = 384
-"""In pixels. With less, strips of the published VAE in float32 are below 32 MiB, and what glibc allocates below that it
-keeps when it is freed (mallopt(3), M_MMAP_THRESHOLD); with more, a strip's own work takes more than is saved."""
-AUTO_SIDE = 1536  # pictures with a longer side are worked on in strips where nothing else is asked for
 MAPS = 4  # live feature maps at the peak of a plain run: a convolution's input and output, and a reordered copy of each
-
-
-def tile_size(
-    tile: int | str | None, height: int, width: int, *, needed: int = 0, free: int | None = None
-) -> int | None:
-    """The `tile` for `decode` and `encode` of a picture of `height` x `width` pixels; None: the picture as a whole.
-
-    tile    pixels; None: whole; "auto": whole up to 1536 pixels a side and where `needed` bytes are within `free`
-
-    Raises UsageError for anything else.
-    """
-    if tile == "auto":
-        return TILE if max(height, width) > AUTO_SIDE or (free is not None and needed > free) else None
-    if tile is None or (isinstance(tile, int) and not isinstance(tile, bool) and tile > 0):
-        return tile
-    raise UsageError(f'tile must be a positive number of pixels, "auto" or None, not {tile!r}')
-
-
-def decode_bytes(config: VAEConfig | TinyVAEConfig, height: int, width: int, dtype: torch.dtype, batch: int = 1) -> int:
-    """Bytes that a plain decode of `batch` pictures of `height` x `width` pixels needs beside the weights, at most.
-
-    That is `MAPS` feature maps of full size. They are as wide as the level below, whose channels the upsampling keeps.
-    """
-    channels = config.width if isinstance(config, TinyVAEConfig) else max(config.widths[:2])
-    return MAPS * channels * height * width * dtype.itemsize * batch
-
-
-@torch.inference_mode()
-def decode(
-    vae: VAE | TinyVAE,
-    latents: Tensor,
-    *,
-    scaling: float,
-    tile: int | None = None,
-    slicing: bool = False,
-    name: str = "the model",
-) -> Tensor:
-    """Scaled latents (B, C, h, w) to pixels (B, 3, f * h, f * w) in [0, 1], float32.
-
-    scaling  the VAE's scaling factor, by which the latents are divided (TAESD: 1)
-    tile     work on strips of at most tile x tile pixels; the result is the same up to rounding
-    slicing  one picture at a time, as tiles always are
-    name     of the model, for the error's sentence
-
-    A VAE that overflows in half precision is said to, and stays in float32 from then on. Raises NativesdError where
-    the picture is not finite in float32 either, UsageError where the VAE is an encoder alone.
-    """
-    _require(vae, "decoder", name)
-    latents = latents / scaling
-    if (spread := _spread(vae, latents)) is not None:
-        latents = latents * spread[1] + spread[0]
-
-    def run(dtype: torch.dtype) -> Tensor:
-        return _run(lambda z: _decode_one(vae, z, tile), latents.to(dtype), one_by_one=slicing or tile is not None)
-
-    return (_finite(vae, run, f"{name}: the picture is") / 2 + 0.5).clamp(0, 1)
-
-
-@torch.inference_mode()
-def encode(
-    vae: VAE | TinyVAE,
-    images: Tensor,
-    *,
-    scaling: float,
-    tile: int | None = None,
-    slicing: bool = False,
-    name: str = "the model",
-) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) in [-1, 1] to mean and standard deviation of their scaled latents, each (B, C, h, w) float32.
-
-    H and W are multiples of the VAE's factor. The options are those of `decode`. TAESD's latents have no distribution:
-    the standard deviation is 0. Raises NativesdError where the latents are not finite, UsageError where the VAE is a
-    decoder alone.
-    """
-    _require(vae, "encoder", name)
-
-    def run(dtype: torch.dtype) -> Tensor:
-        return _run(lambda x: _encode_one(vae, x, tile), images.to(dtype), one_by_one=slicing or tile is not None)
-
-    encoded = _finite(vae, run, f"{name}: the encoded picture is")
-    if isinstance(vae, TinyVAE):
-        return encoded * scaling, torch.zeros_like(encoded)
-    mean, logvar = encoded.chunk(2, dim=1)
-    deviation = torch.exp(0.5 * logvar)
-    if (spread := _spread(vae, mean)) is not None:
-        mean, deviation = (mean - spread[0]) / spread[1], deviation / spread[1]
-    return mean * scaling, deviation * scaling
-
-
-def _require(vae: VAE | TinyVAE, half: Literal["encoder", "decoder"], name: str) -> None:
-    if vae.config.half not in (None, half):
-        raise UsageError(
-            f"{name}: its VAE is the {vae.config.half} alone, and this call needs the {half}: load a whole VAE, or put "
-            f"the file of the other half beside this one"
-        )
-
-
-def _spread(vae: VAE | TinyVAE, latents: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The mean and standard deviation (1, C, 1, 1) of a VAE's latents, where its config says them."""
-    config = vae.config
-    if isinstance(config, TinyVAEConfig) or config.mean is None or config.std is None:
-        return None
-    mean, std = (latents.new_tensor(values).reshape(1, -1, 1, 1) for values in (config.mean, config.std))
-    return mean, std
-
-
-def _run(module: Callable[[Tensor], Tensor], batch: Tensor, *, one_by_one: bool) -> Tensor:
-    return torch.cat([module(item) for item in torch.split(batch, 1)]) if one_by_one else module(batch)
-
-
-def _finite(vae: VAE | TinyVAE, run: Callable[[torch.dtype], Tensor], what: str) -> Tensor:
-    """`run` in the VAE's dtype, and in float32 where that overflows."""
-    dtype = next(vae.parameters()).dtype
-    out = run(dtype).float()
-    if not out.isfinite().all() and dtype != torch.float32:
-        warnings.warn(
-            "the VAE overflowed in half precision: it runs in float32 from now on", NativesdWarning, stacklevel=3
-        )
-        untune(vae)  # what is fast in half precision is not all exact enough
-        vae.float()
-        out = run(torch.float32)
-    if not out.isfinite().all():
-        raise NativesdError(f"{what} not finite (NaN), so the model's weights are broken")
-    return out
-
-
-def _decode_one(vae: VAE | TinyVAE, latents: Tensor, tile: int | None) -> Tensor:
-    if tile is None:
-        return vae.decode(latents)
-    if isinstance(vae, TinyVAE):
-        return _tiny_strips(vae.decode, latents, tile, vae.config.decoder, 1, vae.config.factor)
-    return _decode_strips(vae, latents, tile)
-
-
-def _encode_one(vae: VAE | TinyVAE, images: Tensor, tile: int | None) -> Tensor:
-    if isinstance(vae, TinyVAE):
-        if tile is None:
-            return vae.encode(images)
-        return _tiny_strips(vae.encode, images, tile, vae.config.encoder[::-1], vae.config.factor, 1)
-    return torch.cat(vae.encode(images), dim=1) if tile is None else _encode_strips(vae, images, tile)
-
-
-# --- strips of feature maps --------------------------------------------------------------------------------------
 
 
 class Window(NamedTuple):
@@ -344,7 +191,7 @@ def _cut(x: Tensor, pixels: int, tile: int, multiple: int = 1) -> Strips:
     return Strips(torch.split(x, sizes, dim=2))
 
 
-def _decode_strips(vae: VAE, latents: Tensor, tile: int) -> Tensor:
+def decode_strips(vae: VAE, latents: Tensor, tile: int) -> Tensor:
     """Images (1, 3, f * h, f * w) of unscaled latents (1, C, h, w)."""
     pixels = latents.shape[2] * latents.shape[3] * vae.config.factor**2
     room = vae.config.widths[0] * pixels  # elements of the last feature map, which has to be there anyway
@@ -375,7 +222,7 @@ def _decode_strips(vae: VAE, latents: Tensor, tile: int) -> Tensor:
     )
 
 
-def _encode_strips(vae: VAE, images: Tensor, tile: int) -> Tensor:
+def encode_strips(vae: VAE, images: Tensor, tile: int) -> Tensor:
     """Mean and log-variance (1, 2 * C, h, w) of images (1, 3, f * h, f * w)."""
     pixels = images.shape[2] * images.shape[3]
     widths = vae.config.widths
@@ -397,7 +244,7 @@ def _encode_strips(vae: VAE, images: Tensor, tile: int) -> Tensor:
     return torch.cat(vae.distribution(x), dim=1)
 
 
-def _tiny_strips(
+def tiny_strips(
     run: Callable[[Tensor], Tensor], x: Tensor, tile: int, blocks: tuple[int, ...], rows_in: int, rows_out: int
 ) -> Tensor:
     """TAESD's half `run` of `x` (1, C, H, W), in strips with all the rows that their own depend on.
@@ -417,56 +264,3 @@ def _tiny_strips(
         y = run(x[:, :, first * rows_in : last * rows_in])
         out.append(y[:, :, (start - first) * rows_out : (stop - first) * rows_out].clone())
     return torch.cat(out, dim=2)
-
-
-# --- previews ----------------------------------------------------------------------------------------------------
-
-PREVIEW_BYTES = 32 << 20  # of a decode that serves as a preview: 64x64 pixels of the embedded model many times over
-# scaling factor -> weights (latent channel, RGB) and bias of RGB in [-1, 1]: Comfy-Org/ComfyUI comfy/latent_formats.py
-# (SD15 and SDXL: latent_rgb_factors, latent_rgb_factors_bias)
-RGB_FACTORS = {
-    SD_VAE.scaling: (
-        ((0.3512, 0.2297, 0.3227), (0.3250, 0.4974, 0.2350), (-0.2829, 0.1762, 0.2721), (-0.2120, -0.2616, -0.7177)),
-        (0.0, 0.0, 0.0),
-    ),
-    SDXL_VAE.scaling: (
-        ((0.3651, 0.4232, 0.4341), (-0.2533, -0.0042, 0.1068), (0.1076, 0.1111, -0.0362), (-0.3165, -0.2492, -0.2188)),
-        (0.1084, -0.0175, -0.0011),
-    ),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LatentPreview:
-    """Quick pictures of what a sampler is at. The latents' kind is told by the VAE's scaling factor.
-
-    A TAESD decodes where there is one, as `tiny` or as `vae`. Else the published linear map from latents to RGB does, a
-    pixel per cell. Latents of another kind are decoded by `vae` itself, shrunk first as far as that is costly.
-    """
-
-    vae: VAE | TinyVAE
-    scaling: float
-    tiny: TinyVAE | None = None
-
-    @torch.inference_mode()
-    def preview(self, denoised: Tensor) -> Image.Image:
-        """One picture of clean scaled latents (B, C, h, w), a batch side by side."""
-        quick = self.vae if self.tiny is None else self.tiny
-        if isinstance(quick, TinyVAE):
-            pixels = decode(quick, denoised, scaling=1)
-        elif self.scaling in RGB_FACTORS and denoised.shape[1] == 4:
-            weights, bias = (torch.tensor(values).to(denoised) for values in RGB_FACTORS[self.scaling])
-            rgb = torch.einsum("bchw,cr->brhw", denoised, weights) + bias[:, None, None]
-            pixels = (rgb / 2 + 0.5).clamp(0, 1)
-        else:
-            pixels = decode(self.vae, self._shrunk(denoised), scaling=self.scaling)
-        array = (pixels.float() * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2)  # (B, 3, H, W) -> (H, BW, 3)
-        return Image.fromarray(array.cpu().numpy())
-
-    def _shrunk(self, latents: Tensor) -> Tensor:
-        config, (height, width) = self.vae.config, latents.shape[2:]
-        needed = decode_bytes(config, height * config.factor, width * config.factor, torch.float32)
-        shrink = math.sqrt(PREVIEW_BYTES / needed)
-        if shrink >= 1:
-            return latents
-        return F.interpolate(latents, size=[max(1, int(side * shrink)) for side in (height, width)], mode="area")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nativesd.pipeline.conditioning import Conditioning
+from nativesd.diffusion.conditioning import Conditioning
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from test_pipeline import save_model
 from torch import Tensor
 
 import nativesd
-from nativesd.pipeline.conditioning import Conditioning, groups
-from nativesd.pipeline.guidance import Guidance
+from nativesd.diffusion.conditioning import Conditioning, groups
+from nativesd.diffusion.guidance import Guidance
 
 OPTIONS: dict[str, Any] = {"steps": 20, "seed": 5, "sampler": "Euler", "guidance_scale": 6.0}
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from nativesd.config import UNetConfig
+from nativesd.diffusion.conditioning import Conditioning
+from nativesd.diffusion.turns import Turns
 from nativesd.errors import UsageError
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.pictures.images import ImageSource, fit, read_image, to_tensor
 from nativesd.pictures.preprocess import preprocess
-from nativesd.pipeline.conditioning import Conditioning
-from nativesd.pipeline.turns import Turns
 
 # xinsir6/ControlNetPlus README: the kinds of hint by number
 UNION_KINDS = {"openpose": 0, "depth": 1, "scribble": 2, "hed": 2, "canny": 3, "lineart": 3, "mlsd": 3, "normal": 4,

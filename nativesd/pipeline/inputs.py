@@ -1,0 +1,94 @@
+"""What a call asks for, against the model that it is asked of."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from PIL import Image
+
+from nativesd.diffusion.config import EDITING, INPAINTING, PLAIN, PipelineConfig
+from nativesd.errors import UsageError
+from nativesd.pictures import images, masks
+from nativesd.pipeline.arguments import Checked
+from nativesd.text.words import FILE as WORDS
+from nativesd.text.words import unknown_words
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The size of the pictures to make, and the picture and mask to begin from, brought to it; `notes` say how."""
+
+    width: int
+    height: int
+    picture: Image.Image | None = None
+    mask: Image.Image | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
+    """The picture to begin from and its mask, brought to one size. Raises UsageError for what cannot be."""
+    width, height, image, mask, outpaint = asked.width, asked.height, asked.image, asked.mask, asked.outpaint
+    factor, channels = config.vae.factor, config.unet.in_channels
+    for pixels in (width, height):
+        if pixels is not None and (pixels < factor or pixels % factor):
+            raise UsageError(
+                f"width and height must be positive multiples of {factor} pixels for this model, not {pixels}"
+            )
+    if image is None:
+        given = {"mask": mask, "outpaint": outpaint, "strength": asked.strength}
+        if needing := [name for name, value in given.items() if value is not None]:
+            raise UsageError(f"{needing[0]} is for a picture to begin from: pass image= too")
+        if channels != PLAIN:
+            kind = {INPAINTING: "image= and mask= (inpainting)", EDITING: "image= (a picture to edit)"}
+            raise UsageError(
+                f"{config.name} takes {channels} input channels: "
+                f"{'pass ' + kind[channels] if channels in kind else 'such models are not supported'}"
+            )
+        return Inputs(width or config.size, height or config.size)
+    if asked.hires is not None:
+        raise UsageError("hires makes a picture larger that was made from a prompt: pass no image with it")
+    if channels not in (PLAIN, INPAINTING, EDITING):
+        raise UsageError(f"{config.name} takes {channels} input channels: such models are not supported")
+    if channels == INPAINTING and mask is None and outpaint is None:
+        raise UsageError(f"{config.name} is an inpainting model: pass mask= with image=")
+    if channels == EDITING and (mask is not None or outpaint is not None):
+        raise UsageError(f"{config.name} edits whole pictures by instruction: it takes no mask")
+    notes = []
+    picture, note = images.fit(images.read_image(image), width, height, asked.resize, factor=factor)
+    notes += [note] if note else []
+    painted: Image.Image | None = None
+    if mask is not None:
+        painted, note = masks.read_mask(mask)
+        painted = images.fit(painted, picture.width, picture.height, asked.resize, factor=factor).image
+        notes += [note] if note else []
+    if outpaint is not None:
+        left, top, right, bottom = outpaint
+        picture, border, note = images.pad(picture, left, right, top, bottom, factor=factor)
+        notes.append(note)
+        painted = border if painted is None else masks.add_border(painted, border, (left, right, top, bottom))
+    if painted is not None:
+        painted = masks.blur(painted, asked.mask_blur)
+    return Inputs(picture.width, picture.height, picture, painted, tuple(notes))
+
+
+def unheeded(
+    config: PipelineConfig, asked: Checked, guidance_scale: float, embeddings: Collection[str]
+) -> Iterator[str]:
+    """What of a call changes nothing with this model."""
+    if guidance_scale <= 1 and any(asked.negative_prompt):
+        yield f"negative_prompt is not used: a guidance_scale of {guidance_scale:g} is no guidance"
+    if guidance_scale <= 1 and asked.guidance_rescale:
+        yield f"guidance_rescale is not used: a guidance_scale of {guidance_scale:g} is no guidance"
+    edits = config.unet.in_channels == EDITING
+    if edits and asked.strength is not None:
+        yield f"strength is not used: {config.name} edits by instruction"
+    if not edits and asked.image_guidance_scale != Checked.image_guidance_scale:
+        yield f"image_guidance_scale is not used: {config.name} does not edit by instruction"
+    if config.words is not None:
+        unknown = unknown_words(asked.prompts, {*config.words, *embeddings}, literal=asked.literal)
+        if unknown:
+            yield (
+                f"the embedded model does not know {', '.join(unknown)}: it was taught drawings such as "
+                f'"a strawberry on a yellow background", and the words in {WORDS}'
+            )
