@@ -15,7 +15,7 @@ from torch import Tensor
 import kdiffusion
 from nativesd.diffusion.denoiser import to_clean
 from nativesd.errors import SourceError, UsageError
-from nativesd.sampling import multistep, samplers
+from nativesd.sampling import multistep, samplers, unipc
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.published import Kind, SchedulerConfig
 from nativesd.sampling.schedule import make_schedule, timestep_of, trained_sigmas
@@ -243,7 +243,7 @@ RUNS: dict[str, Callable[[samplers.Denoiser, Tensor, list[float]], Tensor]] = {
     ),
     "Euler": samplers.sample_euler, "DDIM": samplers.sample_euler, "Heun": samplers.sample_heun,
     "DPM2": samplers.sample_dpm_2, "DPM++ 2M": multistep.sample_dpmpp_2m, "DPM++ 3M": multistep.sample_dpmpp_3m_sde,
-    "UniPC": multistep.sample_unipc, "LMS": multistep.sample_lms,
+    "UniPC": unipc.sample_unipc, "LMS": multistep.sample_lms,
 }  # fmt: skip
 
 
