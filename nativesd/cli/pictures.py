@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import click
 
 from nativesd.cli.common import main, print_tables
 
+WHOLE_TABLE = 150  # columns in which the samplers' table folds no name
+
 
 @main.command()
 def samplers() -> None:
     """List the samplers and schedules, with the names they are known by and their sources."""
+    from rich.console import Console
     from rich.table import Table
 
     from nativesd.sampling.table import SAMPLERS, SCHEDULES
 
-    table = Table("sampler", "also", "order", "noise", "calls", "source", box=None, pad_edge=False)
+    narrow = sys.stdout.isatty() and Console().width < WHOLE_TABLE
+    columns = ["sampler", "also", "order", "noise", "calls", *([] if narrow else ["source"])]
+    table = Table(*columns, box=None, pad_edge=False)
     for each in SAMPLERS:
-        names = ", ".join(filter(None, (each.published, *each.aliases)))
+        names = [name for name in (each.published, *each.aliases) if name]
         noise = "" if not each.noisy else "Brownian" if each.brownian else "every step"
-        table.add_row(each.name, names, str(each.order), noise, str(each.evaluations), each.source)
+        figures = (str(each.order), noise, str(each.evaluations))
+        if narrow:
+            table.add_row(each.name, "\n".join([*names, each.source]), *figures)
+        else:
+            table.add_row(each.name, ", ".join(names), *figures, each.source)
     schedules = Table("schedule", "also", "source", box=None, pad_edge=False)
     for schedule in SCHEDULES:
         schedules.add_row(schedule.name, ", ".join(schedule.aliases), schedule.source)
