@@ -1,4 +1,4 @@
-"""Where the files lie that travel in the package: the weight maps, the embedded model, TAESD."""
+"""Where the files lie that travel in the package: the weight maps, the embedded model with its LoRA, TAESD."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from pathlib import Path
 
 TINY = Path(__file__).parent / "tiny"
 """The embedded model, a folder in the published layout."""
+
+LCM_LORA = TINY / "lcm_lora" / "tiny-lcm.safetensors"
+"""With it the embedded model needs four steps and no guidance."""
+
+NAMED = {"tiny": TINY, "tiny-lcm": LCM_LORA}
+"""What is known by a name instead of a path."""
 
 TAESD = Path(__file__).parent / "taesd"
 """The published TAESD of SD1.x and SD2.x, and that of SDXL: encoder and decoder of each."""

@@ -18,11 +18,10 @@ from PIL import Image
 import nativesd
 import tiny_scenes as scenes
 from nativesd.sampling.table import SAMPLERS
-from nativesd.shipped import TINY
+from nativesd.shipped import LCM_LORA
 
 GAP = 4
 PROMPT = "a strawberry on a yellow background"
-LCM_LORA = TINY / "lcm_lora" / "pytorch_lora_weights.safetensors"
 
 
 def rows() -> list[list[Image.Image]]:

@@ -1,6 +1,6 @@
 """Distils the embedded model to four steps without guidance: an LCM-LoRA of its UNet.
 
-    python tools/tiny_lcm.py --work DIR [--out nativesd/tiny/lcm_lora]
+    python tools/tiny_lcm.py --work DIR [--out nativesd/tiny/lcm_lora/tiny-lcm.safetensors]
 
 It takes the model as it is exported (`train_tiny`) and sees the same scenes. The checkpoint in DIR is gone on from, so
 the command can be stopped and repeated.
@@ -24,7 +24,7 @@ import nativesd
 import tiny_scenes as scenes
 from nativesd.models.unet import UNet
 from nativesd.sampling.schedule import alphas_cumprod
-from nativesd.shipped import TINY
+from nativesd.shipped import LCM_LORA
 from nativesd.text.tokenizer import ClipTokenizer
 from nativesd.weights.maps.keymap import load_table
 from train_tiny import LARGE_SHARE, SEED, Checkpoint, autocast, cosine, encode_scenes
@@ -33,7 +33,6 @@ RANK, CONV_RANK = 32, 8
 GUIDANCE = 3.0  # of the teacher
 GRID = 20  # times are 19, 39, ..., 999, as LCM's sampler takes them
 STRIDE = 100  # of the teacher's step
-FILE = "pytorch_lora_weights.safetensors"
 
 
 class Lowered(nn.Module):
@@ -168,13 +167,13 @@ def main() -> None:
     """Train what is not trained yet, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--out", type=Path, default=TINY / "lcm_lora", help="folder to write")
+    parser.add_argument("--out", type=Path, default=LCM_LORA, help="file to write")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    train(args.work, args.device, args.steps, args.batch).save(args.out / FILE)
+    train(args.work, args.device, args.steps, args.batch).save(args.out)
 
 
 if __name__ == "__main__":

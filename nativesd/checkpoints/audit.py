@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nativesd.errors import SourceError, UsageError
 from nativesd.models.build import expected
-from nativesd.shipped import TINY
+from nativesd.shipped import NAMED
 from nativesd.weights.audit import AuditReport, ComponentReport, report_components
 from nativesd.weights.diff import DiffReport, Parameter, compare_parameters, parameters, unmapped
 from nativesd.weights.files.source import Member, open_source
@@ -90,7 +90,7 @@ def diff(source: str | Path, other: str | Path, *, values: bool = False, maps: s
 
 def find(source: str | Path, *, revision: str | None = None) -> list[Member]:
     """The checkpoints of a local or remote source, their headers read. Raises SourceError, NetworkError."""
-    path = TINY if source == "tiny" else Path(source)
+    path = NAMED.get(str(source), Path(source))
     if path.exists():
         return open_source(path)
     if isinstance(source, Path) or not REMOTE.fullmatch(source):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nativesd.config import Config
 from nativesd.errors import NativesdError, SourceError, WeightsError
-from nativesd.shipped import TINY
+from nativesd.shipped import NAMED
 from nativesd.weights.audit import ComponentReport, report_components
 from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.lora.audit import report_lora
@@ -59,7 +59,7 @@ def expand(paths: Iterable[str | Path]) -> list[Path]:
     """
     out: dict[Path, None] = {}
     for path in paths:
-        named = TINY if path == "tiny" else Path(path)
+        named = NAMED.get(str(path), Path(path))
         found = [named] if named.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         if not found:
             raise SourceError(f"{path} does not exist, and no file has a name like it")

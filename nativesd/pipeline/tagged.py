@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from nativesd.errors import UsageError
+from nativesd.shipped import LCM_LORA
 from nativesd.text.tags import Tag, take_tags
 
 LoraUse = tuple[str, float, float]
@@ -36,6 +37,8 @@ def tagged_prompts(
 
 
 def _find(tag: Tag, folders: Sequence[Path], passed: Sequence[str]) -> str:
+    if tag.name == LCM_LORA.stem:
+        return str(LCM_LORA)
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"lora_dirs: {folder} is no folder")

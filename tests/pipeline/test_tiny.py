@@ -14,10 +14,9 @@ import tiny_scenes as scenes
 from nativesd.loading.settle import probe_prediction
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.sampling.schedule import alphas_cumprod
-from nativesd.shipped import TINY
+from nativesd.shipped import LCM_LORA
 
 PICTURES = 200
-LCM_LORA = TINY / "lcm_lora" / "pytorch_lora_weights.safetensors"
 PALETTE = np.array(list(scenes.BACKGROUNDS.values()), np.float32) / 255
 
 

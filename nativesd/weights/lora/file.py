@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nativesd.errors import WeightsError, quote
+from nativesd.shipped import LCM_LORA
 from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.lora.settings import Stated, stated_by
 from nativesd.weights.maps.keymap import KeyMap, load_tables
@@ -42,11 +43,11 @@ class LoraFile:
 
 
 def read_lora(path: str | Path, tables: Mapping[str, KeyMap] | None = None) -> LoraFile:
-    """Read the header of a LoRA: a file, or a folder with one, and peft's settings in or beside it.
+    """Read the header of a LoRA: a file, or a folder with one, and peft's settings in or beside it; or "tiny-lcm".
 
     Raises SourceError for what cannot be read, WeightsError for a file without any change of a LoRA.
     """
-    path = Path(path)
+    path = LCM_LORA if path == "tiny-lcm" else Path(path)
     members = open_source(path)
     if len(members) > 1:
         raise WeightsError(f"{path} is a model, not a LoRA: a LoRA is one file")
