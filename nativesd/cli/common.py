@@ -112,7 +112,7 @@ def print_lines(lines: Iterable[Text | Row]) -> None:
 def print_tables(*tables: Table, stderr: bool = False) -> None:
     """As wide as the terminal, where what does not fit in a column goes on below; a pipe gets all of it."""
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    console = Console(width=None if terminal else 10_000, highlight=False, stderr=stderr)
+    console = Console(width=None if terminal else 10_000, highlight=False, markup=False, stderr=stderr)
     for number, table in enumerate(tables):
         for column in table.columns:
             column.overflow = "fold"
