@@ -21,16 +21,17 @@ def samplers() -> None:
     from nativesd.sampling.table import SAMPLERS, SCHEDULES
 
     narrow = sys.stdout.isatty() and Console().width < WHOLE_TABLE
-    columns = ["sampler", "also", "order", "noise", "calls", *([] if narrow else ["source"])]
-    table = Table(*columns, box=None, pad_edge=False)
+    columns = ["order", "calls", "also, noise, source"] if narrow else ["also", "order", "noise", "calls", "source"]
+    table = Table("sampler", *columns, box=None, pad_edge=False)
     for each in SAMPLERS:
         names = [name for name in (each.published, *each.aliases) if name]
         noise = "" if not each.noisy else "Brownian" if each.brownian else "every step"
-        figures = (str(each.order), noise, str(each.evaluations))
+        order, calls = str(each.order), str(each.evaluations)
         if narrow:
-            table.add_row(each.name, "\n".join([*names, each.source]), *figures)
+            noises = [f"noise: {noise}"] if noise else []
+            table.add_row(each.name, order, calls, "\n".join([*names, *noises, each.source]))
         else:
-            table.add_row(each.name, ", ".join(names), *figures, each.source)
+            table.add_row(each.name, ", ".join(names), order, noise, calls, each.source)
     schedules = Table("schedule", "also", "source", box=None, pad_edge=False)
     for schedule in SCHEDULES:
         schedules.add_row(schedule.name, ", ".join(schedule.aliases), schedule.source)
