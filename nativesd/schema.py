@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nativesd.errors import SourceError, quote
+from nativesd.errors import NativesdError, SourceError, quote
 
 REQUIRED: Any = object()
 MAX_TEXT = 200
@@ -34,25 +34,26 @@ class Field:
     default: Any = None
 
 
-def read_fields(data: Mapping[str, Any], schema: Sequence[Field], where: str) -> dict[str, Any]:
+def read_fields(
+    data: Mapping[str, Any], schema: Sequence[Field], where: str, error: type[NativesdError] = SourceError
+) -> dict[str, Any]:
     """Every field of a schema with its value or default.
 
     where  what messages call the file
-
-    Raises SourceError, which names the file, the field, its value, and what is allowed.
+    error  what is raised, which names the file, the field, its value, and what is allowed
     """
     out = {}
     for field in schema:
         value = data.get(field.name)
         if value is None:
             if field.default is REQUIRED:
-                raise SourceError(f"{where} lacks the field {field.name!r}, which must be {field.kind.says}")
+                raise error(f"{where} lacks the field {field.name!r}, which must be {field.kind.says}")
             out[field.name] = field.default
             continue
         try:
             out[field.name] = field.kind.read(value)
         except ValueError:
-            raise SourceError(f"{where}: {field.name} = {quote(value)} must be {field.kind.says}") from None
+            raise error(f"{where}: {field.name} = {quote(value)} must be {field.kind.says}") from None
     return out
 
 
@@ -119,6 +120,18 @@ def many(kind: Kind, most: int, least: int = 1) -> Kind:
         return tuple(kind.read(each) for each in value)
 
     return Kind(f"a list of {least} to {most}, each {kind.says}", read)
+
+
+def mapping(kind: Kind, most: int, names: Kind | None = None) -> Kind:
+    """Names, printable texts or of a kind of their own, each with a value of one kind."""
+    named = names or text()
+
+    def read(value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict) or len(value) > most:
+            raise ValueError
+        return {named.read(name): kind.read(each) for name, each in value.items()}
+
+    return Kind(f"at most {most} names, each with {kind.says}", read)
 
 
 def either(*kinds: Kind) -> Kind:

@@ -25,8 +25,9 @@ from nativesd.weights.lora.merge import Applied, gather, merged
 from nativesd.weights.lora.place import Place
 from nativesd.weights.lora.resolve import Use, resolve
 from nativesd.weights.maps.identify import Component
-from nativesd.weights.maps.keymap import KeyMap, Source, load_tables
+from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.maps.plan import make_plan
+from nativesd.weights.maps.rules import Source
 from nativesd.weights.model import identify_known
 from nativesd.weights.writing import Entry, cast_finite, write
 

@@ -17,8 +17,9 @@ from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.lora.audit import report_lora
 from nativesd.weights.lora.place import Place
 from nativesd.weights.maps.identify import Identity, identify_all
-from nativesd.weights.maps.keymap import KeyMap, Shape, load_tables
+from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.maps.parameters import known_parameters
+from nativesd.weights.maps.rules import Shape
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 SCHEMA = 1

@@ -14,8 +14,9 @@ from nativesd.config import Config
 from nativesd.weights.files.header import TensorInfo
 from nativesd.weights.maps.describe import Evidence
 from nativesd.weights.maps.identify import Component, Identity
-from nativesd.weights.maps.keymap import BoundMap, Shape, Source
+from nativesd.weights.maps.keymap import BoundMap
 from nativesd.weights.maps.plan import make_plan
+from nativesd.weights.maps.rules import Shape, Source
 
 SCHEMA = 1
 """Version of `AuditReport.to_json`'s schema; it counts up when a name changes its meaning or goes away."""

@@ -11,7 +11,7 @@ from nativesd.weights.checkpoint import apply
 from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import read_tensor
 from nativesd.weights.maps.identify import Component, Identity
-from nativesd.weights.maps.keymap import Rule, Shape, Source
+from nativesd.weights.maps.rules import Rule, Shape, Source
 
 SCHEMA = 1
 """Version of `DiffReport.to_json`'s schema."""

@@ -16,8 +16,9 @@ from nativesd.weights.checkpoint import apply, revert
 from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import DTYPES, NAMES, read_tensor
 from nativesd.weights.maps.identify import Component
-from nativesd.weights.maps.keymap import BoundMap, Shape, Source
+from nativesd.weights.maps.keymap import BoundMap
 from nativesd.weights.maps.plan import make_plan
+from nativesd.weights.maps.rules import Shape, Source
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from conftest import Run
 from nativesd.checkpoints.convert import convert
 from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.shipped import TINY
-from nativesd.weights.maps.keymap import TableError
+from nativesd.weights.maps.templates import TableError
 from oracles import published_manifests, sparse
 
 MANIFESTS = published_manifests()
@@ -181,7 +181,7 @@ def test_own_tables(sdxl: Path, tmp_path: Path) -> None:
     [component] = nativesd.audit(tmp_path / "my.safetensors", maps=tmp_path).components
     assert (component.layout, len(component.mapped)) == ("mine", 1)
     (tmp_path / "mine.toml").write_text("[map]")
-    with pytest.raises(TableError, match="component and layout"):
+    with pytest.raises(TableError, match="lacks the field 'component'"):
         nativesd.audit(sdxl, maps=tmp_path)
 
 

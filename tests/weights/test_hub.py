@@ -28,7 +28,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(asking, "PATIENCE", 0.5)
+        monkeypatch.setattr(asking, "PATIENCE", 0.3)
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         yield served
         close_session()
@@ -128,10 +128,10 @@ def test_every_status(hub: Hub, place: str, status: int) -> None:
 
 def test_a_slow_server_says_what_it_was_slow_with(hub: Hub) -> None:
     hub.place, hub.fault = "api", "silent"
-    with pytest.raises(NetworkError, match=r"took over 0.5 s for the list of files.*HF_HUB_ETAG_TIMEOUT"):
+    with pytest.raises(NetworkError, match=r"took over 0.3 s for the list of files.*HF_HUB_ETAG_TIMEOUT"):
         list_files("org/name")
     hub.place, hub.fault = "get", "slow"
-    with pytest.raises(NetworkError, match=r"took over 0.5 s for 'model_index.json'"):
+    with pytest.raises(NetworkError, match=r"took over 0.3 s for 'model_index.json'"):
         fetch_file("org/name", "model_index.json")
 
 

@@ -13,7 +13,8 @@ import nativesd
 from nativesd.checkpoints.convert import convert
 from nativesd.config import CLIP_L, OPENCLIP_H, PLAYGROUND_VAE, SDXL_BIGG, SDXL_CLIP_L, TextEncoderConfig
 from nativesd.weights.maps.identify import Identity, identify
-from nativesd.weights.maps.keymap import Shape, load_tables
+from nativesd.weights.maps.keymap import load_tables
+from nativesd.weights.maps.rules import Shape
 from nativesd.weights.maps.stated import FewSteps, few_steps
 from oracles import published_manifests
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -31,8 +35,10 @@ from nativesd.config import (
     VAEConfig,
 )
 from nativesd.models.build import expected
-from nativesd.weights.maps.keymap import BoundMap, KeyMap, Shape, TableError, evaluate, load_table
+from nativesd.weights.maps.keymap import BoundMap, KeyMap, load_table, load_tables
 from nativesd.weights.maps.plan import Plan, make_plan
+from nativesd.weights.maps.rules import Shape
+from nativesd.weights.maps.templates import TableError, evaluate, expression
 from oracles import published_manifests, text_kwargs, unet_kwargs, vae_kwargs
 
 MANIFESTS = published_manifests()
@@ -588,7 +594,7 @@ def test_a_name_that_is_produced_twice() -> None:
 WRONG: dict[str, tuple[str, str]] = {
     "not TOML": ("[[rule", "not TOML"),
     "unknown leaf": (rule("a", "b", 'leaf = "nothing"'), r"rule 1: there is no \[leaf.nothing\]"),
-    "unknown op": (rule("a", "b", 'op = "reverse"'), "rule 1: unknown op 'reverse'"),
+    "unknown op": (rule("a", "b", 'op = "reverse"'), "rule 1: op = 'reverse' must be 'copy'"),
     "unknown field": (rule("a", "b", 'comment = "x"'), "rule 1: unknown field comment"),
     "second rule": (rule("a", "b") + rule("c", "d", "fro = {}"), "rule 2: unknown field fro"),
     "two lists": ('[[rule]]\ntheirs = ["a", "b"]\nours = ["c", "d"]\n', "rule 1: both sides are lists"),
@@ -647,3 +653,131 @@ def test_more_wrong_tables(text: str) -> None:
 def test_wrong_heads(line: str) -> None:
     with pytest.raises(TableError, match=r"test\.toml"):
         table(rule("a", "b"), head=HEAD + line + "\n")
+
+
+# --- tables of strangers
+
+LOOP = 'for = { i = "1000000000" }'
+BOUNDED: dict[str, tuple[str, str]] = {
+    "a number for a text": ('[[rule]]\ntheirs = 1\nours = "b"\n', "rule 1: theirs = 1 must be a text"),
+    "a number in a list": ('[[rule]]\ntheirs = ["a", 1]\nours = "b"\n', "rule 1: theirs = .* must be a text"),
+    "a list for a loop": (rule("a.{i}", "b.{i}", "for = { i = [1] }"), "rule 1: for = .* must be"),
+    "a number for a leaf": (rule("a", "b", "leaf = 1"), "rule 1: leaf = 1 must be"),
+    "a text for a truth": (rule("a", "b", 'write = "no"'), "rule 1: write = 'no' must be true or false"),
+    "a loop that is no name": (rule("a", "b", 'for = { "a b" = 1 }'), "rule 1: for = .* must be"),
+    "a section that is a number": ("leaf = 1\n" + HEAD, "leaf = 1 must be"),
+    "rules that are numbers": ("rule = [1]\n" + HEAD, r"rule = \[1\] must be"),
+    "a nameless capture": ('[dims]\nd = { count = "a" }\n' + rule("a", "b"), "no number to count by"),
+    "a capture of words": ('[dims]\nd = { count = "a.{p}" }\n' + rule("a", "b"), "no number to count by"),
+    "a loop of 10^9": (rule("a.{i}", "b.{i}", LOOP), "rule 1: .*stands for over 50000 names"),
+    "a loop of 10^30": (rule("a.{i}", "b.{i}", f'for = {{ i = "{10**30}" }}'), "bound cannot be computed"),
+    "loops of 10^4 cubed": (
+        rule("a.{i}.{j}.{k}", "b.{i}.{j}.{k}", 'for = { i = "10000", j = "10000", k = "10000" }'),
+        "stands for over 50000 names",
+    ),
+    "rules that add up": ("".join(rule(f"a{n}.{{i}}", "b", "for = { i = 9999 }") for n in "12345"), "rule 3: .*50000"),
+    "a deep expression": (rule("a.{" + "(" * 5000 + "1" + ")" * 5000 + "}", "b"), "rule 1: theirs = .* 200 characters"),
+    "a long expression": (rule("a.{" + "1+" * 60 + "1}", "b"), "rule 1: .*has 121 characters, over 100"),
+    "a large number": (rule("a.{" + "*".join(["999999999"] * 9) + "}", "b"), "rule 1: .*beyond 1000000000"),
+    "captures side by side": (rule("a.{x}{y}{z}", "b.{x}.{y}.{z}"), "rule 1: .*more than two captures"),
+    "captures by the hundred": (
+        rule("a.{x}_{i}", "b.{x}_{i}", "for = { i = 99 }"), "rule 1: .*one of over 64 captures at its place",
+    ),
+    "too many rules": (rule("a", "b") * 301, "rule = .* must be a list of 0 to 300"),
+    "too many names of a rule": ('[[rule]]\ntheirs = ["a"' + ', "a"' * 9 + ']\nours = "b"\n', "rule 1: theirs"),
+    "a deep table": ("x = " + "[" * 5000 + "]" * 5000 + HEAD, "nested too deeply|unknown section"),
+    "a long table": ("#" * 200_001, "characters, over the 200000 of any table"),
+    "a number of 5,000 digits": ("x = " + "9" * 5000 + HEAD, "not TOML"),
+}  # fmt: skip
+
+
+def use(keymap: KeyMap) -> BoundMap:
+    """A table, bound as the detection binds it."""
+    return keymap.bind(keymap.probe(["a.1.b"], ""))
+
+
+@pytest.mark.parametrize(("text", "message"), BOUNDED.values(), ids=BOUNDED.keys())
+def test_hostile_tables_are_refused_at_once(text: str, message: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(TableError, match=message) as caught:
+        use(KeyMap.parse(text if "[map]" in text else HEAD + text, "test.toml"))
+    assert "test.toml" in str(caught.value)
+    assert len(str(caught.value)) < 600
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a+)+b", "(a|a)*b", "(a?)*b", "(.*)*", "(a{1,9}){9}", "a.*.*.*b", "(a|a)(a|a)" * 9 + "b", "a?" * 30 + "b",
+        r"(a)\\1", "(?P<x>a)(?P=x)", "(?=a)a", "(?i)a", "(?>a)", "(?(1)a|b)", "(", ")", "[", "a**", "a{99999999999}",
+        "\\\\", "(?P<1>a)", "a|*", "",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("section", ["ignore", "names", "refused"])
+def test_patterns_that_may_take_for_ever(pattern: str, section: str) -> None:
+    """What is read of them is read in no time, too, where a name comes as it would have to."""
+    where = {
+        "ignore": "[map.ignore]",
+        "names": "[names]",
+        "refused": '[lora]\nparts = ["alpha"]\nprefix."x" = "unet"\n',
+    }
+    text = f'{HEAD}{where[section]}\n{"[lora.refused]" if section == "refused" else ""}\n"{pattern}" = "x"\n'
+    start = time.monotonic()
+    with suppress(TableError):
+        bound_map = KeyMap.parse(text, "test.toml").bind()
+        for name in ("a" * 250, "a" * 100_000, "x" * 250):
+            bound_map.reason_to_ignore(name)
+            bound_map.describe(name)
+    assert time.monotonic() - start < 0.5
+
+
+def test_what_patterns_can_say() -> None:
+    for pattern in (
+        "a.*",
+        r"(.*\.)?b",
+        "[]a]+x",
+        "[^]]*",
+        r"\w+\.(a|b)_\w+",
+        "a{3}b?",
+        "(?P<x>a|b)c",
+        "(?<!a)b*?",
+        "a*+",
+    ):
+        assert expression(pattern)
+    for pattern in ("(a+)+", "a.*b.*c.*", r"(a)\1"):
+        with pytest.raises(ValueError, match=r"may take for ever|ways|no table may use"):
+            expression(pattern)
+
+
+def test_a_meaning_is_text_and_captures() -> None:
+    """No format: it would reach into objects, or ask for a gigabyte of spaces."""
+    text = HEAD + "[names]\n'(?P<n>a)(?P<m>b)?' = 'the {n}{m} and {n.__class__}'\n"
+    with pytest.raises(TableError, match=r"\[names\].*\{n.__class__\}"):
+        KeyMap.parse(text, "test.toml")
+    assert table("[names]\n'(?P<n>a)(?P<m>b)?' = 'the {n}{m}'\n").describe("a") == "the a"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "gone", "large", "binary"])
+def test_files_that_are_no_tables(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "gone":
+            path.symlink_to("nowhere")
+        case "large":
+            path.write_bytes(b"#" * 300_000)
+        case "binary":
+            path.write_bytes(b"\xff\xfe")
+    with pytest.raises(TableError, match=r"x\.toml"):
+        load_tables(tmp_path)
+
+
+def test_a_folder_of_too_many_tables(tmp_path: Path) -> None:
+    for n in range(101):
+        (tmp_path / f"{n}.toml").touch()
+    with pytest.raises(TableError, match="holds 101 tables, over the 100"):
+        load_tables(tmp_path)

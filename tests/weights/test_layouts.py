@@ -43,11 +43,13 @@ from nativesd.config import (
 )
 from nativesd.errors import NativesdError
 from nativesd.models.build import expected
+from nativesd.shipped import TABLES
 from nativesd.weights.audit import AuditReport, nearest, report_components
 from nativesd.weights.checkpoint import apply
 from nativesd.weights.files.header import TensorInfo
 from nativesd.weights.maps.identify import Identity, identify
-from nativesd.weights.maps.keymap import TABLES, BoundMap, Shape, load_table, load_tables
+from nativesd.weights.maps.keymap import BoundMap, load_table, load_tables
+from nativesd.weights.maps.rules import Shape
 from oracles import Manifest, published_manifests, unet_kwargs
 
 MANIFESTS = published_manifests()

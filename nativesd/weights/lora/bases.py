@@ -10,7 +10,8 @@ from nativesd.weights.audit import Expected
 from nativesd.weights.lora.file import Group
 from nativesd.weights.lora.place import Change, Place, context, place
 from nativesd.weights.maps.describe import DISTILLED, FAMILIES, unet_family
-from nativesd.weights.maps.keymap import KeyMap, Shape
+from nativesd.weights.maps.keymap import KeyMap
+from nativesd.weights.maps.rules import Shape
 
 ENCODERS: Mapping[str, Mapping[str, Config]] = {
     "sd1": {"text_encoder": CLIP_L}, "sd2": {"text_encoder": OPENCLIP_H},

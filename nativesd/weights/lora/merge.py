@@ -27,8 +27,9 @@ from nativesd.weights.lora.parts import DORA, dora_axis
 from nativesd.weights.lora.place import Change, Place
 from nativesd.weights.lora.resolve import Resolution, Use, resolve
 from nativesd.weights.maps.identify import Component
-from nativesd.weights.maps.keymap import KeyMap, Shape, Source, load_tables
+from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.maps.plan import make_plan
+from nativesd.weights.maps.rules import Shape, Source
 
 Read = Callable[[str], Tensor]
 """A tensor of a LoRA by its key."""

@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from nativesd.weights.maps.keymap import Shape
 from nativesd.weights.maps.lora_names import PARTS
+from nativesd.weights.maps.rules import Shape
 
 BIAS = {"diff_b": "full difference", "b_norm": "norm difference"}
 KINDS = {

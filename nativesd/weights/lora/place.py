@@ -12,7 +12,9 @@ from nativesd.config import Config, TextEncoderConfig, UNetConfig
 from nativesd.errors import WeightsError
 from nativesd.weights.lora.file import Group
 from nativesd.weights.lora.parts import BIAS, DORA, dora_axis, product
-from nativesd.weights.maps.keymap import KeyMap, Shape, Source, TableError
+from nativesd.weights.maps.keymap import KeyMap
+from nativesd.weights.maps.rules import Shape, Source
+from nativesd.weights.maps.templates import TableError
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from nativesd.config import (
     UnionConfig,
     VAEConfig,
 )
-from nativesd.weights.maps.keymap import Shape
+from nativesd.weights.maps.rules import Shape
 
 Parameters = Mapping[str, Shape]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from nativesd.weights.maps.keymap import BoundMap, KeyMap, Shape
+from nativesd.weights.maps.keymap import BoundMap, KeyMap
+from nativesd.weights.maps.rules import Shape
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ from nativesd.weights.maps.describe import (
     vae_config,
 )
 from nativesd.weights.maps.detect import Detection, Found, detect
-from nativesd.weights.maps.keymap import BoundMap, KeyMap, Shape
+from nativesd.weights.maps.keymap import BoundMap, KeyMap
+from nativesd.weights.maps.rules import Shape
 from nativesd.weights.maps.signatures import Signature, recognise
 from nativesd.weights.maps.stated import EDM_LATENTS, prediction
 

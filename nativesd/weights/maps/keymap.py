@@ -17,91 +17,46 @@ names, and a model's config says it for writing. Nothing here knows about tensor
 
 from __future__ import annotations
 
-import ast
-import operator
-import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import product
+from math import prod
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from re import Pattern
+from typing import Any, Literal
 
-from nativesd.errors import NativesdError
+from nativesd.errors import quote
 from nativesd.shipped import TABLES
+from nativesd.weights.maps.grammar import DIM, HEAD, LORA, RULE, TABLE, Op, parse_toml, read_section, read_table
 from nativesd.weights.maps.lora_names import LoraNames
-
-Shape = tuple[int, ...]
-Op = Literal["copy", "transpose", "conv1x1", "split", "concat"]
-Dims = Mapping[str, int | tuple[int, ...]]
+from nativesd.weights.maps.rules import Rule, Source
+from nativesd.weights.maps.templates import (
+    LONGEST,
+    Dims,
+    TableError,
+    Trie,
+    captures,
+    counting,
+    evaluate,
+    expand,
+    expression,
+    holes,
+    join,
+    matching,
+    substitute,
+)
 
 SIGNATURES = "signatures.toml"
 """The table beside the others that says what is recognised and not supported."""
 
-MAX_DIM = 64
+MAX_DIM = 8
 """The largest dimension that is read off a checkpoint's names: what says more is no model but a fault."""
-
-
-class TableError(NativesdError):
-    """A weight map that contradicts itself; the message names the table and the rule."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One [[rule]] of a table (`number` counts from 1), after its leaf was filled in."""
-
-    table: str
-    number: int
-    theirs: tuple[str, ...]
-    ours: tuple[str, ...]
-    op: Op
-    written: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.table} rule {self.number}: {' + '.join(self.theirs)} <-> {' + '.join(self.ours)}"
-
-
-@dataclass(frozen=True)
-class Source:
-    """What fills one parameter of ours: the published keys, in order, and what is done to them.
-
-    With op "split" the parameter is part `part` of `parts` equal parts of the key, along the first axis.
-    """
-
-    keys: tuple[str, ...]
-    rule: Rule
-    part: int = 0
-    parts: int = 1
-
-    def shape(self, shapes: Mapping[str, Shape]) -> Shape | None:
-        """The parameter's shape that the keys' `shapes` give, or None where the operation does not apply to them."""
-        first, *rest = (shapes[key] for key in self.keys)
-        match self.rule.op:
-            case "transpose":
-                return first[::-1] if len(first) == 2 else None
-            case "conv1x1":
-                plain = first if len(first) in (1, 2) else None
-                return first[:2] if len(first) == 4 and first[2:] == (1, 1) else plain
-            case "split":
-                return (first[0] // self.parts, *first[1:]) if first and first[0] % self.parts == 0 else None
-            case "concat":
-                same = first and all(other and other[1:] == first[1:] for other in rest)
-                return (sum(shapes[key][0] for key in self.keys), *first[1:]) if same else None
-            case "copy":
-                return first
-
-    def published_shape(self, shape: Shape) -> Shape:
-        """The shape of a key that gives a parameter of `shape`; of a concatenation, of all its keys together."""
-        match self.rule.op:
-            case "transpose":
-                return shape[::-1]
-            case "conv1x1":
-                return (*shape, 1, 1) if len(shape) == 2 else shape
-            case "split":
-                return (shape[0] * self.parts, *shape[1:])
-            case "concat" | "copy":
-                return shape
+MAX_TABLES = 100
+"""Of one's own."""
+MAX_NAMES = 50_000
+"""Templates that a table may stand for when its loops are expanded; the most of ours, with MAX_DIM of everything, is
+12,172."""
 
 
 LoopedRule = tuple[Rule, Mapping[str, str | int]]
@@ -149,60 +104,49 @@ class KeyMap:
         return bool(self.names) or self.lora is not None
 
     @cached_property
-    def _ignored(self) -> list[tuple[re.Pattern[str], str]]:
-        return [(re.compile(pattern), reason) for pattern, reason in self.ignore.items()]
+    def _ignored(self) -> list[tuple[Pattern[str], str]]:
+        return [(expression(pattern), reason) for pattern, reason in self.ignore.items()]
 
     def reason_to_ignore(self, key: str) -> str | None:
         """Why the key is not needed, or None where the table does not say so."""
+        if len(key) > LONGEST:
+            return None
         return next((reason for pattern, reason in self._ignored if pattern.fullmatch(key)), None)
 
     @classmethod
     def load(cls, path: Path) -> KeyMap:
         """Read a table. Raises TableError."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TableError(f"{path} cannot be read as a table: {error}") from error
-        return cls.parse(text, path.name)
+        return cls.parse(read_table(path), path.name)
 
     @classmethod
     def parse(cls, text: str, name: str) -> KeyMap:
         """Parse a table's text; `name` stands in messages. Raises TableError."""
-        try:
-            data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise TableError(f"{name} is not TOML: {error}") from error
-        if unknown := set(data) - {"map", "dims", "leaf", "also", "rule", "names", "lora"}:
-            raise TableError(f"{name}: unknown section {', '.join(sorted(unknown))}")
-        head, leaves = data.get("map", {}), data.get("leaf", {})
-        if not {"component", "layout"} <= set(head) <= {"component", "layout", "prefix", "detect", "ignore"}:
-            raise TableError(f"{name}: [map] takes component and layout, and may have prefix, detect and ignore")
-        if not (data.get("rule") or data.get("names") or data.get("lora") or head.get("ignore")):
+        data = read_section(parse_toml(text, name), TABLE, name)
+        head = read_section(data["map"], HEAD, f"{name} [map]")
+        if not (data["rule"] or data["names"] or data["lora"] or head["ignore"]):
             raise TableError(f"{name} has no [[rule]]")
-        if unknown := set(data.get("also", {})) - set(leaves):
-            raise TableError(f"{name}: [also] without [leaf] of the same name: {', '.join(sorted(unknown))}")
-        for pattern in (*head.get("ignore", {}), *data.get("names", {})):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise TableError(f"{name}: {pattern!r} is not a regular expression: {error}") from error
+        if unknown := set(data["also"]) - set(data["leaf"]):
+            raise TableError(f"{name}: [also] without [leaf] of the same name: {', '.join(sorted(unknown)[:5])}")
         try:
-            lora = LoraNames.parse(data["lora"]) if "lora" in data else None
+            for pattern in head["ignore"]:
+                expression(pattern)
+            for pattern, meaning in data["names"].items():
+                if unknown := set(holes(meaning)) - set(expression(pattern).groupindex):
+                    raise ValueError(f"[names] says {{{unknown.pop()}}}, which is no group of {quote(pattern)}")
+            lora = LoraNames.parse(read_section(data["lora"], LORA, f"{name} [lora]")) if data["lora"] else None
         except ValueError as error:
             raise TableError(f"{name}: {error}") from error
         return cls(
             name=name,
             component=head["component"],
             layout=head["layout"],
-            prefixes=_as_tuple(head.get("prefix", "")),
-            detect=_as_tuple(head.get("detect", ())),
-            ignore=head.get("ignore", {}),
-            names=data.get("names", {}),
-            probes=tuple(_probe(name, dim, probe) for dim, probe in data.get("dims", {}).items()),
+            prefixes=head["prefix"] or ("",),
+            detect=head["detect"],
+            ignore=head["ignore"],
+            names=data["names"],
+            probes=tuple(_probe(name, dim, probe) for dim, probe in data["dims"].items()),
             rules=tuple(
-                entry
-                for number, rule in enumerate(data.get("rule", ()), 1)
-                for entry in _fill_leaf(name, number, rule, data)
+                entry for number, rule in enumerate(data["rule"], 1) for entry in _fill_leaf(name, number, rule, data)
             ),
             lora=lora,
         )
@@ -224,10 +168,10 @@ class KeyMap:
                 each = dims.get(probe.each)
                 if not isinstance(each, int):
                     raise TableError(f"{where}: {probe.each!r} is not a dimension that stands before it")
-                patterns = [_pattern(_expand(where, probe.template, {**dims, "i": i})) for i in range(each)]
+                patterns = [matching(where, expand(where, probe.template, {**dims, "i": i})) for i in range(each)]
                 dims[probe.dim] = tuple(int(any(map(pattern.fullmatch, keys))) for pattern in patterns)
                 continue
-            pattern = _pattern(_expand(where, probe.template, dims))
+            pattern = counting(where, expand(where, probe.template, dims))
             numbers = {int(match.group(1)) for match in map(pattern.fullmatch, keys) if match}
             if probe.kind == "count":
                 value = len(numbers) + probe.plus
@@ -239,10 +183,12 @@ class KeyMap:
 
 def _probe(table: str, dim: str, data: dict[str, Any]) -> Probe:
     """One entry of [dims]. Raises TableError."""
-    for kind in ("count", "first", "exists"):
-        if kind in data and set(data) <= {kind, "plus", "default", "each"}:
-            return Probe(dim, kind, data[kind], data.get("plus", 0), data.get("default", 0), data.get("each", ""))
-    raise TableError(f"{table}: dims.{dim} needs count, first or exists, and may have plus, default and each")
+    found = read_section(data, DIM, f"{table} dims.{dim}")
+    kinds: tuple[Literal["count", "first", "exists"], ...] = ("count", "first", "exists")
+    given = [kind for kind in kinds if found[kind] is not None]
+    if len(given) != 1:
+        raise TableError(f"{table}: dims.{dim} needs count, first or exists, and may have plus, default and each")
+    return Probe(dim, given[0], found[given[0]], found["plus"], found["default"], found["each"])
 
 
 @cache
@@ -258,86 +204,42 @@ def load_tables(extra: Path | None = None) -> dict[str, KeyMap]:
         own = sorted(extra.glob("*.toml"))
         if not own:
             raise TableError(f"{extra} holds no tables (*.toml)")
+        if len(own) > MAX_TABLES:
+            raise TableError(f"{extra} holds {len(own)} tables, over the {MAX_TABLES} that are read: name their folder")
         tables |= {path.stem: KeyMap.load(path) for path in own}
     return tables
 
 
-def _fill_leaf(table: str, number: int, rule: dict[str, Any], data: dict[str, Any]) -> Iterator[LoopedRule]:
+def _fill_leaf(table: str, number: int, data: dict[str, Any], sections: dict[str, Any]) -> Iterator[LoopedRule]:
     """The rules that one [[rule]] stands for: itself, or one for every entry of its leaf, and its `also` spellings."""
-    if unknown := set(rule) - {"theirs", "ours", "for", "leaf", "also", "op", "write"}:
-        raise TableError(f"{table} rule {number}: unknown field {', '.join(sorted(unknown))}")
-    if not {"theirs", "ours"} <= set(rule):
-        raise TableError(f"{table} rule {number}: needs both theirs and ours")
-    if {"leaf", "also"} <= set(rule):
-        raise TableError(f"{table} rule {number}: other spellings of a leaf's rule belong into [also.{rule['leaf']}]")
-    loops, written = rule.get("for", {}), rule.get("write", True)
-    ours, theirs = (_as_tuple(rule[side]) for side in ("ours", "theirs"))
-    name = rule.get("op") or ("split" if len(ours) > 1 else "concat" if len(theirs) > 1 else "copy")
-    if name not in get_args(Op):
-        raise TableError(f"{table} rule {number}: unknown op {name!r}")
-    op = cast(Op, name)
+    where = f"{table} rule {number}"
+    rule = read_section(data, RULE, where)
+    theirs, ours, leaf, loops, written = (rule[name] for name in ("theirs", "ours", "leaf", "for", "write"))
+    if leaf is not None and rule["also"]:
+        raise TableError(f"{where}: other spellings of a leaf's rule belong into [also.{leaf}]")
+    op: Op = rule["op"] or ("split" if len(ours) > 1 else "concat" if len(theirs) > 1 else "copy")
+    if not (theirs and ours):
+        raise TableError(f"{where}: needs both theirs and ours")
     if len(ours) > 1 and len(theirs) > 1:
-        raise TableError(f"{table} rule {number}: both sides are lists")
+        raise TableError(f"{where}: both sides are lists")
     if (len(ours) > 1) != (op == "split") or (len(theirs) > 1 and op != "concat"):
-        raise TableError(f"{table} rule {number}: op {op!r} does not fit {len(theirs)} to {len(ours)} names")
-    leaf = rule.get("leaf")
+        raise TableError(f"{where}: op {op!r} does not fit {len(theirs)} to {len(ours)} names")
     if leaf is None:
         yield Rule(table, number, theirs, ours, op, written), loops
-        for spelling in _as_tuple(rule.get("also", ())):
+        for spelling in rule["also"]:
             yield Rule(table, number, (spelling,), ours, op, written=False), loops
         return
-    if leaf not in data.get("leaf", {}):
-        raise TableError(f"{table} rule {number}: there is no [leaf.{leaf}]")
+    if leaf not in sections["leaf"]:
+        raise TableError(f"{where}: there is no [leaf.{leaf}]")
     for group, group_written in (("leaf", written), ("also", False)):
-        for theirs_leaf, ours_leaf in data.get(group, {}).get(leaf, {}).items():
+        for theirs_leaf, ours_leaf in sections[group].get(leaf, {}).items():
             theirs_names = tuple(f"{side}.{theirs_leaf}.{{p}}" for side in theirs)
             ours_names = tuple(f"{side}.{ours_leaf}.{{p}}" for side in ours)
             yield Rule(table, number, theirs_names, ours_names, op, group_written), loops
 
 
-def _as_tuple(value: str | list[str] | tuple[()]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-_OPERATORS = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-}  # fmt: skip
-
-
-def evaluate(expression: str, values: Dims) -> int:
-    """An integer expression over `values`: + - * // %, names, and an element of a list by name[index].
-
-    Raises KeyError for a name that has no value, ValueError for anything else.
-    """
-
-    def visit(node: ast.expr) -> int:
-        match node:
-            case ast.Constant(value=int(value)):
-                return value
-            case ast.Name(id=name):
-                bound = values[name]
-                if isinstance(bound, int):
-                    return bound
-                raise ValueError(f"{name} is a list in {expression!r}: one of it is {name}[i]")
-            case ast.Subscript(value=ast.Name(id=name), slice=index):
-                items = values[name]
-                place = visit(index)
-                if isinstance(items, int) or not 0 <= place < len(items):
-                    raise ValueError(f"{name}[{place}] in {expression!r} is not there")
-                return items[place]
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-                try:
-                    result: int = _OPERATORS[type(op)](visit(left), visit(right))
-                except ZeroDivisionError as error:
-                    raise ValueError(f"{expression!r} divides by zero") from error
-                return result
-        raise ValueError(f"{expression!r} is not an integer expression")
-
-    return visit(ast.parse(expression, mode="eval").body)
-
-
-_HOLE = re.compile(r"\{([^{}]+)\}")
+Entry = tuple[Rule, int, tuple[str, ...]]
+"""A rule, the place of a template among those of its side, and the other side's templates."""
 
 
 class BoundMap:
@@ -347,25 +249,27 @@ class BoundMap:
         self.keymap = keymap
         self.dims = dims
         self._found: dict[str, list[tuple[str, Source]]] = {}
-        self._names = [(re.compile(pattern), meaning) for pattern, meaning in keymap.names.items()]
-        self._theirs, self._ours, self._read_only = _Trie(), _Trie(), _Trie()
+        self._names = [(expression(pattern), meaning) for pattern, meaning in keymap.names.items()]
+        self._theirs, self._ours, self._read_only = Trie[Entry](), Trie[Entry](), Trie[Entry]()
+        left = MAX_NAMES
         for rule, loops in keymap.rules:
-            for values in _loop(rule, loops, dims):
-                theirs = tuple(_expand(str(rule), template, values) for template in rule.theirs)
-                ours = tuple(_expand(str(rule), template, values) for template in rule.ours)
-                holes = {frozenset(_HOLE.findall(template)) for template in (*theirs, *ours)}
-                if any(
-                    len(set(part)) < len(part) for t in (*theirs, *ours) for part in map(_HOLE.findall, t.split("."))
-                ):
-                    raise TableError(f"{rule}: a capture stands twice between two dots")
-                if len(holes) > 1:
-                    raise TableError(f"{rule}: the two sides have different captures")
+            where = str(rule)
+            bounds = _bounds(where, loops, dims)
+            left -= prod(bounds) * (len(rule.theirs) * len(prefixes) + len(rule.ours))
+            if left < 0:
+                raise TableError(f"{where}: with this rule the table stands for over {MAX_NAMES} names")
+            for values in product(*map(range, bounds)):
+                known = {**dims, **dict(zip(loops, values, strict=True))}
+                theirs = tuple(expand(where, template, known) for template in rule.theirs)
+                ours = tuple(expand(where, template, known) for template in rule.ours)
+                if len({captures(where, template) for template in (*theirs, *ours)}) > 1:
+                    raise TableError(f"{where}: the two sides have different captures")
                 for index, template in enumerate(theirs):
-                    for full in dict.fromkeys(_join(prefix, template) for prefix in prefixes):
-                        self._theirs.add(full, (rule, index, ours))
+                    for full in dict.fromkeys(join(prefix, template) for prefix in prefixes):
+                        self._theirs.add(where, full, (rule, index, ours))
                 for index, template in enumerate(ours):
                     side = self._ours if rule.written else self._read_only
-                    side.add(template, (rule, index, tuple(_join(prefixes[0], t) for t in theirs)))
+                    side.add(where, template, (rule, index, tuple(join(prefixes[0], t) for t in theirs)))
 
     def parameters(self, key: str) -> list[tuple[str, Source]]:
         """Our parameters that a published key fills, each with the part it plays; [] where no rule names the key.
@@ -378,10 +282,10 @@ class BoundMap:
                 raise TableError(f"two rules claim {key}: " + "; ".join(str(rule) for (rule, _, _), _ in found))
             self._found[key] = [
                 (
-                    _substitute(name, captures),
+                    substitute(name, values),
                     Source((key,), rule, part if rule.op == "split" else index, max(len(ours), len(rule.theirs))),
                 )
-                for (rule, index, ours), captures in found[:1]
+                for (rule, index, ours), values in found[:1]
                 for part, name in enumerate(ours)
             ]
         return self._found[key]
@@ -391,14 +295,14 @@ class BoundMap:
         found = self._ours.find(name)
         if len(found) > 1:
             raise TableError(f"two rules produce {name}: " + "; ".join(str(rule) for (rule, _, _), _ in found))
-        for (rule, part, theirs), captures in found:
-            return Source(tuple(_substitute(t, captures) for t in theirs), rule, part, len(rule.ours))
+        for (rule, part, theirs), values in found:
+            return Source(tuple(substitute(t, values) for t in theirs), rule, part, len(rule.ours))
         return None
 
     def old_spelling(self, name: str) -> Source | None:
         """The published keys of one of our parameters in a spelling that is read and never written, if it has one."""
-        for (rule, part, theirs), captures in self._read_only.find(name):
-            return Source(tuple(_substitute(t, captures) for t in theirs), rule, part, len(rule.ours))
+        for (rule, part, theirs), values in self._read_only.find(name):
+            return Source(tuple(substitute(t, values) for t in theirs), rule, part, len(rule.ours))
         return None
 
     @cached_property
@@ -415,96 +319,17 @@ class BoundMap:
         """What the key is, by the table's [lora], or its [names], whose pattern's groups may stand in it; else None."""
         if self.keymap.lora is not None and (meaning := self.keymap.lora.describe(key)) is not None:
             return meaning
+        if len(key) > LONGEST:
+            return None
         for pattern, meaning in self._names:
             if match := pattern.fullmatch(key):
-                return meaning.format(**match.groupdict("")).strip()
+                return substitute(meaning, match.groupdict("")).strip()
         return None
 
 
-Entry = tuple[Rule, int, tuple[str, ...]]
-"""A rule, the place of a template among those of its side, and the other side's templates."""
-
-
-class _Trie:
-    """Templates by their dot-separated parts: a name is matched in one walk, however many templates there are."""
-
-    def __init__(self) -> None:
-        self.literal: dict[str, _Trie] = {}
-        self.pattern: dict[str, tuple[re.Pattern[str], _Trie]] = {}
-        self.values: list[Entry] = []
-
-    def add(self, template: str, value: Entry) -> None:
-        """Store `value` under a template whose holes are captures."""
-        node = self
-        for part in template.split("."):
-            if "{" not in part:
-                node = node.literal.setdefault(part, _Trie())
-                continue
-            pattern = _capturing(part)
-            _, node = node.pattern.setdefault(pattern, (re.compile(pattern), _Trie()))
-        node.values.append(value)
-
-    def find(self, name: str) -> list[tuple[Entry, dict[str, str]]]:
-        """Every value whose template matches, with its captures."""
-        out: list[tuple[Entry, dict[str, str]]] = []
-
-        def walk(node: _Trie, parts: list[str], captures: dict[str, str]) -> None:
-            if not parts:
-                out.extend((value, captures) for value in node.values)
-                return
-            if parts[0] in node.literal:
-                walk(node.literal[parts[0]], parts[1:], captures)
-            for pattern, child in node.pattern.values():
-                match = pattern.fullmatch(parts[0])
-                if match and all(captures.get(k, v) == v for k, v in match.groupdict().items()):
-                    walk(child, parts[1:], captures | match.groupdict())
-
-        walk(self, name.split("."), {})
-        return out
-
-
-def _capturing(template: str) -> str:
-    """The regular expression of a template whose holes are captures."""
-    pieces = _HOLE.split(template)  # literal, capture, literal, capture, ..., literal
-    return "".join(
-        f"(?P<{piece}>{'weight|bias' if piece == 'p' else '[0-9]{1,9}'})" if i % 2 else re.escape(piece)
-        for i, piece in enumerate(pieces)
-    )
-
-
-def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(_capturing(template))
-
-
-def _join(prefix: str, template: str) -> str:
-    """The full name; "../" at a template's start goes one part of the prefix up."""
-    return re.sub(r"([^.]+\.)?\.\./", "", prefix + template)
-
-
-def _loop(rule: Rule, loops: Mapping[str, str | int], dims: Dims) -> Iterator[Dims]:
-    """Every assignment of the rule's loop variables, on top of the map's dimensions."""
+def _bounds(where: str, loops: Mapping[str, str | int], dims: Dims) -> list[int]:
+    """How often each of a rule's loops goes round; bounds may name the map's dimensions. Raises TableError."""
     try:
-        bounds = [evaluate(str(bound), dims) for bound in loops.values()]
+        return [max(0, evaluate(str(bound), dims)) for bound in loops.values()]
     except (KeyError, ValueError, SyntaxError) as error:
-        raise TableError(f"{rule}: a loop's bound cannot be computed: {error}") from error
-    for values in product(*(range(bound) for bound in bounds)):
-        yield {**dims, **dict(zip(loops, values, strict=True))}
-
-
-def _expand(where: str, template: str, values: Dims) -> str:
-    """Replace the holes whose variables are bound; leave the captures. Raises TableError, beginning with `where`."""
-
-    def fill(match: re.Match[str]) -> str:
-        expression = match.group(1)
-        if expression.isidentifier() and expression not in values:
-            return match.group(0)
-        try:
-            return str(evaluate(expression, values))
-        except (KeyError, ValueError, SyntaxError) as error:
-            raise TableError(f"{where}: cannot compute {{{expression}}}: {error}") from error
-
-    return _HOLE.sub(fill, template)
-
-
-def _substitute(template: str, captures: Mapping[str, str]) -> str:
-    return _HOLE.sub(lambda match: captures[match.group(1)], template)
+        raise TableError(f"{where}: a loop's bound cannot be computed: {error}") from error

@@ -18,6 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nativesd.errors import quote
+from nativesd.weights.maps.templates import LONGEST, expression
+
 PARTS = {
     "down": "down matrix", "mid": "core of the kernel", "up": "up matrix", "alpha": "alpha, scale = alpha / rank",
     "dora_scale": "DoRA magnitude", "magnitude": "DoRA magnitude per output",
@@ -62,24 +65,22 @@ class LoraNames:
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> LoraNames:
-        """The section from its TOML. Raises ValueError."""
-        if unknown := set(data) - {"prefix", "suffix", "parts", "ending", "refused"}:
-            raise ValueError(f"[lora] has an unknown field {', '.join(sorted(unknown))}")
-        suffixes = {f".{part}": part for part in data.get("parts", ())} | data.get("suffix", {})
-        if not (data.get("prefix") and suffixes):
+        """The section from its fields. Raises ValueError."""
+        suffixes = {f".{part}": part for part in data["parts"]} | data["suffix"]
+        if not (data["prefix"] and suffixes):
             raise ValueError("[lora] needs prefix, and suffix or parts")
         if unknown := set(suffixes.values()) - set(PARTS):
-            raise ValueError(f"[lora] has an unknown part {', '.join(sorted(unknown))}")
-        prefixes = {
-            prefix: (components,) if isinstance(components, str) else tuple(components)
-            for prefix, components in data["prefix"].items()
-        }
+            raise ValueError(f"[lora] has an unknown part {', '.join(sorted(unknown)[:5])}")
+        if wrong := [suffix for suffix in suffixes if suffix.count("{adapter}") > 1]:
+            raise ValueError(f"[lora] has the suffix {quote(wrong[0])} with more than one {{adapter}}")
+        if wrong := [prefix for prefix, components in data["prefix"].items() if not components]:
+            raise ValueError(f"[lora] has the prefix {quote(wrong[0])} of no component")
         return cls(
-            tuple(sorted(prefixes.items(), key=lambda item: -len(item[0]))),
-            _pattern("|".join(f"({_expression(suffix)}\\Z)" for suffix in suffixes)),
+            tuple(sorted(data["prefix"].items(), key=lambda item: -len(item[0]))),
+            re.compile("|".join(f"({_expression(suffix)}\\Z)" for suffix in suffixes)),
             tuple(suffixes.items()),
-            data.get("ending", {}),
-            {_pattern(pattern): reason for pattern, reason in data.get("refused", {}).items()},
+            data["ending"],
+            {expression(pattern): reason for pattern, reason in data["refused"].items()},
         )
 
     def part(self, key: str) -> Part | None:
@@ -101,7 +102,7 @@ class LoraNames:
 
     def refusal(self, key: str) -> str | None:
         """Why what a key holds cannot be merged, or None where nothing says so."""
-        if self.part(key) is not None:
+        if len(key) > LONGEST or self.part(key) is not None:
             return None
         return next((reason for pattern, reason in self.refused.items() if pattern.fullmatch(key)), None)
 
@@ -113,11 +114,3 @@ class LoraNames:
 
 def _expression(suffix: str) -> str:
     return r"[^.]+".join(map(re.escape, suffix.split("{adapter}")))
-
-
-def _pattern(pattern: str) -> re.Pattern[str]:
-    """Raises ValueError."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error

@@ -25,7 +25,7 @@ from nativesd.config import (
     VAEConfig,
 )
 from nativesd.shipped import PARAMETERS
-from nativesd.weights.maps.keymap import Shape
+from nativesd.weights.maps.rules import Shape
 
 
 def plain(config: Config) -> Config:

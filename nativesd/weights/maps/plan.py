@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nativesd.weights.maps.keymap import BoundMap, Shape, Source
+from nativesd.weights.maps.keymap import BoundMap
+from nativesd.weights.maps.rules import Shape, Source
 
 
 @dataclass

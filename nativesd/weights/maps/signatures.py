@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nativesd.shipped import TABLES
-from nativesd.weights.maps.keymap import SIGNATURES, Shape, TableError
+from nativesd.weights.maps.keymap import SIGNATURES
+from nativesd.weights.maps.rules import Shape
+from nativesd.weights.maps.templates import TableError
 
 
 @dataclass(frozen=True)
