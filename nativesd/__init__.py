@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nativesd.pipeline.hires import Hires as Hires
     from nativesd.pipeline.pipeline import Pipeline as Pipeline
     from nativesd.pipeline.repeat import options_from as options_from
+    from nativesd.sampling.variation import Variation as Variation
 
 _HOMES = {
     "checkpoints.audit": ("audit", "diff"),
@@ -45,6 +46,7 @@ _HOMES = {
     "diffusion.preview": ("Step",),
     "pipeline.pipeline": ("Pipeline",),
     "pipeline.repeat": ("options_from",),
+    "sampling.variation": ("Variation",),
 }
 _LAZY = {name: f"nativesd.{module}" for module, names in _HOMES.items() for name in names}
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "Pipeline",
     "Result",
     "Step",
+    "Variation",
     "__version__",
     "audit",
     "canny",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 NEEDS = {
     **dict.fromkeys(("mask", "strength", "steps_as", "resize", "outpaint", "image_guidance_scale"), ("image",)),
+    "variation_seed": ("variation_strength",),
     "mask_blur": ("mask", "outpaint"), "refiner_at": ("refiner",), "guess_mode": ("control",), "engines": ("backend",),
 }  # fmt: skip
 """Options that do nothing without one of others; those whose names go on after another's (--hires-steps) need that."""
@@ -105,6 +106,10 @@ NEEDS = {
     click.option("--eta", type=float, help="0 to 1, the noise that a sampler adds again [default: the sampler's]."),
     click.option("--guidance-rescale", type=float, help="0 to 1, against strong guidance's contrast [default: 0]."),
     click.option("--noise", type=click.Choice(["cpu", "cuda"]), help="Whose: the CPU's, or an NVIDIA card's (A1111)."),
+    click.option("--variation-strength", type=float, help="Of another seed's noise to mix in, 0 to 1 [default: 0]."),
+    click.option("--variation-seed", type=int, help="That other seed [default, and -1: random]."),
+    click.option("--seed-resize", type=Size(), help="Size whose noise is to stand in the middle, such as 512x512."),
+    click.option("--ensd", type=int, help="Added to the seed for the noise of the steps (A1111's) [default: 0]."),
     click.option("--clip-skip", type=int, help="Layer of the text encoder from the end; 1 is the last."),
     click.option("--literal", is_flag=True, default=None, help="Take the prompts as they stand: no weights, no BREAK."),
 )
@@ -222,6 +227,11 @@ def _for_python(options: dict[str, Any]) -> dict[str, Any]:
         options["loras"] = [lora_use(text) for text in options["loras"]]
     if control := _controls(options):
         options["control"] = control
+    names = {"variation_seed": "seed", "variation_strength": "strength", "seed_resize": "resize_from", "ensd": "ensd"}
+    if variation := {field: options.pop(name) for name, field in names.items() if name in options}:
+        from nativesd.sampling.variation import Variation
+
+        options["variation"] = Variation(**variation)
     passes = {name.removeprefix("hires_"): options.pop(name) for name in list(options) if name.startswith("hires_")}
     if "hires" in options:
         from nativesd.pipeline.hires import Hires

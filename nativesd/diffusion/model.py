@@ -32,11 +32,12 @@ from nativesd.models.vae import VAE
 from nativesd.pictures.images import to_pictures
 from nativesd.pictures.masks import mask_to_latents, mask_to_tensor
 from nativesd.sampling.names import Choice
-from nativesd.sampling.noise import BrownianNoise, NoiseKind, NoiseSource, move_noise, noise_source
+from nativesd.sampling.noise import BrownianNoise, NoiseKind, NoiseSource, move_noise
 from nativesd.sampling.published import Kind
 from nativesd.sampling.samplers import Noise
 from nativesd.sampling.schedule import Schedule
 from nativesd.sampling.table import Call
+from nativesd.sampling.variation import Variation, varied_noise
 from nativesd.text.embedding import Embedding
 from nativesd.text.encode import encode_each, encode_prompts
 from nativesd.text.tokenizer import ClipTokenizer
@@ -56,6 +57,8 @@ class Job:
     clip_skip: int | None
     seeds: Sequence[int]
     noise: NoiseKind
+    variation: Variation | None
+    variation_seeds: Sequence[int]
     guidance: Guidance
     choice: Choice
     kind: Kind
@@ -164,21 +167,21 @@ class Diffusion:
         job = self._within_memory(job, size)
         total, first = (steps, 0) if start is None else start.steps(steps, editing=config.unet.in_channels == EDITING)
         plan = job.choice.schedule(config.scheduler, total, job.kind, sdxl=config.unet.added is not None).part(first)
-        source = noise_source(job.noise, job.seeds)
+        source = varied_noise(job.noise, job.seeds, job.variation_seeds, job.variation, factor)
         shape = (config.vae.latent_channels, size[1] // factor, size[0] // factor)
         if start is None:
-            noise = source.draw(shape).to(self.device)
+            noise = source.first(shape).to(self.device)
             return self._sample(job, plan, noise * plan.start, source, size, steps)
         if config.unet.in_channels == EDITING:
             edited = self.encode_tensor(start.pixels())[0] / config.vae.scaling  # not scaled, as it was trained
-            noise = source.draw(shape).to(self.device)
+            noise = source.first(shape).to(self.device)
             return self._sample(job, plan, noise * plan.start, source, size, steps, channels=edited)
 
         inpainting = config.unet.in_channels == INPAINTING
         known, channels = None, None
         if not start.all_noise or not inpainting:
             known = start.latents if start.latents is not None else self._draw(start.pixels(), source, job)
-        noise = source.draw(shape).to(self.device)
+        noise = source.first(shape).to(self.device)
         mask = None if start.mask is None else mask_to_latents(start.mask, factor).to(self.device)
         if mask is not None and start.mask is not None:
             visible = start.pixels() * (mask_to_tensor(start.mask) < 0.5).to(self.device)

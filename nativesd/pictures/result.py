@@ -60,7 +60,7 @@ class Result:
         Of `parameters` these are needed: prompt, negative_prompt, steps, sampler, schedule, guidance_scale, width,
         height, model. These are written where they are there and not None: strength, clip_skip, guidance_rescale, eta,
         noise ("cpu" or "cuda"), image_guidance_scale, mask_blur, literal, refiner (a name), refiner_at, vae (a name),
-        steps_as, hires (`Hires.fields`) and loras (names to scales).
+        steps_as, variation (the fields of a `Variation`), hires (`Hires.fields`) and loras (names to scales).
         """
         p = self.parameters
         hires: Mapping[str, Any] = p.get("hires") or {}
@@ -82,6 +82,7 @@ class Result:
             "Eta DDIM" if p["sampler"] == "DDIM" else "Eta": _number(p.get("eta")),
             "CFG Rescale": _number(p.get("guidance_rescale")),
             "Image CFG scale": _number(p.get("image_guidance_scale")),
+            **_variation(p.get("variation") or {}, index),
             "Mask blur": p.get("mask_blur"),
             "Literal prompt": p.get("literal"),
             "Refiner": p.get("refiner"),
@@ -132,6 +133,17 @@ class Result:
                 raise UsageError("the parameters do not fit into a JPEG, which holds 64 kB of them: save as .png")
             return {"exif": exif, "quality": QUALITY}
         return {}
+
+
+def _variation(variation: Mapping[str, Any], index: int) -> dict[str, object]:
+    """A1111's fields of a variation, of picture `index`."""
+    strength, size = variation.get("strength"), variation.get("resize_from")
+    return {
+        "Variation seed": variation["seed"] + index if strength else None,
+        "Variation seed strength": _number(strength) if strength else None,
+        "Seed resize from": None if size is None else f"{size[0]}x{size[1]}",
+        "ENSD": variation.get("ensd") or None,
+    }
 
 
 def picture_format(path: Path) -> str:

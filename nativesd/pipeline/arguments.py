@@ -45,6 +45,7 @@ from nativesd.pipeline.hires import UPSCALERS, Hires, Upscaler
 from nativesd.pipeline.readers import Reader, flag, is_list, is_path, one_of, real, shown, text, to_whole, whole
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.noise import NoiseKind
+from nativesd.sampling.variation import SEEDS, Variation
 
 if TYPE_CHECKING:
     from nativesd.export.library import BackendName
@@ -54,7 +55,6 @@ Lora = str | Path | tuple[str | Path, float] | tuple[str | Path, float, float]
 Border = tuple[int, int, int, int]
 Function = TypeVar("Function", bound=Callable[..., object])
 
-SEEDS = 1 << 64
 SEEDING = ("seed", "num_images")  # the options that together are a seed for every picture
 MOST_HIRES = 16
 
@@ -112,6 +112,7 @@ class CallOptions(TypedDict, total=False):
     clip_skip: int | None
     literal: bool | None
     noise: NoiseKind | None
+    variation: Variation | None
     on_step: Callable[[Step], object] | None
 
 
@@ -138,6 +139,9 @@ ELSEWHERE = {
     "callback": "on_step", "callback_on_step_end": "on_step", "progress_callback": "on_step",
     "generator": "seed (the number that the generator was seeded with)", "random_seed": "seed",
     "size": "width and height", "emphasis": "literal",
+    "subseed": "variation (its seed)", "subseed_strength": "variation (its strength)",
+    "eta_noise_seed_delta": "variation (its ensd)", "ensd": "variation (its ensd)",
+    "seed_resize_from_w": "variation (its resize_from)", "seed_resize_from_h": "variation (its resize_from)",
     "output_type": "the result's images (PIL) and latents, which are always there",
     "return_dict": "the result's images (PIL) and latents, which are always there",
 }  # fmt: skip
@@ -156,6 +160,8 @@ def check(prompt: Prompt, options: CallOptions) -> Checked:
         one_negative=not is_list(given.get("negative_prompt")),
         **{name: rows[name](name, value) for name, value in given.items()},
     )  # fmt: skip
+    if checked.variation is not None and checked.variation.strength > 0 and not is_list(options.get("seed")):
+        checked = dataclasses.replace(checked, seeds=[seeds[0]] * len(seeds))  # the variations' seeds count up instead
     if checked.schedule is not None:
         find_schedule(checked.schedule)
     if checked.sampler is not None:
@@ -281,6 +287,22 @@ def _hires(name: str, value: Any) -> Hires:
     return Hires(**values)
 
 
+def _variation(name: str, value: Any) -> Variation:
+    """A `Variation`, with its seed chosen."""
+    if not isinstance(value, Variation):
+        raise UsageError(f"{name} must be a Variation, not {shown(value)}")
+    strength, size = real(0, 1)(f"{name}.strength", value.strength), None
+    if value.resize_from is not None:
+        sides = list(value.resize_from) if is_list(value.resize_from) else []
+        if len(sides) != 2:
+            raise UsageError(
+                f"{name}.resize_from must be a width and a height in pixels, not {shown(value.resize_from)}"
+            )
+        width, height = (whole(1)(f"{name}.resize_from", side) for side in sides)
+        size = (width, height)
+    return Variation(_seed(value.seed) if strength else None, strength, size, to_whole(f"{name}.ensd", value.ensd))
+
+
 def _upscaler(name: str, value: Any) -> Upscaler:
     """One of `UPSCALERS`, or a function."""
     if not isinstance(value, str) and callable(value):
@@ -385,7 +407,14 @@ class Checked:
     clip_skip: Annotated[int | None, whole(1)] = None
     literal: Annotated[bool, flag] = False
     noise: Annotated[NoiseKind, one_of(*get_args(NoiseKind))] = "cpu"
+    variation: Annotated[Variation | None, _variation] = None
     on_step: Annotated[Callable[[Step], object] | None, _callable] = None
+
+    @property
+    def variation_seeds(self) -> list[int]:
+        """Of every picture, those of the noise that is mixed in: counting up."""
+        first = None if self.variation is None else self.variation.seed
+        return [] if first is None else [(first + i) % SEEDS for i in range(len(self.seeds))]
 
     def each(self, texts: Sequence[str]) -> list[str]:
         """For every picture its own of one text, or of one for each prompt."""

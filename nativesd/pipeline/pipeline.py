@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Unpack
@@ -86,6 +86,7 @@ class Pipeline(Diffusion):
         clip_skip       layers of the text encoder from the end, 1 is the last; default: as the model was trained
         literal         take the prompts as they stand: no weights, no BREAK
         noise           "cpu", as diffusers, or "cuda": what an NVIDIA card would draw, as A1111
+        variation       noise that departs from the seed's: a `Variation`
         on_step         called with a `Step` at every step
 
         None stands for the default of each. Calls on the same weights take turns, from whatever threads they come.
@@ -147,6 +148,8 @@ class Pipeline(Diffusion):
             clip_skip=asked.clip_skip,
             seeds=asked.seeds,
             noise=asked.noise,
+            variation=asked.variation,
+            variation_seeds=asked.variation_seeds,
             guidance=Guidance(guidance_scale, asked.guidance_rescale, asked.image_guidance_scale, self.sequential),
             choice=choice,
             kind=kind,
@@ -184,6 +187,7 @@ class Pipeline(Diffusion):
             "height": inputs.height,
             "model": config.name,
             "noise": asked.noise,
+            "variation": None if asked.variation is None else asdict(asked.variation),
             "strength": None if start is None else start.strength,
             "steps_as": None if start is None or asked.steps_as == "diffusers" else asked.steps_as,
             "guidance_rescale": asked.guidance_rescale or None,

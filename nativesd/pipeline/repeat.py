@@ -9,6 +9,7 @@ from nativesd.errors import UsageError
 from nativesd.pictures.programs.find import read_recipe
 from nativesd.pipeline.hires import UPSCALERS, Hires
 from nativesd.sampling.names import find_sampler, find_schedule
+from nativesd.sampling.variation import Variation
 
 _NUMBERS = {"steps": int, "seed": int, "width": int, "height": int, "guidance_scale": float, "clip_skip": int}
 _HIRES = {"upscale": "scale"}
@@ -37,6 +38,8 @@ def options_from(picture: str | Path) -> tuple[dict[str, Any], list[str]]:
         _name_unknown(hires, unheeded, "Hires ")
         given: dict[str, Any] = {_HIRES.get(name, name): value for name, value in hires.items() if value}
         options["hires"] = Hires(**given)
+    if "variation" in options:
+        options["variation"] = Variation(**options["variation"])
     return {**options, "prompt": recipe.prompt, "negative_prompt": recipe.negative_prompt}, unheeded
 
 

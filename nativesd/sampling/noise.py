@@ -27,6 +27,9 @@ class NoiseSource(Protocol):
     def draw(self, shape: Sequence[int]) -> Tensor:
         """The next noise of each picture, of `shape` each: (B, *shape), float32 on the CPU."""
 
+    def first(self, shape: Sequence[int]) -> Tensor:
+        """The noise that pictures begin from, of the same form."""
+
 
 def noise_source(kind: NoiseKind, seeds: Sequence[int]) -> NoiseSource:
     """Streams of `kind` that begin at `seeds`, one for each picture."""
@@ -49,6 +52,8 @@ class CpuNoise:
     def draw(self, shape: Sequence[int]) -> Tensor:
         """The next noise of each picture: (B, *shape), float32."""
         return torch.stack([torch.randn(*shape, generator=g, dtype=torch.float32) for g in self._generators])
+
+    first = draw
 
 
 class CudaNoise:
@@ -73,6 +78,8 @@ class CudaNoise:
         noise = torch.stack([philox_normal(seed, self._draws, math.prod(shape)) for seed in self._seeds])
         self._draws += 1  # a card's offset grows by 4 numbers with each call, which is 1 Philox block
         return noise.view(-1, *shape)
+
+    first = draw
 
 
 def philox_normal(seed: int, block: int, count: int) -> Tensor:

@@ -166,11 +166,11 @@ def test_repeating_from_other_formats(run: Run, tmp_path: Path) -> None:
 def test_what_cannot_be_repeated_is_said(run: Run, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign.png"
     chunk = PngInfo()
-    chunk.add_text("parameters", "a fox\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64, ENSD: 31337")
+    chunk.add_text("parameters", "a fox\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64, NGMS: 2.5")
     Image.new("RGB", (8, 8)).save(foreign, pnginfo=chunk)
     done = run("generate", "--from", str(foreign), "-o", str(tmp_path / "out.png"))
     assert done.returncode == 0, done.stderr
-    assert "not repeated: ENSD" in done.stderr
+    assert "not repeated: NGMS" in done.stderr
     assert "RNG: NV" in Image.open(tmp_path / "out.png").text["parameters"]  # type: ignore[attr-defined]
     chunk = PngInfo()
     chunk.add_text("parameters", "a fox\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64, Model: dream")

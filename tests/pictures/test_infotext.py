@@ -192,8 +192,9 @@ PROGRAMS: dict[str, tuple[str, dict[str, object], list[str]]] = {
             "steps": 25, "sampler": "DPM++ 2M", "schedule": "karras", "guidance_scale": 6.5, "seed": 1234567890,
             "width": 512, "height": 768, "clip_skip": 2, "noise": "cuda", "model": "v1-5-pruned-emaonly",
             "hires": {"upscale": 1.5, "steps": 10, "upscaler": "R-ESRGAN 4x+", "strength": 0.4},
+            "variation": {"ensd": 31337},
         },
-        ["VAE", "ENSD"],
+        ["VAE"],
     ),
     "A1111 2022": (
         A1111_OLD,
@@ -361,10 +362,11 @@ def test_options_of_the_rarer_fields() -> None:
         "hires": {"width": 0, "height": 1024, "sampler": "Heun", "strength": 0.25},
         "noise": "cuda",
         "refiner_at": 0.8,
+        "variation": {"seed": 7, "strength": 0.1},
         "model": "of hash 12",
     }
     assert unheeded == [
-        "Variation seed", "Variation seed strength", "Tiling", "NGMS", "ControlNet 0",
+        "Tiling", "NGMS", "ControlNet 0",
         "Refiner sdxl_refiner: pass it with --refiner", "Sigma churn",
     ]  # fmt: skip
 

@@ -87,6 +87,13 @@ _HIRES: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "hires cfg scale": ("guidance_scale", real),
 }
 
+_VARIATION: dict[str, tuple[str, Callable[[str, str], object]]] = {
+    "variation seed": ("seed", integer),
+    "variation seed strength": ("strength", real),
+    "seed resize from": ("resize_from", _size),
+    "ensd": ("ensd", integer),
+}
+
 _HARMLESS = frozenset(
     {
         "app", "aspect ratio", "lora hashes", "pipeline", "backend", "operations", "parser", "comment",
@@ -106,6 +113,7 @@ _NEUTRAL: dict[str, frozenset[str]] = {
         (("sigma noise",), ("1", "1.0")),
         (("beta schedule alpha", "beta schedule beta"), ("0.6",)),
         (("tiling", "face restoration", "discard penultimate sigma", "sgm noise multiplier"), ("false", "none")),
+        (("seed resize from",), ("0x0", "-1x-1")),
         (("emphasis",), ("original",)),
         (("fp8 weight",), ("disable",)),
         (("vae encoder", "vae decoder"), ("full",)),
@@ -125,10 +133,10 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
     """The options that make the picture again, and the names of the fields that would change it but have no option.
 
     Options, each where the text says or implies it: steps, sampler, schedule, guidance_scale, seed, width, height,
-    strength, clip_skip, guidance_rescale, eta, noise ("cpu" or "cuda"), literal, mask_blur, image_guidance_scale, hires
-    and model (a name, not a path). `hires`
-    is a dict with upscale or width and height (one of them may be 0: by the ratio), steps, upscaler and strength,
-    which is what "Denoising strength" means beside it. Names of fields match in any case. A fused sampler such as
+    strength, clip_skip, guidance_rescale, eta, noise ("cpu" or "cuda"), literal, mask_blur, image_guidance_scale,
+    hires, variation and model (a name, not a path). `variation` has the fields of a `Variation`. `hires` is a dict with
+    upscale or width and height (one of them may be 0: by the ratio), steps, upscaler and strength, which is what
+    "Denoising strength" means beside it. Names of fields match in any case. A fused sampler such as
     "DPM++ 2M Karras" stays one name, without a schedule.
 
     What a text leaves out is its maker's default. A1111, and its forks: noise of the GPU; a schedule that is
@@ -143,6 +151,7 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
     fields = {name.lower(): (name, value.strip()) for name, value in info.fields.items()}
     options: dict[str, Any] = {}
     hires: dict[str, object] = {}
+    variation: dict[str, object] = {}
     unheeded: list[str] = []
     schedule: str | None = None
     for key, (name, value) in fields.items():
@@ -155,6 +164,9 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
             elif key in _HIRES:
                 option, convert = _HIRES[key]
                 hires[option] = convert(name, value)
+            elif key in _VARIATION:
+                option, convert = _VARIATION[key]
+                variation[option] = convert(name, value)
             elif key == "hires upscale":
                 hires |= _hires_upscale(value)
             elif key == "size":
@@ -183,6 +195,8 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
         if "strength" in options:
             hires["strength"] = options.pop("strength")
         options["hires"] = hires
+    if variation.get("strength") or variation.keys() & {"resize_from", "ensd"}:
+        options["variation"] = variation
     maker = _maker({key: value for key, (_, value) in fields.items()})
     if maker == "comfyui" and options.get("strength") == 1:  # all noise, so no picture to start from
         del options["strength"]
