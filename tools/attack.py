@@ -33,7 +33,7 @@ from nativesd.reading import read_json
 from nativesd.sampling.published import FIELDS, SchedulerConfig
 from nativesd.sampling.schedule import trained_sigmas
 from nativesd.shipped import TINY
-from nativesd.text.embedding import read_embedding
+from nativesd.text.embedding import read_embeddings
 from nativesd.text.prompt import parse_prompt
 from nativesd.text.tokenizer import ClipTokenizer, pad_id
 from nativesd.weights.files import configs
@@ -146,7 +146,7 @@ def lora(rng: random.Random, folder: Path) -> None:
     if rng.random() < 0.5:
         read_lora(folder / "x.safetensors")
     else:
-        read_embedding(folder / "x.safetensors")
+        read_embeddings(folder / "x.safetensors")
 
 
 def place(rng: random.Random, folder: Path) -> None:

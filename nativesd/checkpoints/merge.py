@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ ABOUT = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 class MergedCheckpoint:
     """What `merge_checkpoint` wrote: how many tensors, how many of them changed, and what was left out, with reasons.
 
-    `unplaced`: per LoRA, the keys that found no place (without `strict`).
+    `unplaced`: per LoRA, the keys that found no place (with `partial`).
     """
 
     path: Path
@@ -51,12 +51,13 @@ class MergedCheckpoint:
 
 
 def merge_checkpoint(
-    source: str | Path, uses: Sequence[Use], dest: str | Path, *, strict: bool = True, maps: str | Path | None = None
+    source: str | Path, uses: Sequence[Use], dest: str | Path, *, partial: bool = False, maps: str | Path | None = None
 ) -> MergedCheckpoint:
     """Write a model with LoRAs merged into it, in its own layout, names and dtypes: one tensor is in memory at a time.
 
     source  a file, a model folder, or a hub id
-    uses    the LoRAs with their strengths; with `strict` one of which anything finds no place is refused
+    uses    the LoRAs with their strengths; one of which anything finds no place is refused
+    partial  apply such a LoRA without what finds no place
     dest    the .safetensors file, for a source that is one, or the folder to write; it must not exist
     maps    a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
 
@@ -69,11 +70,11 @@ def merge_checkpoint(
         raise UsageError(f"{source} is {'one file' if place.is_file() else 'a folder'}: {dest} is not")
     tables = load_tables(None if maps is None else Path(maps))
     with fresh(path) as temporary:
-        return replace(_merge(source, place, uses, temporary, tables, strict=strict), path=path)
+        return replace(_merge(source, place, uses, temporary, tables, partial=partial), path=path)
 
 
 def _merge(
-    source: str | Path, place: Path, uses: Sequence[Use], dest: Path, tables: Mapping[str, KeyMap], *, strict: bool
+    source: str | Path, place: Path, uses: Sequence[Use], dest: Path, tables: Mapping[str, KeyMap], *, partial: bool
 ) -> MergedCheckpoint:
     """`merge_checkpoint` of the model in `place`, written to `dest`."""
     identities = identify_known(place, open_source(place), tables)
@@ -86,7 +87,7 @@ def _merge(
     places = {name: Place(c.config, expected(c.config), tables) for name, (_, c) in parts.items() if c.config}
     if not places:
         raise UsageError(f"{source} has neither a UNet nor a text encoder, so there is nothing to merge a LoRA into")
-    resolutions = [resolve(use.lora, places, strict=strict) for use in uses]
+    resolutions = [resolve(use.lora, places, partial=partial) for use in uses]
     changes = gather(uses, resolutions)
     ignored = {
         key: "a training average, which would not have the LoRA"
@@ -95,6 +96,11 @@ def _merge(
         if key.startswith(AVERAGE)
     }
     ignored |= {key: reason for member, _ in identities for key, reason in member.left_out.items()}
+    ignored |= {
+        key: f"a learnt word, which a checkpoint cannot hold: load it from {use.lora.path.name} as an embedding"
+        for use in uses
+        for key in use.lora.words
+    }
     changed: dict[int, dict[str, Entry]] = {}
     for name, (member, component) in parts.items():
         changed.setdefault(id(member), {}).update(_changed(member, component, changes.get(name, {})))
@@ -141,7 +147,7 @@ def _changed(member: Member, component: Component, changes: Mapping[str, Sequenc
             sources = [(plan.sources[name], changes.get(name, ())) for name in names]
             for index, key in enumerate(keys):
                 kind = _dtype(member, key)
-                out[key] = Entry(kind, member.shapes[key], partial(_make, member, sources, index, kind))
+                out[key] = Entry(kind, member.shapes[key], functools.partial(_make, member, sources, index, kind))
     return out
 
 
@@ -159,7 +165,7 @@ def _make(
 
 
 def _as_it_is(member: Member, key: str) -> Entry:
-    return Entry(_dtype(member, key), member.shapes[key], partial(read_tensor, member, key))
+    return Entry(_dtype(member, key), member.shapes[key], functools.partial(read_tensor, member, key))
 
 
 def _dtype(member: Member, key: str) -> torch.dtype:

@@ -105,17 +105,21 @@ def lora() -> None:
 @click.argument("model")
 @click.argument("loras", nargs=-1, required=True, metavar="LORA[:SCALE[:TEXT]]...")
 @click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--lora-partial", "partial", is_flag=True, help="Apply a LoRA of which a part finds no place.")
 @click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
-def merge(model: str, loras: Sequence[str], dest: Path, maps: Path | None) -> None:
+def merge(model: str, loras: Sequence[str], dest: Path, partial: bool, maps: Path | None) -> None:
     """See the command's help."""
     from nativesd.checkpoints.merge import merge_checkpoint
     from nativesd.weights.lora.file import read_lora
-    from nativesd.weights.lora.resolve import Use
+    from nativesd.weights.lora.resolve import Use, reasons
 
     uses = [Use(read_lora(file), unet, text) for file, unet, text in map(lora_use, loras)]
-    done = merge_checkpoint(model, uses, dest, maps=maps)
+    done = merge_checkpoint(model, uses, dest, partial=partial, maps=maps)
     for reason, keys in by_reason(done.ignored.items()).items():
         click.echo(f"left out {some(keys)}: {reason}", err=True)
+    for use, unplaced in zip(uses, done.unplaced, strict=True):
+        for line in reasons(unplaced):
+            click.echo(f"not applied of {use.lora.path.name}: {line}", err=True)
     click.echo(f"{done.changed} of {done.tensors} tensors changed", err=True)
     click.echo(done.path)
 

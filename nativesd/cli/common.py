@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -72,6 +73,11 @@ def lora_use(text: str) -> tuple[str, float, float]:
         file = head
     unet = scales[0] if scales else 1.0
     return file, unet, scales[1] if len(scales) > 1 else unet
+
+
+def embedding_files(text: str) -> list[str]:
+    """FILE, or the two of SDXL's embedding, FILE,FILE; a file's own name may have commas."""
+    return [text] if Path(text).exists() else text.split(",")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Border, Size, lora_use, main, say
+from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Border, Size, embedding_files, lora_use, main, say
 from nativesd.cli.help import flag, section, with_flags
 
 if TYPE_CHECKING:
@@ -51,7 +51,10 @@ NEEDS = {
     click.option("--model", help=f"{MODEL_HELP} [default: tiny]."),
     click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE[:TEXT]]", help="LoRA to merge in; repeatable."),
     click.option("--lora-dir", "lora_dirs", type=click.Path(), multiple=True, help="Folder of LoRAs for prompts."),
-    click.option("--embedding", "embeddings", type=click.Path(), multiple=True, help="Textual inversion; repeatable."),
+    click.option("--lora-partial", "partial", is_flag=True, default=None, help="Apply what fits of a LoRA."),
+    click.option(
+        "--embedding", "embeddings", multiple=True, metavar="FILE[,FILE]", help="Textual inversion; repeatable."
+    ),
     click.option("--unet", type=click.Path(), help="File or folder of a UNet to use instead of the model's."),
     click.option("--vae", type=click.Path(), help="File or folder of a VAE to use instead of the model's, or taesd."),
     click.option("--text-encoder", "text_encoders", type=click.Path(), multiple=True, help="The same; repeatable."),
@@ -165,7 +168,7 @@ def generate(
     with listening():
         pipeline = nativesd.load(model, **loading)
     for embedding in embeddings:
-        pipeline.load_embedding(embedding)
+        pipeline.load_embedding(embedding_files(embedding))
     if refiner is not None:
         asked["refiner"] = nativesd.load(
             refiner, **cast("LoadOptions", {**loading, "unet": None, "vae": None, "loras": None})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import click
 
-from nativesd.cli.common import main, print_tables
+from nativesd.cli.common import embedding_files, main, print_tables
 
 WHOLE_TABLE = 150  # columns in which the samplers' table folds no name
 
@@ -41,14 +41,21 @@ def samplers() -> None:
 @main.command()
 @click.argument("prompt")
 @click.option("--literal", is_flag=True, help="Take the prompt as it stands: no weights, no BREAK.")
-@click.option("--embedding", "embeddings", type=click.Path(), multiple=True, help="Textual inversion; repeatable.")
+@click.option(
+    "--embedding",
+    "embeddings",
+    type=click.Path(),
+    multiple=True,
+    metavar="FILE[,FILE]",
+    help="Textual inversion; repeatable.",
+)
 def tokens(prompt: str, literal: bool, embeddings: Sequence[str]) -> None:
     """Show the tokens of PROMPT, their weights, and where its chunks break."""
-    from nativesd.text.embedding import read_embedding
+    from nativesd.text.embedding import read_embeddings
     from nativesd.text.prompt import explain_tokens
     from nativesd.text.tokenizer import END_OF_TEXT, ClipTokenizer
 
-    known = {embedding.name: embedding for embedding in map(read_embedding, embeddings)}
+    known = {word.name: word for files in embeddings for word in read_embeddings(embedding_files(files))}
     chunks = explain_tokens(prompt, ClipTokenizer(pad=END_OF_TEXT), literal=literal, embeddings=known)
     for number, chunk in enumerate(chunks, 1):
         click.echo(f"chunk {number} of {len(chunks)}: {len(chunk.tokens)} of 75 tokens")

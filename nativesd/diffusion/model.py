@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -108,6 +108,8 @@ class Diffusion:
     """The graphs that run in place of modules (`nativesd.pipeline.acceleration`)."""
     own_loras: Sequence[tuple[str, float, float]] = ()
     """Those of every call that names none: file, the UNet's scale, the text encoders'."""
+    own_partial: bool = False
+    """Whether LoRAs are applied of which a part does not fit."""
     lora_state: Merged | None = None
     """What LoRAs are merged into, and which are in it now."""
     load_control: Callable[[str | Path], ControlModel] | None = None
@@ -116,10 +118,18 @@ class Diffusion:
     """Of the calls on these weights; pipelines that share the weights share them too."""
     _controls: dict[str, ControlModel] = field(default_factory=dict)
     _loras: dict[str, LoraFile] = field(default_factory=dict)
+    _lora_words: dict[str, Embedding] = field(default_factory=dict)
+    """Learnt words that came with the LoRAs which are merged now"""
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"<{type(self).__name__} {self.config.name} ({self.config.family}) on {self.device} in {dtype}>"
+
+    @property
+    def words(self) -> Mapping[str, Embedding]:
+        """The learnt words that a prompt can say: those that were loaded, and those of the LoRAs that are merged."""
+        own = {name.casefold() for name in self.embeddings}
+        return {**{n: word for n, word in self._lora_words.items() if n.casefold() not in own}, **self.embeddings}
 
     @memory_explained()
     def encode_prompt(
@@ -129,7 +139,7 @@ class Diffusion:
         with self.turns.wait(), self._visiting(*self.text_encoders):
             return encode_prompts(
                 prompts, self.text_encoders, self.tokenizers, literal=literal, clip_skip=clip_skip,
-                embeddings=self.embeddings, device=self.device,
+                embeddings=self.words, device=self.device,
             )  # fmt: skip
 
     @torch.inference_mode()
@@ -288,7 +298,7 @@ class Diffusion:
             with self._visiting(*self.text_encoders):
                 return encode_each(
                     distinct, self.text_encoders, self.tokenizers, literal=job.literal, clip_skip=job.clip_skip,
-                    embeddings=self.embeddings, device=self.device,
+                    embeddings=self.words, device=self.device,
                 )  # fmt: skip
 
         frame = Frame(

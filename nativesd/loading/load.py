@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -40,6 +40,7 @@ def load(
     text_encoders: Sequence[str | Path] = (),
     preview: str | Path | None = None,
     loras: Lora | Sequence[Lora] | None = None,
+    partial: bool | None = None,
     offload: bool = False,
     maps: str | Path | None = None,
     backend: Literal["torch"] | BackendName = "torch",
@@ -60,6 +61,7 @@ def load(
     text_encoders  the same for the text encoders; which is which is read off them
     preview        a TAESD ("taesd", or a file or folder) for the previews of `on_step`
     loras          LoRAs of every call that names none, as a call takes them; with a backend they are in its graphs
+    partial        apply LoRAs of which only a part fits, and name the rest in a warning
     offload        keep the modules in main memory, and each on the device only while it is used
     maps           a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
     backend        what runs the components: torch, or as in `Pipeline.accelerate`, which also says what engines is
@@ -103,14 +105,15 @@ def load(
         placement.dtype,
         offload=offload,
         own_loras=own_loras,
+        own_partial=bool(partial),
         previewer=modules.previewer,
         lora_state=Merged(hosts),
-        load_control=partial(
+        load_control=functools.partial(
             load_control, device=placement.home, dtype=placement.dtype, maps=maps, unet=modules.unet, fast=fast
         ),
     )
     if own_loras:
-        pipeline.set_loras(own_loras)
+        pipeline.set_loras(own_loras, partial=bool(partial))
     if backend == "torch":
         return pipeline
     from nativesd.pipeline.acceleration import accelerate

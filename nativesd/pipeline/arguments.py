@@ -70,6 +70,7 @@ class LoadOptions(TypedDict, total=False):
     text_encoders: Sequence[str | Path]
     preview: str | Path | None
     loras: Lora | Sequence[Lora] | None
+    partial: bool | None
     offload: bool
     maps: str | Path | None
     backend: Literal["torch"] | BackendName
@@ -105,6 +106,7 @@ class CallOptions(TypedDict, total=False):
     refiner_at: float | None
     loras: Lora | Sequence[Lora] | None
     lora_dirs: str | Path | Sequence[str | Path] | None
+    partial: bool | None
     control: Control | Sequence[Control] | None
     guess_mode: bool | None
     guidance_rescale: float | None
@@ -400,6 +402,7 @@ class Checked:
     refiner_at: Annotated[float, real(0, 1)] = 0.8
     loras: Annotated[Sequence[tuple[str, float, float]] | None, read_loras] = None
     lora_dirs: Annotated[Sequence[Path], _folders] = ()
+    partial: Annotated[bool, flag] = False
     control: Annotated[Sequence[Control], _control] = ()
     guess_mode: Annotated[bool, flag] = False
     guidance_rescale: Annotated[float, real(0, 1)] = 0.0

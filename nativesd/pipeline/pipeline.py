@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from nativesd.diffusion.model import Diffusion, Job
 from nativesd.diffusion.preview import Step
 from nativesd.diffusion.start import Start
 from nativesd.diffusion.turns import take_turns
-from nativesd.errors import Interrupted, UsageError
+from nativesd.errors import Interrupted, NativesdError, NativesdWarning, UsageError
 from nativesd.pictures import images
 from nativesd.pictures.result import Result
 from nativesd.pipeline.arguments import CallOptions, Checked, Lora, Prompt, check, read_loras, signed
@@ -27,13 +28,13 @@ from nativesd.pipeline.inputs import read_inputs, unheeded
 from nativesd.pipeline.tagged import tagged_prompts
 from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedule
 from nativesd.sampling.published import Kind
-from nativesd.text.embedding import read_embedding
+from nativesd.text.embedding import Embedding, read_embeddings, words_of
 from nativesd.text.tags import take_tags
 from nativesd.tuning.fp8 import is_fp8
 from nativesd.tuning.memory import memory_explained
-from nativesd.weights.lora.file import read_lora
+from nativesd.weights.lora.file import LoraFile, read_lora
 from nativesd.weights.lora.merge import set_loras
-from nativesd.weights.lora.resolve import Use
+from nativesd.weights.lora.resolve import Use, reasons
 
 if TYPE_CHECKING:
     from nativesd.export.library import BackendName
@@ -78,6 +79,7 @@ class Pipeline(Diffusion):
         loras           files, or (file, scale), or (file, scale of the UNet's part, of the text encoders'): merged into
                         the weights for this call and taken out, to the bit, when a later one does not name them.
                         Default: those named at load
+        partial         apply LoRAs of which only a part fits, and name the rest in a warning; default: refuse them
         lora_dirs       folders in which LoRAs are that prompts name, as <lora:name:0.8>
         control         ControlNets and T2I-Adapters with their pictures, as `Control`; they add up
         guess_mode      ControlNets act for the prompt only, and the deeper the stronger
@@ -140,7 +142,7 @@ class Pipeline(Diffusion):
         prompts, loras = asked.prompts, self.own_loras if asked.loras is None else asked.loras
         if not asked.literal:
             prompts, loras = tagged_prompts(prompts, loras, asked.lora_dirs)
-        self._merge(loras)
+        self._merge(loras, partial=asked.partial or self.own_partial)
         job = Job(
             prompts=prompts,
             negatives=asked.negative_prompt,
@@ -202,7 +204,7 @@ class Pipeline(Diffusion):
             "loras": {use.lora.path.stem: (use.unet, use.text_encoder) for use in self._uses()} or None,
             "control": [str(getattr(each.model, "name", each.model)) for each in asked.control] or None,
             "inferred": inferred,
-            "notes": [*inputs.notes, *unheeded(config, asked, guidance_scale, self.embeddings)],
+            "notes": [*inputs.notes, *unheeded(config, asked, guidance_scale, self.words)],
         }
         return Result(
             images=pictures,
@@ -253,23 +255,34 @@ class Pipeline(Diffusion):
         with self.turns.wait():
             return 0 if self.acceleration is None else self.acceleration.close()
 
-    def load_embedding(self, path: str | Path, name: str | None = None) -> str:
-        """Take in a textual inversion; returns the name that prompts call it by, the file's by default.
+    def load_embedding(self, path: str | Path | Sequence[str | Path], name: str | None = None) -> str:
+        """Take in a textual inversion; returns what prompts call it by.
 
-        Raises SourceError for what cannot be read, UsageError where it fits other text encoders.
+        path  a file, or SDXL's two, one for each text encoder; a LoRA's file that brings learnt words is one, too
+        name  the word, where the file has one; default: what the file says (diffusers' `<cat>`), else its own name
+
+        Of a file with several words all are taken, and returned with spaces between them. Raises SourceError for what
+        cannot be read, UsageError where it fits other text encoders.
         """
-        embedding = read_embedding(path, name)
-        embedding.fit([encoder.config.width for encoder in self.text_encoders])
+        found = read_embeddings(path, name)
+        for embedding in found:
+            embedding.fit(self._widths())
         with self.turns.wait():
-            self.embeddings[embedding.name] = embedding
-        return embedding.name
+            self.embeddings |= {embedding.name: embedding for embedding in found}
+        return " ".join(embedding.name for embedding in found)
 
-    def set_loras(self, loras: Lora | Sequence[Lora]) -> None:
-        """Make these the LoRAs in the weights. Raises WeightsError where one does not fit, or not as a whole."""
+    def _widths(self) -> list[int]:
+        return [encoder.config.width for encoder in self.text_encoders]
+
+    def set_loras(self, loras: Lora | Sequence[Lora], *, partial: bool = False) -> None:
+        """Make these the LoRAs in the weights. Raises WeightsError where one does not fit, or not as a whole.
+
+        With `partial` one of which a part fits is applied so far, and a NativesdWarning names the rest.
+        """
         with self.turns.call():
-            self._merge(read_loras("loras", loras))
+            self._merge(read_loras("loras", loras), partial=partial)
 
-    def _merge(self, wanted: Sequence[tuple[str, float, float]]) -> None:
+    def _merge(self, wanted: Sequence[tuple[str, float, float]], *, partial: bool) -> None:
         if self.lora_state is None:
             if wanted:
                 raise UsageError("LoRAs are merged from the model's files: load it with nativesd.load()")
@@ -280,7 +293,30 @@ class Pipeline(Diffusion):
             if file not in self._loras:
                 self._loras[file] = read_lora(file)
         uses = [Use(self._loras[file], unet, text_encoder) for file, unet, text_encoder in wanted]
-        set_loras(self.lora_state, uses)
+        before = self.lora_state.resolutions
+        resolutions = set_loras(self.lora_state, uses, partial=partial)
+        if resolutions is before:
+            return
+        self._lora_words = {word.name: word for use in uses if use.lora.words for word in self._brought(use.lora)}
+        for use, resolution in zip(uses, resolutions, strict=True):
+            if resolution.unplaced:
+                what = f"{len(resolution.unplaced)} of its {len(use.lora.member.tensors)} keys found no place"
+                warnings.warn(
+                    f"{use.lora.path} is applied in part, as {what}:\n  " + "\n  ".join(reasons(resolution.unplaced)),
+                    NativesdWarning,
+                    stacklevel=4,
+                )
+
+    def _brought(self, lora: LoraFile) -> list[Embedding]:
+        """The learnt words in a LoRA's file, as far as they fit: they are no reason to refuse it."""
+        try:
+            words = words_of(lora.member, lora.path)
+            for word in words:
+                word.fit(self._widths())
+        except NativesdError as error:
+            warnings.warn(f"the learnt words in {lora.path} are not used: {error}", NativesdWarning, stacklevel=5)
+            return []
+        return list(words)
 
     def _uses(self) -> tuple[Use, ...]:
         return () if self.lora_state is None else self.lora_state.uses

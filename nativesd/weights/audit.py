@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -17,6 +17,7 @@ from nativesd.weights.maps.identify import Component, Identity
 from nativesd.weights.maps.keymap import BoundMap
 from nativesd.weights.maps.plan import make_plan
 from nativesd.weights.maps.rules import Shape, Source
+from nativesd.weights.maps.words import TABLE, find_words
 
 SCHEMA = 1
 """Version of `AuditReport.to_json`'s schema; it counts up when a name changes its meaning or goes away."""
@@ -260,18 +261,38 @@ def _report(component: Component, tensors: Mapping[str, TensorInfo], expected: E
     sums = _sums(found.keys, tensors)
     head = (component.name, component.family, component.layout, found.prefix)
     if component.config is None:
-        named = {key: table.describe(key) for key in found.keys}
-        mapped = tuple(
-            Mapped(meaning, (key,), tensors[key].shape, "name", table.keymap.name, 0)
-            for key, meaning in named.items()
-            if meaning is not None
-        )
-        return ComponentReport(
-            *head, **sums, expected=len(mapped), mapped=mapped, ignored=(), missing=(), unexpected=(), wrong_shape=(),
-            duplicate=(), evidence=component.evidence,
-        )  # fmt: skip
+        return _named(component, tensors, ComponentReport(
+            *head, **sums, expected=0, mapped=(), ignored=(), missing=(), unexpected=(), wrong_shape=(), duplicate=(),
+            evidence=component.evidence,
+        ))  # fmt: skip
     return compare(
         table, {key: tensors[key] for key in found.keys}, expected(component.config), head, component.evidence
+    )
+
+
+def _named(component: Component, tensors: Mapping[str, TensorInfo], report: ComponentReport) -> ComponentReport:
+    """The report of what has names and no module: what each key is, and of a textual inversion what cannot be read."""
+    found, table = component.found, component.table
+    words = None
+    if component.name == TABLE:
+        own = {key: tensors[key] for key in found.keys}
+        shapes, dtypes = ({key: getattr(info, part) for key, info in own.items()} for part in ("shape", "dtype"))
+        words = find_words(shapes, table.keymap, dtypes)
+    faults = words.faults if words is not None else {}
+    mapped = tuple(
+        Mapped(meaning, (key,), tensors[key].shape, "name", table.keymap.name, 0)
+        for key in found.keys
+        if key not in faults and (meaning := table.describe(key)) is not None
+    )
+    ignored = {key: reason for key in found.keys if (reason := table.reason_to_ignore(key)) is not None}
+    return replace(
+        report,
+        expected=len(mapped) + len(faults),
+        mapped=mapped,
+        ignored=tuple(Ignored(key, reason) for key, reason in ignored.items()),
+        unexpected=tuple(
+            Unexpected(key, tensors[key].shape, tensors[key].dtype, reason) for key, reason in faults.items()
+        ),
     )
 
 

@@ -21,7 +21,7 @@ from nativesd.checkpoints.merge import merge_checkpoint
 from nativesd.errors import SourceError
 from nativesd.loading.control import load_control
 from nativesd.shipped import TINY
-from nativesd.text.embedding import read_embedding
+from nativesd.text.embedding import read_embeddings
 from nativesd.weights.lora.file import read_lora
 from nativesd.weights.lora.resolve import Use
 
@@ -232,14 +232,14 @@ def test_torchscript_of_a_text_encoder(tmp_path: Path) -> None:
 
 
 def test_published_textual_inversions() -> None:
-    for file, count in (("a1111.pt", 8), ("learned_embeds.bin", 1)):
-        word = read_embedding(FILES / file)
+    for file, name, count in (("a1111.pt", "a1111", 8), ("learned_embeds.bin", "<birb-style>", 1)):
+        [word] = read_embeddings(FILES / file)
         data = torch.load(FILES / file, map_location="cpu", weights_only=True)
         [vectors] = data.get("string_to_param", data).values()
-        assert (word.name, word.count) == (Path(file).stem, count)
+        assert (word.name, word.count) == (name, count)
         assert torch.equal(word.vectors[0], vectors.detach().reshape(count, 768))
     report = nativesd.audit(FILES / "a1111.pt")
     assert report.components[0].name == "textual_inversion"
     assert report.ok
     with pytest.raises(SourceError, match="not a safetensors file"):
-        read_embedding(Path(__file__))
+        read_embeddings(Path(__file__))

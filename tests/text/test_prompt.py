@@ -25,7 +25,7 @@ from models.test_models import text_config
 from nativesd.config import TEXT_ENCODERS
 from nativesd.errors import SourceError, UsageError
 from nativesd.models.clip import TextOutput
-from nativesd.text.embedding import Embedding, read_embedding
+from nativesd.text.embedding import Embedding, read_embeddings
 from nativesd.text.encode import encode_prompts, hidden_layer
 from nativesd.text.prompt import NO_EMBEDDINGS, Piece, explain_tokens, parse_prompt
 from nativesd.text.tokenizer import ClipTokenizer
@@ -282,69 +282,6 @@ def test_unknown_and_ambiguous_names() -> None:
         parse_prompt("a", embeddings={"style": learnt("style"), "Style": learnt("Style")})
 
 
-def test_files_of_learnt_words(tmp_path: Path) -> None:
-    rows, wide = torch.randn(3, 768), torch.randn(3, 1280)
-    forms = {
-        "a1111": ({"emb_params": rows}, [rows]),
-        "diffusers": ({"<cat-toy>": rows}, [rows]),
-        "single": ({"<cat-toy>": rows[0]}, [rows[:1]]),
-        "half": ({"emb_params": rows.half()}, [rows.half().float()]),
-        "sdxl": ({"clip_g": wide, "clip_l": rows}, [rows, wide]),
-    }
-    for name, (tensors, expected) in forms.items():
-        save_file(tensors, tmp_path / f"{name}.safetensors")
-        found = read_embedding(tmp_path / f"{name}.safetensors")
-        assert found.name == name
-        assert found.count == len(expected[0])
-        assert all(map(torch.equal, found.vectors, expected))
-        assert len(found.vectors) == len(expected)
-    assert read_embedding(str(tmp_path / "sdxl.safetensors"), "my word").name == "my word"
-    with pytest.raises(UsageError, match="name"):
-        read_embedding(tmp_path / "sdxl.safetensors", " ")
-
-
-@pytest.mark.parametrize(
-    ("tensors", "named"),
-    [
-        ({}, "none"),
-        ({"clip_l": torch.zeros(1, 4), "x": torch.zeros(1, 4)}, "clip_l, x"),
-        ({f"k{i}": torch.zeros(1) for i in range(9)}, "k0, k1, k2, k3 and 5 more"),
-        ({"clip_l": torch.zeros(1, 4), "clip_g": torch.zeros(2, 4)}, r"1 \+ 2"),
-        ({"x": torch.zeros(1, 2, 3)}, r"float32 \(1, 2, 3\)"),
-        ({"x": torch.zeros(2, 4, dtype=torch.int64)}, "int64"),
-        ({"x": torch.zeros(0, 4)}, r"\(0, 4\)"),
-        ({"x": torch.full((1, 4), math.nan)}, "finite"),
-    ],
-)
-def test_files_that_are_no_learnt_word(tensors: dict[str, Tensor], named: str, tmp_path: Path) -> None:
-    path = tmp_path / "word.safetensors"
-    save_file(tensors, path)
-    with pytest.raises(SourceError, match=named) as caught:
-        read_embedding(path)
-    assert str(path) in str(caught.value)
-
-
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="does not exist"):
-        read_embedding(tmp_path / "word.pt")
-    for name, said in (("word.pt", "none that torch.save wrote"), ("word.safetensors", "none that torch.save wrote")):
-        (tmp_path / name).write_bytes(b"\x80\x02}q\x00.")
-        with pytest.raises(SourceError, match=said):
-            read_embedding(tmp_path / name)
-
-
-def test_learnt_words_fit_by_width() -> None:
-    sd1, sd2, sdxl = learnt("a", 1, 768), learnt("b", 1, 1024), learnt("c", 1, 768, 1280)
-    assert sd1.fit([768]) == sd1.vectors
-    assert sdxl.fit([768, 1280]) == sdxl.vectors
-    assert sdxl.fit([1280]) == sdxl.vectors[1:]  # the refiner
-    for word, widths in ((sd1, [1024]), (sd2, [768]), (sd1, [768, 1280]), (sdxl, [768]), (sdxl, [1280, 768])):
-        with pytest.raises(UsageError) as caught:
-            word.fit(widths)
-        for width in (*widths, *(vectors.shape[1] for vectors in word.vectors)):
-            assert str(width) in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("encoder", "layers"),
     [
@@ -537,7 +474,7 @@ def test_learnt_words_as_diffusers_has_them(pipes: Pipes, tmp_path: Path) -> Non
     tensors = [vectors * 0.2 for vectors in learnt("lornwort", 3, *widths).vectors]
     keys = ["clip_l", "clip_g"] if form == "sdxl" else ["emb_params"]
     save_file(dict(zip(keys, tensors, strict=True)), tmp_path / "lornwort.safetensors")
-    words = {"lornwort": read_embedding(tmp_path / "lornwort.safetensors")}
+    words = {"lornwort": read_embeddings(tmp_path / "lornwort.safetensors")[0]}
     tokenizers = [getattr(theirs, name) for name in ("tokenizer", "tokenizer_2") if hasattr(theirs, name)]
     prompt = "a red lornwort, sitting"
     without = theirs_of(form, theirs, prompt)[0]

@@ -17,6 +17,7 @@ from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.lora.settings import Stated, stated_by
 from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.maps.signatures import recognise
+from nativesd.weights.maps.words import BUNDLED
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class LoraFile:
     unplaced: Mapping[str, str]
     written: int
     """When the file was last written, in nanoseconds"""
+    words: tuple[str, ...] = ()
+    """The keys of textual inversions that come with it: nothing of the weights"""
 
 
 def read_lora(path: str | Path, tables: Mapping[str, KeyMap] | None = None) -> LoraFile:
@@ -55,11 +58,13 @@ def read_lora(path: str | Path, tables: Mapping[str, KeyMap] | None = None) -> L
     if (signature := recognise(member.shapes)) is not None:
         raise WeightsError(f"{path} is {signature.says}")
     [*files] = member.data_starts
-    groups, unplaced = group(member.tensors, tables or load_tables(), stated_by(member.metadata, files[0]))
+    words = tuple(key for key in member.tensors if key.startswith(BUNDLED))
+    keys = [key for key in member.tensors if key not in words]
+    groups, unplaced = group(keys, tables or load_tables(), stated_by(member.metadata, files[0]))
     if not groups:
         some = ", ".join(map(quote, list(member.tensors)[:3]))
         raise WeightsError(f"{path} is no LoRA: it has no key named like a LoRA's, but {some}; see its audit")
-    return LoraFile(path, member, tuple(groups), unplaced, max(file.stat().st_mtime_ns for file in files))
+    return LoraFile(path, member, tuple(groups), unplaced, max(file.stat().st_mtime_ns for file in files), words)
 
 
 def group(

@@ -10,9 +10,10 @@ Nothing is kept for taking LoRAs out: the weights are read from the model's file
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -256,17 +257,17 @@ class Merged:
 
 
 @torch.no_grad()
-def set_loras(state: Merged, uses: Sequence[Use], *, strict: bool = True) -> tuple[Resolution, ...]:
+def set_loras(state: Merged, uses: Sequence[Use], *, partial: bool = False) -> tuple[Resolution, ...]:
     """Make `uses` the LoRAs in the model's weights, whatever there were before; [] takes all out, to the bit.
 
-    Nothing is touched before every LoRA has been found to fit; should merging fail then, all are taken out. With
-    `strict` a LoRA of which anything finds no place is refused, else the resolutions say what that is. Returns one for
-    each use. Raises WeightsError, SourceError.
+    Nothing is touched before every LoRA has been found to fit; should merging fail then, all are taken out. A LoRA of
+    which anything finds no place is refused, or with `partial` applied without, and the resolutions say what that is.
+    Returns one for each use. Raises WeightsError, SourceError.
     """
-    if uses and tuple(uses) == state.uses and not (strict and any(found.unplaced for found in state.resolutions)):
+    if uses and tuple(uses) == state.uses and (partial or not any(found.unplaced for found in state.resolutions)):
         return state.resolutions
     places = {name: host.place for name, host in state.hosts.items()}
-    resolutions = tuple(resolve(use.lora, places, strict=strict) for use in uses)
+    resolutions = tuple(resolve(use.lora, places, partial=partial) for use in uses)
     wanted = gather(uses, resolutions)
     state.uses = state.resolutions = ()
     try:
@@ -308,5 +309,5 @@ def gather(uses: Sequence[Use], resolutions: Sequence[Resolution]) -> dict[str, 
         for change in resolution.changes:
             if strength := use.strength(change.component):
                 changes = out.setdefault(change.component, {}).setdefault(change.target.parameter, [])
-                changes.append((change, strength, partial(read_tensor, use.lora.member)))
+                changes.append((change, strength, functools.partial(read_tensor, use.lora.member)))
     return out

@@ -42,6 +42,7 @@ from nativesd.weights.maps.keymap import BoundMap, KeyMap
 from nativesd.weights.maps.rules import Shape
 from nativesd.weights.maps.signatures import Signature, recognise
 from nativesd.weights.maps.stated import EDM_LATENTS, prediction
+from nativesd.weights.maps.words import TABLE, describe_words, find_words
 
 STATED = Evidence("configuration", "config.json", "stated beside the weights")
 
@@ -106,12 +107,14 @@ def identify(
     if believed is None and (signature := recognise(shapes)) is not None:
         return Identity(family=family, unrecognised=list(shapes), unsupported=signature)
     detection = detect(shapes, tables)
-    if believed is None and (rows := _nameless_embedding(detection, shapes, tables)) is not None:
-        detection = Detection([rows], detection.ignored)
+    unsupported = recognise({key: shapes[key] for key in detection.unrecognised}, after=True)
     if believed is not None:
         detection = _as_believed(detection, shapes, tables, *believed)
-    identity = Identity(family=family, ignored=detection.ignored, unrecognised=detection.unrecognised)
-    identity.unsupported = recognise({key: shapes[key] for key in identity.unrecognised}, after=True)
+    elif unsupported is None and (words := _nameless_words(detection, shapes, tables)) is not None:
+        detection = Detection([words], detection.ignored)
+    identity = Identity(
+        family=family, ignored=detection.ignored, unrecognised=detection.unrecognised, unsupported=unsupported
+    )
     order = {id(found): i for i, found in enumerate(detection.found)}
     unets = [found for found in detection.found if found.component == "unet"]
     unet = None
@@ -140,19 +143,19 @@ def identify(
     return identity
 
 
-def _nameless_embedding(
-    detection: Detection, shapes: Mapping[str, Shape], tables: Mapping[str, KeyMap]
-) -> Found | None:
-    """One tensor of a text encoder's width and any name, which is a textual inversion."""
-    table = tables.get("textual_inversion")
-    if table is None or detection.found or len(detection.unrecognised) != 1:
+def _nameless_words(detection: Detection, shapes: Mapping[str, Shape], tables: Mapping[str, KeyMap]) -> Found | None:
+    """Tensors whose names no table knows, where their shapes are those of learnt words."""
+    if TABLE not in tables or detection.found or not detection.unrecognised:
         return None
-    [key] = detection.unrecognised
-    shape = shapes[key]
-    if len(shape) not in (1, 2) or shape[-1] not in TEXT_ENCODERS or (len(shape) == 2 and not 0 < shape[0] <= 77):
+    table, own = tables[TABLE], {key: shapes[key] for key in detection.unrecognised}
+    found = find_words(own, table)
+    if found is None:
         return None
-    named = replace(table, names={re.escape(key): "rows of the new token"})
-    return Found(named.bind(), "", [key])
+    names = {
+        f"(?P<word>{re.escape(word.name)})" if word.name else re.escape(word.keys[0]): "rows of the new token"
+        for word in found.words
+    }
+    return Found(replace(table, names=names).bind(), "", list(own))
 
 
 def _any(shapes: Mapping[str, Shape], prefix: str) -> bool:
@@ -276,22 +279,11 @@ def _component(
             config, evidence = given, [STATED]
         label = "SDXL" if config.unshuffle == 16 else "SD1.x"
     elif kind == "textual_inversion":
-        label, evidence = _embedding(found.keys, shapes)
+        words = find_words({key: shapes[key] for key in found.keys}, found.table.keymap)
+        label, evidence = describe_words(words.words if words else (), shapes)
     elif found.table.keymap.is_named:
         label = adapter_family(shapes)
     return Component(name, label, "", found, config, tuple(evidence))
-
-
-def _embedding(keys: Sequence[str], shapes: Mapping[str, Shape]) -> tuple[str, list[Evidence]]:
-    """A textual inversion's family, and its vectors, by their widths."""
-    rows = [shapes[key] for key in keys if shapes[key] and not key.endswith("_out") and key != "t5xxl"]
-    widths = sorted({shape[-1] for shape in rows})
-    family = {(768,): "SD1.x", (1024,): "SD2.x", (768, 1280): "SDXL", (1280,): "SDXL, its second text encoder"}
-    counts = sorted({1 if len(shape) == 1 else shape[0] for shape in rows})
-    return family.get(tuple(widths), ""), [
-        Evidence("width", " + ".join(map(str, widths)), "the rows' length"),
-        Evidence("vectors", ", ".join(map(str, counts)), "how many token positions the word takes"),
-    ]
 
 
 def _text_preset(family: str, *, projected: bool) -> TextEncoderConfig:
