@@ -37,8 +37,8 @@ from nativesd.text.embedding import read_embeddings
 from nativesd.text.prompt import parse_prompt
 from nativesd.text.tokenizer import ClipTokenizer, pad_id
 from nativesd.weights.files import configs
-from nativesd.weights.files.header import read_index
 from nativesd.weights.files.source import components
+from nativesd.weights.formats.header import read_index
 from nativesd.weights.lora.file import read_lora
 
 SECONDS = 5.0

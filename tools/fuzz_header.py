@@ -37,9 +37,9 @@ import safetensors
 
 with atheris.instrument_imports(include=["nativesd.weights.files", "pickletools", "zipfile"]):
     from nativesd.errors import SourceError
-    from nativesd.weights.files.archive import read_archive, read_pickles
-    from nativesd.weights.files.gguf import read_gguf
-    from nativesd.weights.files.header import BITS, HEAD, Header, header_length, parse_header
+    from nativesd.weights.formats.archive import read_archive, read_pickles
+    from nativesd.weights.formats.gguf import read_gguf
+    from nativesd.weights.formats.header import BITS, HEAD, Header, header_length, parse_header
 
 LONGEST = 65536
 """Bytes of an input."""

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from nativesd.config import Config
-from nativesd.weights.files.header import TensorInfo
+from nativesd.weights.formats.header import TensorInfo
 from nativesd.weights.maps.describe import Evidence
 from nativesd.weights.maps.identify import Component, Identity
 from nativesd.weights.maps.keymap import BoundMap

@@ -35,7 +35,7 @@ from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.models.build import build
 from nativesd.shipped import TINY
 from nativesd.weights.checkpoint import unmap
-from nativesd.weights.files.header import read_header
+from nativesd.weights.formats.header import read_header
 from nativesd.weights.maps.keymap import load_table
 from oracles import draw, published_manifests, sparse
 

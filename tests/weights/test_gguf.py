@@ -21,9 +21,9 @@ from torch import Tensor
 import nativesd
 from nativesd.checkpoints.convert import convert
 from nativesd.errors import SourceError
-from nativesd.weights.files.gguf import BLOCKS, TYPES, read_gguf
 from nativesd.weights.files.source import open_source
 from nativesd.weights.files.tensors import read_tensor
+from nativesd.weights.formats.gguf import BLOCKS, TYPES, read_gguf
 
 Array = NDArray[np.generic]
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from nativesd.errors import SourceError, WeightsError
 from nativesd.shipped import TINY
 from nativesd.weights.files.folder import shards
-from nativesd.weights.files.header import (
+from nativesd.weights.formats.header import (
     BITS,
     HEAD,
     MAX_HEADER,

@@ -46,7 +46,7 @@ from nativesd.models.build import expected
 from nativesd.shipped import TABLES
 from nativesd.weights.audit import AuditReport, nearest, report_components
 from nativesd.weights.checkpoint import apply
-from nativesd.weights.files.header import TensorInfo
+from nativesd.weights.formats.header import TensorInfo
 from nativesd.weights.maps.identify import Identity, identify
 from nativesd.weights.maps.keymap import BoundMap, load_table, load_tables
 from nativesd.weights.maps.rules import Shape

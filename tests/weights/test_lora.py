@@ -29,8 +29,8 @@ from nativesd.config import SDXL_UNET
 from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.models.build import build, expected
 from nativesd.weights.checkpoint import fill, unmap
-from nativesd.weights.files.header import read_header
 from nativesd.weights.files.locate import Located
+from nativesd.weights.formats.header import read_header
 from nativesd.weights.lora.bases import bases
 from nativesd.weights.lora.file import read_lora
 from nativesd.weights.lora.merge import Host, Merged, host, merge_into, set_loras

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nativesd.errors import SourceError
-from nativesd.weights.files import pickles
-from nativesd.weights.files.container import read_file
 from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.files.tensors import map_file, map_tensor, read_tensor
+from nativesd.weights.formats import pickles
+from nativesd.weights.formats.container import read_file
 
 FILES = Path(__file__).parent / "files"
 
@@ -323,7 +323,7 @@ LIMITS = """
 import resource, sys, time
 from pathlib import Path
 from nativesd.errors import SourceError
-from nativesd.weights.files.container import read_file
+from nativesd.weights.formats.container import read_file
 for name in sys.argv[1:]:
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     try:

@@ -1,1 +1,1 @@
-"""Bytes to headers and tensors: files, folders, the hub; which weights are where."""
+"""Sources to headers and tensors: files, folders, the hub; which weights are where."""

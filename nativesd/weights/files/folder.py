@@ -6,8 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from nativesd.errors import SourceError, quote
-from nativesd.weights.files.container import read_file
-from nativesd.weights.files.header import merge_headers, read_index
+from nativesd.weights.formats.container import read_file
+from nativesd.weights.formats.header import merge_headers, read_index
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 PICKLED = {"model": "pytorch_model"}

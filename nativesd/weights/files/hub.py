@@ -18,8 +18,8 @@ from nativesd.schema import REQUIRED, Field, Kind, many, read_fields
 from nativesd.version import __version__
 from nativesd.weights.files.asking import MissingError, refusal, within
 from nativesd.weights.files.folder import PICKLED, weight_files
-from nativesd.weights.files.header import read_index
 from nativesd.weights.files.source import open_source
+from nativesd.weights.formats.header import read_index
 
 CONFIGS = ("model_index.json", "scheduler/*.json", "tokenizer*/*")
 HEADERS = ("model_index.json", "config.json", "*/config.json", "*.safetensors.index*.json", "*.bin.index*.json")

@@ -19,9 +19,9 @@ from nativesd.errors import NetworkError, SourceError, UsageError, quote
 from nativesd.weights.files.asking import refusal, within
 from nativesd.weights.files.configs import component_config
 from nativesd.weights.files.folder import weight_files
-from nativesd.weights.files.header import HEAD, Header, header_length, parse_header, read_header, read_index
 from nativesd.weights.files.hub import fetch_configs, headers_for, list_files
 from nativesd.weights.files.source import UNUSED, Member, components, from_headers
+from nativesd.weights.formats.header import HEAD, Header, header_length, parse_header, read_header, read_index
 
 FIRST = 512 * 1024
 """Bytes of the first request, which are the only ones where the header is no longer (SDXL in one file: 0.4 MB)."""

@@ -10,9 +10,9 @@ from nativesd.config import Config
 from nativesd.errors import SourceError, quote
 from nativesd.reading import Stamp, is_name, read_json
 from nativesd.weights.files.configs import component_config
-from nativesd.weights.files.container import SUFFIXES, read_file
 from nativesd.weights.files.folder import local_weights, shards
-from nativesd.weights.files.header import Header, TensorInfo, merge_headers
+from nativesd.weights.formats.container import SUFFIXES, read_file
+from nativesd.weights.formats.header import Header, TensorInfo, merge_headers
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from nativesd.errors import SourceError
 from nativesd.reading import Stamp
-from nativesd.weights.files.blocks import dequantise
-from nativesd.weights.files.gguf import BLOCKS
-from nativesd.weights.files.header import TensorInfo
 from nativesd.weights.files.source import Member
+from nativesd.weights.formats.blocks import dequantise
+from nativesd.weights.formats.gguf import BLOCKS
+from nativesd.weights.formats.header import TensorInfo
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from nativesd.config import Config
 from nativesd.weights.audit import ComponentReport, Expected, Mapped, Unexpected
-from nativesd.weights.files.header import TensorInfo
+from nativesd.weights.formats.header import TensorInfo
 from nativesd.weights.lora.bases import Fit, fits
 from nativesd.weights.lora.file import group
 from nativesd.weights.lora.place import Change, Place, context

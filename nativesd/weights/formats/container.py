@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 from nativesd.errors import SourceError
 from nativesd.reading import Stamp
-from nativesd.weights.files.archive import read_archive, read_pickles
-from nativesd.weights.files.gguf import MAGIC, read_gguf
-from nativesd.weights.files.header import MAX_HEADER, Header, opened, read_safetensors
+from nativesd.weights.formats.archive import read_archive, read_pickles
+from nativesd.weights.formats.gguf import MAGIC, read_gguf
+from nativesd.weights.formats.header import MAX_HEADER, Header, opened, read_safetensors
 
 SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf")
 """Of files that hold weights; where a folder has several kinds, the first counts."""

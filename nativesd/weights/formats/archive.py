@@ -17,9 +17,9 @@ from typing import BinaryIO
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from nativesd.errors import SourceError, quote
-from nativesd.weights.files.header import AGAIN, BITS, SOURCE, FormatError, Header, TensorInfo
-from nativesd.weights.files.pickles import MAX_BYTES, Pairs, Storage, Stored, Value, walk
-from nativesd.weights.files.state import State, state_of
+from nativesd.weights.formats.header import AGAIN, BITS, SOURCE, FormatError, Header, TensorInfo
+from nativesd.weights.formats.pickles import MAX_BYTES, Pairs, Storage, Stored, Value, walk
+from nativesd.weights.formats.state import State, state_of
 
 MAX_DIRECTORY = 4_000_000
 """Bytes of a zip archive's directory; that of SDXL with its training state has 1 MB."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nativesd.weights.files.gguf import BLOCKS
+from nativesd.weights.formats.gguf import BLOCKS
 
 
 def dequantise(raw: Tensor, dtype: str) -> Tensor:

@@ -12,7 +12,7 @@ import struct
 from typing import BinaryIO
 
 from nativesd.errors import SourceError, quote
-from nativesd.weights.files.header import AGAIN, MAX_COUNT, SOURCE, FormatError, Header, TensorInfo
+from nativesd.weights.formats.header import AGAIN, MAX_COUNT, SOURCE, FormatError, Header, TensorInfo
 
 MAGIC = b"GGUF"
 MAX_BYTES = 8_000_000

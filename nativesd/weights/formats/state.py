@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from nativesd.errors import quote
-from nativesd.weights.files.header import FormatError
-from nativesd.weights.files.pickles import Inert, Pairs, Stored, Value
+from nativesd.weights.formats.header import FormatError
+from nativesd.weights.formats.pickles import Inert, Pairs, Stored, Value
 
 MAX_ENTRIES = 100_000
 """Of the outermost dictionary; a checkpoint of SDXL with its training average has some 4 000."""

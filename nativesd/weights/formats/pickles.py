@@ -18,7 +18,7 @@ from io import BytesIO
 from typing import Any
 
 from nativesd.errors import quote
-from nativesd.weights.files.header import MAX_COUNT, MAX_DIMENSIONS, FormatError
+from nativesd.weights.formats.header import MAX_COUNT, MAX_DIMENSIONS, FormatError
 
 MAX_BYTES = 8_000_000
 MAX_OPCODES = 700_000
