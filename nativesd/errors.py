@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Callable
 from typing import Any
 
 
@@ -19,7 +20,7 @@ class NativesdError(Exception):
 class Interrupted(NativesdError):  # noqa: N818  # it is no mistake
     """A call was ended by `Pipeline.interrupt`. `latents`, a tensor (B, C, h, w), are the clean ones of its last step.
 
-    `Pipeline.decode` makes pictures of them.
+    `Pipeline.decode` makes pictures of them, and `result()` a whole `Result`.
     """
 
     exit_code = 130
@@ -27,6 +28,13 @@ class Interrupted(NativesdError):  # noqa: N818  # it is no mistake
     def __init__(self, message: str, latents: Any) -> None:
         super().__init__(message)
         self.latents = latents
+        self.finish: Callable[[], Any] | None = None
+
+    def result(self) -> Any:
+        """What the call would have returned, made of these latents; a note of it says where it ended."""
+        if self.finish is None:
+            raise UsageError("this call had no result yet")
+        return self.finish()
 
 
 def install_line(extra: str) -> str:

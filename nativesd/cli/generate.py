@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 NEEDS = {
     **dict.fromkeys(("mask", "strength", "steps_as", "resize", "outpaint", "image_guidance_scale"), ("image",)),
-    "variation_seed": ("variation_strength",),
-    "mask_blur": ("mask", "outpaint"), "refiner_at": ("refiner",), "guess_mode": ("control",), "engines": ("backend",),
+    "variation_seed": ("variation_strength",), "mask_blur": ("mask", "outpaint"), "mask_fill": ("mask", "outpaint"),
+    "only_masked": ("mask",), "refiner_at": ("refiner",), "guess_mode": ("control",), "engines": ("backend",),
 }  # fmt: skip
 """Options that do nothing without one of others; those whose names go on after another's (--hires-steps) need that."""
 
@@ -74,6 +74,12 @@ NEEDS = {
     click.option("--resize", type=click.Choice(["resize", "crop", "fill"]), help="How --image comes to --size."),
     click.option("--outpaint", type=Border(), help="Pixels to add to --image, such as 0,0,128,0."),
     click.option("--mask-blur", type=int, help="Pixels over which a repainted part fades in [default: 4]."),
+    click.option(
+        "--mask-fill",
+        type=click.Choice(["original", "fill", "noise", "nothing"]),
+        help="What is under --mask at first [default: original].",
+    ),
+    click.option("--only-masked", type=int, metavar="PIXELS", help="Repaint only --mask and so many pixels around it."),
     click.option("--image-guidance-scale", type=float, help="How much an instruct-pix2pix model keeps [default: 1.5]."),
 )
 @section(

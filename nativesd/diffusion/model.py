@@ -198,6 +198,8 @@ class Diffusion:
             hidden = self._draw(visible, source, job)  # diffusers draws for it even where no UNet looks at it
             if inpainting:
                 channels = torch.cat([mask.round().expand(len(hidden), -1, -1, -1), hidden], dim=1)
+        if known is not None and mask is not None and start.fill in ("noise", "nothing"):
+            known = torch.lerp(known, noise if start.fill == "noise" else torch.zeros_like(noise), mask)
         if known is None or (mask is not None and start.all_noise):
             x = noise * plan.start
         else:

@@ -20,13 +20,19 @@ all        n, the last of int(n / min(s, 0.999)): A1111's second pass, and its o
 Sources: diffusers' `get_timesteps`, A1111's modules/sd_samplers_common.py (`setup_img2img_steps`).
 """
 MOST_STRENGTH = 0.999
+MaskFill = Literal["original", "fill", "noise", "nothing"]
+"""What is under a mask when the painting begins: the picture; the colours around it; noise, or nothing, as latents.
+
+A1111's inpainting_fill 1, 0, 2 and 3 (modules/processing.py).
+"""
 
 
 @dataclass(frozen=True)
 class Start:
     """A picture to begin from, (1 or B, 3, H, W) in [-1, 1], or its latents; `strength` of the noise is put on it.
 
-    `mask` (of the picture's size, grey) is white where the picture is painted anew.
+    `mask` (of the picture's size, grey) is white where the picture is painted anew. Of `fill`, latents are put there by
+    "noise" and "nothing"; what the others mean has been done to the picture.
     """
 
     strength: float
@@ -34,6 +40,7 @@ class Start:
     latents: Tensor | None = None
     mask: Image.Image | None = None
     steps_as: StepsAs = "diffusers"
+    fill: MaskFill = "original"
 
     def pixels(self) -> Tensor:
         """The picture. Raises UsageError where there are latents only."""

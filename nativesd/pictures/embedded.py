@@ -61,25 +61,29 @@ def read_texts(path: str | Path) -> Texts:
         return Texts(str(path), beside=_read_text_file(path))
     try:
         with Image.open(path) as image:
-            chunks, size = _png_texts(image), image.size
-            exif = image.getexif()
-            comment = exif.get_ifd(ExifTags.IFD.Exif).get(_USER_COMMENT)
+            found = texts_of(image, str(path))
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist") from None
     except (*_UNREADABLE, Image.DecompressionBombError) as error:
         raise SourceError(f"{path} cannot be read as a picture: {error}") from error
+    beside = path.with_suffix(".txt")
+    if not found.chunks and not found.comment and beside.is_file():
+        return Texts(str(path), found.size, beside=_read_text_file(beside))
+    return found
+
+
+def texts_of(image: Image.Image, where: str) -> Texts:
+    """The texts of an open picture, which messages call `where`. Raises SourceError, and what Pillow raises."""
+    chunks, exif = _png_texts(image), image.getexif()
+    comment = exif.get_ifd(ExifTags.IFD.Exif).get(_USER_COMMENT)
     for value in exif.values():  # ComfyUI's graphs in WebP (comfy_extras/nodes_images.py)
         name, _, graph = value.partition(":") if isinstance(value, str) else ("", "", "")
         if name in ("prompt", "workflow"):
             chunks.setdefault(name, graph)
     text = ""
     if isinstance(comment, str | bytes):
-        text = comment if isinstance(comment, str) else _decode_user_comment(comment, path)
-    beside = path.with_suffix(".txt")
-    found = Texts(str(path), size, chunks, text)
-    if not chunks and not text and beside.is_file():
-        return Texts(str(path), size, beside=_read_text_file(beside))
-    return found
+        text = comment if isinstance(comment, str) else _decode_user_comment(comment, where)
+    return Texts(where, image.size, chunks, text)
 
 
 def _read_text_file(path: Path) -> str:
@@ -100,7 +104,7 @@ def _png_texts(image: Image.Image) -> dict[str, str]:
     return {str(name): str(text) for name, text in texts.items() if isinstance(text, str)}
 
 
-def _decode_user_comment(comment: bytes, path: str | Path) -> str:
+def _decode_user_comment(comment: bytes, path: str) -> str:
     """A UserComment's text. UTF-16 may be in either order, as the writers do not agree: its blanks and digits tell."""
     code, payload = comment[:8], comment[8:]
     if code not in (_UNICODE, _ASCII, _UNKNOWN):

@@ -78,11 +78,7 @@ def fit(
     if any(side is not None and side < 1 for side in (width, height)):
         raise UsageError(f"a picture cannot be fitted into {width}x{height} pixels")
     own_width, own_height = image.size
-    if width is None:
-        width = _floor(own_width if height is None else own_width * height / own_height, factor)
-        height = height or _floor(own_height, factor)
-    elif height is None:
-        height = _floor(own_height * width / own_width, factor)
+    width, height = fitted_size(image, width, height, factor)
     if (width, height) == image.size:
         return Fitted(image, None)
 
@@ -99,6 +95,15 @@ def fit(
     if mode == "crop":
         return Fitted(scaled.crop((-left, -top, width - left, height - top)), note)
     return Fitted(_extend(scaled, left, width - inner[0] - left, top, height - inner[1] - top), note)
+
+
+def fitted_size(image: Image.Image, width: int | None, height: int | None, factor: int) -> tuple[int, int]:
+    """Width and height as `fit` takes them: what is not given follows from the picture, in multiples of `factor`."""
+    own_width, own_height = image.size
+    if width is None:
+        width = _floor(own_width if height is None else own_width * height / own_height, factor)
+        height = height or _floor(own_height, factor)
+    return width, height or _floor(own_height * width / own_width, factor)
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:

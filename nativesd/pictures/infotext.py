@@ -128,6 +128,9 @@ def _value_at(line: str, start: int) -> tuple[str, int]:
     return line[start:], len(line)
 
 
+ONLY_MASKED = "Only masked"
+MASKED_CONTENT = {"fill": "fill", "noise": "latent noise", "nothing": "latent nothing"}
+"""The option `mask_fill` as A1111 writes it (modules/processing.py)."""
 _SHOWN_SCHEDULES = {"normal": "Uniform", "sgm uniform": "SGM Uniform"}
 _SCHEDULE_SPELLINGS = {"uniform": "normal", "sgmuniform": "sgm uniform"}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from nativesd.destination import fresh
 from nativesd.errors import SourceError, UsageError
 from nativesd.pictures.embedded import user_comment_exif
-from nativesd.pictures.infotext import shown_schedule, write_infotext
+from nativesd.pictures.infotext import MASKED_CONTENT, ONLY_MASKED, shown_schedule, write_infotext
 from nativesd.version import __version__
 
 QUALITY = 95
@@ -60,7 +60,8 @@ class Result:
         Of `parameters` these are needed: prompt, negative_prompt, steps, sampler, schedule, guidance_scale, width,
         height, model. These are written where they are there and not None: strength, clip_skip, guidance_rescale, eta,
         noise ("cpu" or "cuda"), image_guidance_scale, mask_blur, literal, refiner (a name), refiner_at, vae (a name),
-        steps_as, variation (the fields of a `Variation`), hires (`Hires.fields`) and loras (names to scales).
+        mask_fill, only_masked, steps_as, variation (the fields of a `Variation`), hires (`Hires.fields`) and loras (names
+        to scales).
         """
         p = self.parameters
         hires: Mapping[str, Any] = p.get("hires") or {}
@@ -84,6 +85,9 @@ class Result:
             "Image CFG scale": _number(p.get("image_guidance_scale")),
             **_variation(p.get("variation") or {}, index),
             "Mask blur": p.get("mask_blur"),
+            "Masked content": MASKED_CONTENT.get(p.get("mask_fill", "")),
+            "Inpaint area": None if p.get("only_masked") is None else ONLY_MASKED,
+            "Masked area padding": p.get("only_masked"),
             "Literal prompt": p.get("literal"),
             "Refiner": p.get("refiner"),
             "Refiner switch at": _number(p.get("refiner_at")),

@@ -38,7 +38,7 @@ from nativesd.config import Prediction
 from nativesd.diffusion.control import Control
 from nativesd.diffusion.model import Diffusion
 from nativesd.diffusion.preview import Step
-from nativesd.diffusion.start import StepsAs
+from nativesd.diffusion.start import MaskFill, StepsAs
 from nativesd.errors import UsageError
 from nativesd.pictures.images import Fit, ImageSource
 from nativesd.pipeline.hires import UPSCALERS, Hires, Upscaler
@@ -101,6 +101,8 @@ class CallOptions(TypedDict, total=False):
     resize: Fit | None
     outpaint: Border | None
     mask_blur: int | None
+    mask_fill: MaskFill | None
+    only_masked: int | None
     hires: Hires | float | None
     refiner: Diffusion | None
     refiner_at: float | None
@@ -128,7 +130,9 @@ ELSEWHERE = {
     "guidance": "guidance_scale", "scale": "guidance_scale", "negative": "negative_prompt", "text": "prompt",
     "prompts": "prompt", "sampler_name": "sampler", "sampler_index": "sampler", "sample_method": "sampler",
     "scheduler": "sampler (which steps how) and schedule (at which noise levels)", "init_image": "image",
-    "init_images": "image", "input_image": "image", "mask_image": "mask", "denoising_strength": "strength",
+    "init_images": "image", "input_image": "image", "mask_image": "mask",
+    "inpainting_fill": "mask_fill", "inpaint_full_res": "only_masked",
+    "inpaint_full_res_padding": "only_masked", "padding_mask_crop": "only_masked", "denoising_strength": "strength",
     "denoise": "strength", "resize_mode": "resize", "enable_hr": "hires", "hr_scale": "hires", "hires_fix": "hires",
     "denoising_end": "refiner and refiner_at", "denoising_start": "refiner and refiner_at",
     "refiner_switch_at": "refiner_at", "cross_attention_kwargs": "loras, with their scales", "lora": "loras",
@@ -397,6 +401,8 @@ class Checked:
     resize: Annotated[Fit, one_of(*get_args(Fit))] = "resize"
     outpaint: Annotated[Border | None, _border] = None
     mask_blur: Annotated[int, whole(0)] = 4
+    mask_fill: Annotated[MaskFill, one_of(*get_args(MaskFill))] = "original"
+    only_masked: Annotated[int | None, whole(0)] = None
     hires: Annotated[Hires | None, _hires] = None
     refiner: Annotated[Diffusion | None, _refiner] = None
     refiner_at: Annotated[float, real(0, 1)] = 0.8

@@ -10,6 +10,7 @@ from PIL import Image
 from nativesd.diffusion.config import EDITING, INPAINTING, PLAIN, PipelineConfig
 from nativesd.errors import UsageError
 from nativesd.pictures import images, masks
+from nativesd.pictures.region import Box, cut_out, fill_masked, put_back
 from nativesd.pipeline.arguments import Checked
 from nativesd.text.words import FILE as WORDS
 from nativesd.text.words import unknown_words
@@ -17,13 +18,24 @@ from nativesd.text.words import unknown_words
 
 @dataclass(frozen=True)
 class Inputs:
-    """The size of the pictures to make, and the picture and mask to begin from, brought to it; `notes` say how."""
+    """The size of the pictures to make, and the picture and mask to begin from, brought to it; `notes` say how.
+
+    ground  the picture and its mask as they are outside of what is painted, and the box of that in them; None: all
+    """
 
     width: int
     height: int
     picture: Image.Image | None = None
     mask: Image.Image | None = None
     notes: tuple[str, ...] = ()
+    ground: tuple[Image.Image, Image.Image, Box | None] | None = None
+
+    def finished(self, painted: Image.Image) -> Image.Image:
+        """What was painted, with what lies outside of the mask as it was."""
+        if self.ground is None:
+            return painted
+        picture, mask, box = self.ground
+        return images.paste(picture, painted, mask) if box is None else put_back(picture, painted, mask, box)
 
 
 def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
@@ -54,6 +66,12 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
         raise UsageError(f"{config.name} is an inpainting model: pass mask= with image=")
     if channels == EDITING and (mask is not None or outpaint is not None):
         raise UsageError(f"{config.name} edits whole pictures by instruction: it takes no mask")
+    if mask is None and asked.only_masked is not None:
+        raise UsageError("only_masked is for a mask: pass mask= too")
+    if mask is None and outpaint is None and asked.mask_fill != "original":
+        raise UsageError("mask_fill is for a mask: pass mask= too")
+    if asked.only_masked is not None:
+        return _part(config, asked, asked.only_masked)
     notes = []
     picture, note = images.fit(images.read_image(image), width, height, asked.resize, factor=factor)
     notes += [note] if note else []
@@ -67,9 +85,29 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
         picture, border, note = images.pad(picture, left, right, top, bottom, factor=factor)
         notes.append(note)
         painted = border if painted is None else masks.add_border(painted, border, (left, right, top, bottom))
-    if painted is not None:
-        painted = masks.blur(painted, asked.mask_blur)
-    return Inputs(picture.width, picture.height, picture, painted, tuple(notes))
+    if painted is None:
+        return Inputs(picture.width, picture.height, picture, None, tuple(notes))
+    painted = masks.blur(painted, asked.mask_blur)
+    begin = picture if asked.mask_fill == "original" else fill_masked(picture, painted)
+    return Inputs(picture.width, picture.height, begin, painted, tuple(notes), (picture, painted, None))
+
+
+def _part(config: PipelineConfig, asked: Checked, padding: int) -> Inputs:
+    """The part of a picture around its mask, at a size of its own."""
+    assert asked.image is not None
+    assert asked.mask is not None
+    if asked.outpaint is not None:
+        raise UsageError("only_masked repaints a part of a picture: pass no outpaint with it")
+    picture = images.read_image(asked.image)
+    mask, note = masks.read_mask(asked.mask)
+    mask = masks.blur(images.fit(mask, *picture.size).image, asked.mask_blur)
+    width, height = images.fitted_size(picture, asked.width, asked.height, config.vae.factor)
+    part, part_mask, box = cut_out(picture, mask, padding, width, height)
+    if asked.mask_fill != "original":
+        part = fill_masked(part, part_mask)
+    left, top, right, bottom = box
+    notes = [*([note] if note else []), f"only {right - left}x{bottom - top} pixels at {left}, {top} are repainted"]
+    return Inputs(width, height, part, part_mask, tuple(notes), (picture, mask, box))
 
 
 def unheeded(

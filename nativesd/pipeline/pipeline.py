@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
@@ -73,6 +74,9 @@ class Pipeline(Diffusion):
         resize          how `image` comes to another size: "resize", "crop" (the middle) or "fill" (a border)
         outpaint        pixels to add to `image` on the left, top, right and bottom
         mask_blur       pixels over which the repainted part fades into the picture
+        mask_fill       what is under `mask` at first: "original", "fill" (the colours around it), "noise" or "nothing"
+        only_masked     repaint only what `mask` covers, and so many pixels around it, at `width` x `height`, and put it
+                        back into the whole picture
         hires           a second pass at a larger size: a `Hires`, or its scale
         refiner         an SDXL refiner, loaded, which takes the last steps
         refiner_at      from how far on it takes them, 0 to 1. Default 0.8
@@ -169,15 +173,13 @@ class Pipeline(Diffusion):
             if strength is None:
                 strength = STRENGTH if inputs.mask is None else 1.0
             start = Start(
-                strength, images.to_tensor([inputs.picture]).to(self.device), mask=inputs.mask, steps_as=asked.steps_as
+                strength,
+                images.to_tensor([inputs.picture]).to(self.device),
+                mask=inputs.mask,
+                steps_as=asked.steps_as,
+                fill=asked.mask_fill,
             )
-        latents = self.run(job, steps, size, start)
-        if asked.hires is not None:
-            latents = self._enlarge(job, steps, latents, asked.hires)
-        pictures = self.decode(latents)
-        if inputs.picture is not None and inputs.mask is not None:
-            pictures = [images.paste(inputs.picture, picture, inputs.mask) for picture in pictures]
-        parameters = {
+        parameters: dict[str, Any] = {
             "prompt": asked.prompts[0] if asked.one_prompt else asked.each(asked.prompts),
             "negative_prompt": (asked.negative_prompt[0] if asked.one_negative else asked.each(asked.negative_prompt)),
             "steps": steps,
@@ -197,6 +199,8 @@ class Pipeline(Diffusion):
             "clip_skip": asked.clip_skip,
             "literal": asked.literal or None,
             "mask_blur": None if inputs.mask is None else asked.mask_blur,
+            "mask_fill": None if asked.mask_fill == "original" else asked.mask_fill,
+            "only_masked": asked.only_masked,
             "image_guidance_scale": asked.image_guidance_scale if config.unet.in_channels == EDITING else None,
             "hires": None if asked.hires is None else asked.hires.fields(),
             "refiner": None if asked.refiner is None else asked.refiner.config.name,
@@ -206,12 +210,24 @@ class Pipeline(Diffusion):
             "inferred": inferred,
             "notes": [*inputs.notes, *unheeded(config, asked, guidance_scale, self.words)],
         }
-        return Result(
-            images=pictures,
-            seeds=list(asked.seeds),
-            latents=latents,
-            parameters={name: value for name, value in parameters.items() if value is not None},
-        )
+
+        def finish(latents: Tensor, *notes: str) -> Result:
+            return Result(
+                images=[inputs.finished(picture) for picture in self.decode(latents)],
+                seeds=list(asked.seeds),
+                latents=latents,
+                parameters={name: value for name, value in parameters.items() if value is not None}
+                | {"notes": [*parameters["notes"], *notes]},
+            )
+
+        try:
+            latents = self.run(job, steps, size, start)
+            if asked.hires is not None:
+                latents = self._enlarge(job, steps, latents, asked.hires)
+        except Interrupted as ended:
+            ended.finish = partial(finish, ended.latents, str(ended))
+            raise
+        return finish(latents)
 
     @memory_explained()
     def accelerate(

@@ -427,3 +427,69 @@ def test_what_does_not_fit_is_said_before_the_first_step(
     with pytest.warns(UserWarning, match="2 pictures of 64x64 may not fit"):
         ours("a cat", steps=2, seed=1, num_images=2, on_step=lambda step: batches.append(-1))
     assert batches[0] == 2
+
+
+def test_only_masked_is_inpainting_of_the_part(folders: dict[str, Path]) -> None:
+    """The part around the mask, at its own size, is what inpainting makes of it; the rest stays."""
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    picture = photo(150, 110)
+    mask = Image.new("L", picture.size)
+    mask.paste(255, (60, 40, 76, 56))
+    options: dict[str, Any] = {"steps": 4, "seed": 3, "strength": 0.6, "mask_blur": 0, "width": SIDE, "height": SIDE}
+    whole = ours("a cat", image=picture, mask=mask, only_masked=8, **options)
+    box = (52, 32, 84, 64)
+    part, part_mask = (each.crop(box).resize((SIDE, SIDE), Image.Resampling.LANCZOS) for each in (picture, mask))
+    alone = ours("a cat", image=part, mask=part_mask, **options)
+    assert (whole.latents == alone.latents).all()
+    found, before = np.asarray(whole.images[0]), np.asarray(picture)
+    inside = np.asarray(mask) > 0
+    np.testing.assert_array_equal(found[~inside], before[~inside])
+    assert (found[inside] != before[inside]).any()
+    assert whole.parameters["notes"] == ["only 32x32 pixels at 52, 32 are repainted"]
+    assert "Inpaint area: Only masked, Masked area padding: 8" in whole.infotext()
+
+
+def test_what_is_under_the_mask_at_first(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Every kind gives another picture, except where there is only noise at first; and the text repeats it."""
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    options: dict[str, Any] = {"steps": 4, "seed": 3, "image": photo(), "mask": hole(), "strength": 0.6}
+    fills = ("original", "fill", "noise", "nothing")
+    results = {fill: ours("a cat", mask_fill=fill, **options) for fill in fills}
+    assert len({each.latents.sum().item() for each in results.values()}) == len(fills)
+    assert (results["original"].latents == ours("a cat", **options).latents).all()
+    for fill in fills[1:]:
+        results[fill].save(tmp_path / "made.png")
+        assert nativesd.options_from(tmp_path / "made.png")[0]["mask_fill"] == fill
+    noise = [
+        ours("a cat", mask_fill=fill, **{**options, "strength": 1, "mask_blur": 0}).latents
+        for fill in ("noise", "nothing")
+    ]
+    assert (noise[0] == noise[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"only_masked": 8}, "only_masked is for a mask"),
+        ({"mask_fill": "noise"}, "mask_fill is for a mask"),
+        ({"only_masked": 8, "mask": hole(), "outpaint": (8, 0, 0, 0)}, "no outpaint"),
+        ({"only_masked": -1, "mask": hole()}, "only_masked must be at least 0"),
+        ({"mask_fill": "red", "mask": hole()}, "mask_fill must be original"),
+    ],
+)
+def test_parts_that_cannot_be(folders: dict[str, Path], options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        nativesd.load(folders["sd15"], device="cpu")("a cat", steps=2, image=photo(), **options)
+
+
+def test_an_interrupted_call_has_a_result_of_what_there_was(folders: dict[str, Path]) -> None:
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    with pytest.raises(nativesd.Interrupted) as ended:
+        ours("a cat", steps=4, seed=3, image=photo(), mask=hole(), on_step=lambda step: ours.interrupt())
+    result = ended.value.result()
+    assert isinstance(result, nativesd.Result)
+    assert result.latents is ended.value.latents
+    assert result.parameters["notes"] == ["interrupted after step 1 of 4"]
+    assert "Steps: 4" in result.infotext()
+    outside = np.asarray(hole()) == 0
+    np.testing.assert_array_equal(np.asarray(result.images[0])[outside][:100], np.asarray(photo())[outside][:100])

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from nativesd.errors import UsageError
 from nativesd.pictures.embedded import Texts
-from nativesd.pictures.infotext import Infotext, parse_infotext, schedule_named
+from nativesd.pictures.infotext import MASKED_CONTENT, ONLY_MASKED, Infotext, parse_infotext, schedule_named
 from nativesd.pictures.programs.recipe import Recipe, integer, json_object, real
 
 Maker = Literal["nativesd", "a1111", "comfyui", "other"]
@@ -41,6 +41,13 @@ def _noise(name: str, value: str) -> str:
     return noise
 
 
+def _masked_content(name: str, value: str) -> str:
+    fill = {shown: fill for fill, shown in MASKED_CONTENT.items()}.get(value.lower())
+    if fill is None:
+        raise UsageError(f"{name}: {value!r} is not one of {', '.join(MASKED_CONTENT.values())}")
+    return fill
+
+
 def _text(name: str, value: str) -> str:
     return value
 
@@ -71,6 +78,8 @@ _OPTIONS: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "rng": ("noise", _noise),
     "image cfg scale": ("image_guidance_scale", real),
     "mask blur": ("mask_blur", integer),
+    "masked area padding": ("only_masked", integer),
+    "masked content": ("mask_fill", _masked_content),
     "literal prompt": ("literal", _truth),
     "model": ("model", _text),
     "refiner switch at": ("refiner_at", real),
@@ -115,6 +124,7 @@ _NEUTRAL: dict[str, frozenset[str]] = {
         (("tiling", "face restoration", "discard penultimate sigma", "sgm noise multiplier"), ("false", "none")),
         (("seed resize from",), ("0x0", "-1x-1")),
         (("emphasis",), ("original",)),
+        (("inpaint area",), (ONLY_MASKED.lower(),)),  # "masked area padding" says so too
         (("fp8 weight",), ("disable",)),
         (("vae encoder", "vae decoder"), ("full",)),
         (("vae", "refiner"), ("none", "automatic")),
@@ -266,9 +276,14 @@ _FUSED = re.compile(
 )
 
 
+def automatic_schedule(sampler: str) -> str:
+    """The schedule that A1111 takes for a sampler where "Automatic" is asked for."""
+    return _AUTOMATIC_IS.get(re.sub(r"\s+", "", sampler.lower()), "normal")
+
+
 def _meant_schedule(sampler: str, schedule: str | None, maker: Maker) -> str | None:
     """The schedule that a sampler ran with; None where its own name says it, or nothing does."""
-    own = _AUTOMATIC_IS.get(re.sub(r"\s+", "", sampler.lower()), "normal")
+    own = automatic_schedule(sampler)
     match maker:
         case "a1111" | "comfyui" if schedule in (None, "automatic") and _FUSED.search(sampler):
             return None
