@@ -18,6 +18,7 @@ import torch
 
 from nativesd import cli
 
+pytest_plugins = ["server.fixtures"]
 REASONS = {"full": "real sizes: run with -m full", "gpu": "needs a CUDA device: run with -m gpu"}
 
 if "PYTEST_XDIST_WORKER" in os.environ:

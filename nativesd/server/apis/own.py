@@ -1,0 +1,248 @@
+"""The jobs of the server's own API: `POST /jobs` in the library's words, to be polled, followed and cancelled."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from nativesd.diffusion.control import Control
+from nativesd.errors import UsageError
+from nativesd.pipeline.arguments import CallOptions
+from nativesd.pipeline.hires import Hires
+from nativesd.pipeline.readers import real, text
+from nativesd.sampling.table import SAMPLERS, SCHEDULES
+from nativesd.server.context import Context, context_of
+from nativesd.server.jobs.job import Event, Job
+from nativesd.server.jobs.order import Call, Order
+from nativesd.server.wire.answers import Refusal, answering, json_answer, plain
+from nativesd.server.wire.bodies import Intake, data_of, read_object
+from nativesd.server.wire.waiting import events_of, sent, server_sent
+
+NOT_OVER_HTTP = ("on_step", "lora_dirs")
+HIRES = ("scale", "strength", "steps", "upscaler", "width", "height", "sampler", "schedule", "prompt",
+         "negative_prompt", "guidance_scale")  # fmt: skip
+CONTROL = ("model", "image", "scale", "start", "end", "preprocess", "kind")
+PREVIEW_QUALITY = 80
+
+
+def routes() -> list[Route]:
+    """The API's addresses."""
+    return [
+        Route("/jobs", post_job, methods=["POST"]),
+        Route("/jobs", list_jobs),
+        Route("/jobs/{id}", get_job),
+        Route("/jobs/{id}", delete_job, methods=["DELETE"]),
+        Route("/jobs/{id}/events", get_events),
+        Route("/jobs/{id}/pictures/{number:int}", get_picture),
+        Route("/catalogue", get_catalogue),
+    ]
+
+
+@answering(plain)
+async def post_job(request: Request) -> Response:
+    """Have pictures made: 202, with the address to ask how it goes."""
+    context = context_of(request)
+    body = await read_object(request)
+    order = await run_in_threadpool(read_order, body, context)
+    job = context.desk.submit(Job("jobs", order))
+    answer = shown(job, context)
+    return json_answer(answer, 202, {"Location": answer["poll_url"]})
+
+
+def read_order(body: Mapping[str, Any], context: Context) -> Order:
+    """The options of a call, as JSON has them. Raises UsageError that names the field.
+
+    Pictures are base64, `model`, `refiner`, LoRAs and ControlNets are names of the catalogue.
+    """
+    given = {name: value for name, value in body.items() if value is not None}
+    for name in given:
+        if name in NOT_OVER_HTTP:
+            raise UsageError(f"there is no option {name!r} over HTTP")
+    model, refiner = (text(name, given.pop(name)) if name in given else None for name in ("model", "refiner"))
+    catalogue, intake = context.catalogue, context.intake()
+    catalogue.model(model)
+    if refiner is not None:
+        catalogue.model(refiner)
+    prompt = text("prompt", given.pop("prompt", ""))
+    for name in ("image", "mask"):
+        if name in given:
+            given[name] = intake.picture(name, given[name])
+    if "hires" in given and isinstance(given["hires"], dict):
+        given["hires"] = Hires(**_known("hires", given["hires"], HIRES))
+    if "loras" in given:
+        given["loras"] = [_lora(value, context) for value in _several("loras", given["loras"])]
+    if "control" in given:
+        given["control"] = [_control(value, context, intake) for value in _several("control", given["control"])]
+    if isinstance(given.get("seed"), list) and len(given["seed"]) > context.settings.limits.batch:
+        raise UsageError(f"seed must be at most {context.settings.limits.batch} numbers on this server")
+    order = Order(model, [Call(prompt, {**given, **with_loras(context)})], refiner)
+    context.require_bounded(order)
+    return order
+
+
+def with_loras(context: Context) -> CallOptions:
+    """The options of every call: where LoRAs are that prompts name."""
+    return {"lora_dirs": list(context.settings.lora_dirs)}
+
+
+def _several(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise UsageError(f"{name} must be a list, not {type(value).__name__}")
+    return value
+
+
+def _known(name: str, value: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+    for each in value:
+        if each not in known:
+            raise UsageError(f"{name} has no field {each!r}: its fields are {', '.join(known)}")
+    return dict(value)
+
+
+def _lora(value: Any, context: Context) -> tuple[str, float, float]:
+    """A name, or [name, scale], or [name, scale of the UNet's part, scale of the text encoders']."""
+    name, *scales = value if isinstance(value, list) and value else [value]
+    if len(scales) > 2:
+        raise UsageError("loras must be names, or [name, scale], or [name, scale, scale]")
+    unet, encoders = [real(-100, 100)("loras", scale) for scale in scales or [1.0]] * (1 if len(scales) == 2 else 2)
+    return context.catalogue.lora(text("loras", name)), unet, encoders
+
+
+def _control(value: Any, context: Context, intake: Intake) -> Control:
+    if not isinstance(value, dict):
+        raise UsageError(f"control must be objects of {', '.join(CONTROL)}, not {type(value).__name__}")
+    fields = _known("control", {name: each for name, each in value.items() if each is not None}, CONTROL)
+    if "image" not in fields or "model" not in fields:
+        raise UsageError("control must have a model and an image")
+    if fields.get("preprocess", "canny") != "canny":
+        raise UsageError("control must be preprocessed by canny or not at all")
+    fields["model"] = context.catalogue.control(text("control", fields["model"]))
+    fields["image"] = intake.picture("control", fields["image"])
+    return Control(**fields)
+
+
+def _found(request: Request) -> Job:
+    job = context_of(request).desk.find(request.path_params["id"])
+    if job is None:
+        raise Refusal(404, "there is no such job; those that ended are kept for an hour", field="id", code="not_found")
+    return job
+
+
+@answering(plain)
+async def list_jobs(request: Request) -> Response:
+    """All jobs that are known: those that run, wait, and ended."""
+    context = context_of(request)
+    desk = context.desk
+    return json_answer({"jobs": [shown(job, context) for job in (*desk.running, *desk.waiting, *reversed(desk.ended))]})
+
+
+@answering(plain)
+async def get_job(request: Request) -> Response:
+    """How a job goes."""
+    return json_answer(shown(_found(request), context_of(request)))
+
+
+@answering(plain)
+async def delete_job(request: Request) -> Response:
+    """Cancel a job: at once where it waits (200), after its step where it runs (202); 409 where it is over."""
+    job, context = _found(request), context_of(request)
+    if not context.desk.cancel(job):
+        raise Refusal(409, f"the job is over: {job.status}", code=job.status)
+    return json_answer(shown(job, context), 200 if job.over else 202)
+
+
+@answering(plain)
+async def get_picture(request: Request) -> Response:
+    """A picture's file."""
+    job, number = _found(request), request.path_params["number"]
+    if not 0 <= number < len(job.pictures):
+        raise Refusal(404, f"the job has {len(job.pictures)} pictures, counted from 0", code="not_found")
+    made = job.pictures[number]
+    return Response(made.data, media_type=made.type, headers={"Cache-Control": "private, max-age=3600"})
+
+
+@answering(plain)
+async def get_events(request: Request) -> Response:
+    """A job's events as they come: "started", "step", "preview" (a JPEG in base64), and "ended" with the whole job."""
+    job, context = _found(request), context_of(request)
+    return server_sent(_told(job, context))
+
+
+async def _told(job: Job, context: Context) -> AsyncIterator[str]:
+    yield sent("job", shown(job, context))
+    async for event in events_of(job, previews=True):
+        if event is None:
+            yield ": still there\n\n"
+        else:
+            yield sent(event.kind, await run_in_threadpool(_event, event, context))
+
+
+def _event(event: Event, context: Context) -> dict[str, Any]:
+    if event.kind == "preview":
+        data = {**event.data, "picture": data_of(jpeg(event.data["picture"]))}
+        return {**data, "type": "image/jpeg"}
+    return dict(event.data) if event.kind == "step" else shown(event.job, context)
+
+
+def jpeg(picture: Image.Image, quality: int = PREVIEW_QUALITY) -> bytes:
+    """A picture as a JPEG file."""
+    data = BytesIO()
+    picture.save(data, format="JPEG", quality=quality)
+    return data.getvalue()
+
+
+def shown(job: Job, context: Context) -> dict[str, Any]:
+    """A job as JSON."""
+    position = context.desk.position(job)
+    return {
+        "id": job.id,
+        "status": job.status,
+        "position": position,
+        "progress": round(job.progress, 4),
+        "step": job.step,
+        "steps": job.steps,
+        "created": job.created,
+        "started": job.started,
+        "ended": job.ended,
+        "interrupted": job.interrupted,
+        "poll_url": f"/jobs/{job.id}",
+        "events_url": f"/jobs/{job.id}/events",
+        "pictures": [
+            {
+                "url": f"/jobs/{job.id}/pictures/{number}",
+                "seed": made.seed,
+                "width": made.width,
+                "height": made.height,
+                "infotext": made.infotext,
+            }
+            for number, made in enumerate(job.pictures)
+        ],
+        "notes": job.notes,
+        "error": None if job.failure is None else {"message": job.failure.message, "code": job.failure.kind},
+    }
+
+
+@answering(plain)
+async def get_catalogue(request: Request) -> Response:
+    """What there is by name, and the server's bounds."""
+    context = context_of(request)
+    catalogue, limits = context.catalogue, context.settings.limits
+    return json_answer(
+        {
+            "model": catalogue.current,
+            "models": list(catalogue.models),
+            "loras": list(catalogue.loras),
+            "controls": list(catalogue.controls),
+            "embeddings": list(catalogue.embeddings),
+            "samplers": [sampler.name for sampler in SAMPLERS],
+            "schedules": [schedule.name for schedule in SCHEDULES],
+            "apis": list(context.settings.apis),
+            "limits": {"side": limits.side, "steps": limits.steps, "batch": limits.batch, "pixels": limits.pixels},
+        }
+    )

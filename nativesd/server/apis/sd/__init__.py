@@ -1,0 +1,1 @@
+"""A1111's API: what its clients send, and what they read."""

@@ -1,0 +1,151 @@
+"""The shelf: models, LoRAs, ControlNets and embeddings by the names that clients say, and the one model in use."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+
+import nativesd
+from nativesd.errors import NativesdError, UsageError
+from nativesd.pipeline.pipeline import Pipeline
+from nativesd.server.settings import Settings
+from nativesd.shipped import TINY
+
+MODELS = (".safetensors", ".ckpt", ".gguf")
+PARTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+log = logging.getLogger("nativesd.server")
+
+
+class Catalogue:
+    """What there is by name. A client names; only what was named at the start, or lies in its folders, is opened."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.current = ""
+        """The model of requests that name none."""
+        self.refresh()
+        self.current = next(iter(self.models))
+
+    def refresh(self) -> None:
+        """Look into the folders again. Raises UsageError where there is no model."""
+        s = self._settings
+        found = {file.stem: str(file) for folder in s.model_dirs for file in _files(folder, MODELS)}
+        found |= {file.parent.name: str(file.parent) for d in s.model_dirs for file in d.rglob("model_index.json")}
+        self.models: Mapping[str, str] = {
+            **s.models,
+            **{name: at for name, at in found.items() if name not in s.models},
+        }
+        if not self.models:
+            raise UsageError(f"there is no model in {s.model_dirs[0]}")
+        self.loras = {file.stem: str(file) for folder in s.lora_dirs for file in _files(folder, (".safetensors",))}
+        self.embeddings = {file.stem: str(file) for folder in s.embedding_dirs for file in _files(folder, PARTS)}
+        controls = {file.stem: str(file) for folder in s.control_dirs for file in _files(folder, PARTS)}
+        for folder in s.control_dirs:
+            controls |= {file.parent.name: str(file.parent) for file in folder.rglob("config.json")}
+        if "tiny" in self.models.values():
+            controls = {"tiny": "tiny", **controls}
+        self.controls: Mapping[str, str] = controls
+
+    def model(self, name: str | None) -> str:
+        """A model's name as it is listed: in any case, with or without a suffix. Raises UsageError."""
+        if name is None:
+            return self.current
+        return _named("model", name, self.models)
+
+    def file(self, name: str) -> Path:
+        """Where a model is."""
+        source = self.models[self.model(name)]
+        return TINY if source == "tiny" else Path(source)
+
+    def lora(self, name: str) -> str:
+        """A LoRA's file by its name. Raises UsageError."""
+        return self.loras[_named("LoRA", name, self.loras)]
+
+    def control(self, name: str) -> str:
+        """A ControlNet's or T2I-Adapter's source by its name. Raises UsageError."""
+        return self.controls[_named("ControlNet", name, self.controls)]
+
+
+class Shelf:
+    """A worker's models: one is loaded at a time."""
+
+    def __init__(self, catalogue: Catalogue, settings: Settings, device: str | None) -> None:
+        self.catalogue = catalogue
+        self.device = device
+        self.name = ""
+        """Of the model that is loaded."""
+        self.refused: dict[str, str] = {}
+        """Embeddings that do not fit it, and why."""
+        self._settings = settings
+        self._pipeline: Pipeline | None = None
+        self._refiner: tuple[str, Pipeline] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def loaded(self) -> Pipeline | None:
+        """The pipeline that is loaded."""
+        return self._pipeline
+
+    def pipeline(self, name: str | None) -> Pipeline:
+        """The pipeline of a model, which is loaded where it is not the one in use. Raises what `nativesd.load` raises.
+
+        Where loading fails, the model before it is loaded when it is asked for again.
+        """
+        name = self.catalogue.model(name)
+        with self._lock:
+            if self._pipeline is None or self.name != name:
+                self._close()
+                self._pipeline = self._load(name)
+                self.name = name
+                self._read_embeddings(self._pipeline)
+            return self._pipeline
+
+    def refiner(self, name: str) -> Pipeline:
+        """The pipeline of a refiner, which stays loaded beside the model until another one is asked for."""
+        name = self.catalogue.model(name)
+        with self._lock:
+            if self._refiner is None or self._refiner[0] != name:
+                self._refiner = None
+                self._refiner = (name, self._load(name))
+            return self._refiner[1]
+
+    def _load(self, name: str) -> Pipeline:
+        log.info("loading %s", name)
+        return nativesd.load(self.catalogue.models[name], device=self.device, **dict(self._settings.loading))
+
+    def _close(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.close()
+        self._pipeline, self.name = None, ""
+
+    def _read_embeddings(self, pipeline: Pipeline) -> None:
+        self.refused = {}
+        for name, file in self.catalogue.embeddings.items():
+            try:
+                pipeline.load_embedding(file)
+            except NativesdError as error:
+                self.refused[name] = str(error)
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Files of some suffixes in a folder and those below it, but not the parts of model folders."""
+    models = {file.parent for name in ("model_index.json", "config.json") for file in folder.rglob(name)}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in suffixes and file.is_file() and models.isdisjoint(file.parents):
+            yield file
+
+
+def _named(what: str, name: str, there: Mapping[str, str]) -> str:
+    """The name that is meant: in any case, with a suffix, a folder before it, or A1111's hash behind it."""
+    path = name.strip().partition(" [")[0].replace("\\", "/")
+    asked = "" if path.startswith("/") or ".." in path.split("/") else path.rpartition("/")[2]
+    names = {each.lower(): each for each in there}
+    for each in (name, asked, asked.rpartition(".")[0]):
+        if each and each.lower() in names:
+            return names[each.lower()]
+    close = get_close_matches(asked.lower(), names, 1)
+    hint = f": did you mean {names[close[0]]}?" if close else f": there is {', '.join(there) or 'none'}"
+    raise UsageError(f"there is no {what} {name[:100]!r}{hint}")
