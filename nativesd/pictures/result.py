@@ -60,8 +60,8 @@ class Result:
         Of `parameters` these are needed: prompt, negative_prompt, steps, sampler, schedule, guidance_scale, width,
         height, model. These are written where they are there and not None: strength, clip_skip, guidance_rescale, eta,
         noise ("cpu" or "cuda"), image_guidance_scale, mask_blur, literal, refiner (a name), refiner_at, vae (a name),
-        mask_fill, only_masked, steps_as, variation (the fields of a `Variation`), hires (`Hires.fields`) and loras (names
-        to scales).
+        mask_fill, only_masked, steps_as, variation (the fields of a `Variation`), hires (`Hires.fields`) and loras
+        (names to scales).
         """
         p = self.parameters
         hires: Mapping[str, Any] = p.get("hires") or {}

@@ -91,6 +91,8 @@ def test_pictures_masks_controls_and_loras(
         ({"model": "someone/else"}, "model"),
         ({"model": "../../etc/passwd"}, "model"),
         ({"hires": {"size": 2}}, "hires"),
+        ({"variation": 3}, "variation"),
+        ({"variation": {"strength": 2}}, "variation"),
     ],
 )
 def test_what_cannot_be_is_422_and_named(server: Running, body: dict[str, Any], field: str | None) -> None:

@@ -71,6 +71,15 @@ def test_hires_and_settings(api: webuiapi.WebUIApi, pipe: nativesd.Pipeline) -> 
     assert made.image.size == (96, 96)
 
 
+def test_variations(api: webuiapi.WebUIApi, pipe: nativesd.Pipeline) -> None:
+    made = api.txt2img(**HERE, subseed=20, subseed_strength=0.3, seed_resize_from_w=48, seed_resize_from_h=48, n_iter=2,
+                       override_settings={"eta_noise_seed_delta": 31337})  # fmt: skip
+    for index, image in enumerate(made.images):
+        same(image, pipe(PROMPT, **OURS, variation=nativesd.Variation(20 + index, 0.3, (48, 48), 31337)))
+    assert (made.info["all_seeds"], made.info["all_subseeds"], made.info["subseed_strength"]) == ([7, 7], [20, 21], 0.3)
+    assert made.info["notes"] == []
+
+
 def test_img2img(api: webuiapi.WebUIApi, pipe: nativesd.Pipeline, picture: Image.Image) -> None:
     made = api.img2img(images=[picture.resize((80, 64))], **HERE, denoising_strength=0.5, resize_mode=1)
     wanted = pipe(PROMPT, **OURS, image=picture.resize((80, 64)), width=64, height=64, resize="crop", strength=0.5,
@@ -122,13 +131,13 @@ def test_loras_in_prompts(api: webuiapi.WebUIApi, pipe: nativesd.Pipeline, lora_
 
 
 def test_what_is_not_heeded_is_named(server: Running) -> None:
-    odd = {"subseed": 5, "subseed_strength": 0.5, "tiling": True, "styles": ["x"], "refiner_checkpoint": "None",
+    odd = {"tiling": True, "styles": ["x"], "refiner_checkpoint": "None",
            "override_settings": {"sd_vae": "other"}, "s_churn": 0.0, "subseed_new": 1}  # fmt: skip
     made = server.post("/sdapi/v1/txt2img", {**HERE, **odd}).json()
     notes = json.loads(made["info"])["notes"]
-    for name in ("subseed", "subseed_strength", "tiling", "styles", "override_settings.sd_vae", "subseed_new"):
+    for name in ("tiling", "styles", "override_settings.sd_vae", "subseed_new"):
         assert f"{name} is not used" in notes
-    assert len(notes) == 6
+    assert len(notes) == 4
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from nativesd.pipeline.arguments import CallOptions
 from nativesd.pipeline.hires import Hires
 from nativesd.pipeline.readers import real, text
 from nativesd.sampling.table import SAMPLERS, SCHEDULES
+from nativesd.sampling.variation import Variation
 from nativesd.server.context import Context, context_of
 from nativesd.server.jobs.job import Event, Job
 from nativesd.server.jobs.order import Call, Order
@@ -28,6 +29,7 @@ from nativesd.server.wire.waiting import events_of, sent, server_sent
 NOT_OVER_HTTP = ("on_step", "lora_dirs")
 HIRES = ("scale", "strength", "steps", "upscaler", "width", "height", "sampler", "schedule", "prompt",
          "negative_prompt", "guidance_scale")  # fmt: skip
+VARIATION = ("seed", "strength", "resize_from", "ensd")
 CONTROL = ("model", "image", "scale", "start", "end", "preprocess", "kind")
 PREVIEW_QUALITY = 80
 
@@ -76,6 +78,8 @@ def read_order(body: Mapping[str, Any], context: Context) -> Order:
             given[name] = intake.picture(name, given[name])
     if "hires" in given and isinstance(given["hires"], dict):
         given["hires"] = Hires(**_known("hires", given["hires"], HIRES))
+    if "variation" in given:
+        given["variation"] = Variation(**_known("variation", _object("variation", given["variation"]), VARIATION))
     if "loras" in given:
         given["loras"] = [_lora(value, context) for value in _several("loras", given["loras"])]
     if "control" in given:
@@ -98,6 +102,12 @@ def _several(name: str, value: Any) -> list[Any]:
     return value
 
 
+def _object(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{name} must be an object, not {type(value).__name__}")
+    return value
+
+
 def _known(name: str, value: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
     for each in value:
         if each not in known:
@@ -115,9 +125,8 @@ def _lora(value: Any, context: Context) -> tuple[str, float, float]:
 
 
 def _control(value: Any, context: Context, intake: Intake) -> Control:
-    if not isinstance(value, dict):
-        raise UsageError(f"control must be objects of {', '.join(CONTROL)}, not {type(value).__name__}")
-    fields = _known("control", {name: each for name, each in value.items() if each is not None}, CONTROL)
+    given = _object("control", value)
+    fields = _known("control", {name: each for name, each in given.items() if each is not None}, CONTROL)
     if "image" not in fields or "model" not in fields:
         raise UsageError("control must have a model and an image")
     if fields.get("preprocess", "canny") != "canny":

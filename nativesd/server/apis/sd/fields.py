@@ -48,6 +48,7 @@ BOTH: Mapping[str, Reader] = {
     "sampler_index": words, "scheduler": words, "eta": real(0, 1), "denoising_strength": real(0, 1),
     "override_settings": mapping, "alwayson_scripts": mapping, "script_name": words, "force_task_id": words,
     "send_images": flag, "refiner_checkpoint": words, "refiner_switch_at": real(0, 1), "styles": listed,
+    "subseed": SEED, "subseed_strength": real(0, 1), "seed_resize_from_w": whole(-1), "seed_resize_from_h": whole(-1),
 }  # fmt: skip
 TXT2IMG: Mapping[str, Reader] = {
     **BOTH, "enable_hr": flag, "hr_scale": real(0, 16, above=True), "hr_upscaler": words,
@@ -60,7 +61,6 @@ IMG2IMG: Mapping[str, Reader] = {
     "resize_mode": whole(0, 3), "image_cfg_scale": real(0), "include_init_images": flag,
 }  # fmt: skip
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "subseed": (-1,), "subseed_strength": (0,), "seed_resize_from_h": (-1, 0), "seed_resize_from_w": (-1, 0),
     "restore_faces": (False,), "tiling": (False,), "s_churn": (0,), "s_tmax": (0,), "s_tmin": (0,), "s_noise": (1,),
     "s_min_uncond": (0,), "comments": ({},), "disable_extra_networks": (False,), "firstpass_image": ("",),
     "firstphase_width": (0,), "firstphase_height": (0,), "hr_checkpoint_name": ("", "Use same checkpoint"),
@@ -71,8 +71,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Fields that are not heeded, at values that ask for nothing."""
 NOTHING = frozenset({"do_not_save_samples", "do_not_save_grid", "override_settings_restore_afterwards"})
 """Fields that cannot matter: this server saves nothing."""
-UNLESS: Mapping[str, str] = {"subseed": "subseed_strength"}
-"""Fields that matter only with another one."""
 
 
 def read_fields(body: Mapping[str, Any], heeded: Mapping[str, Reader]) -> tuple[dict[str, Any], list[str]]:
@@ -84,14 +82,6 @@ def read_fields(body: Mapping[str, Any], heeded: Mapping[str, Reader]) -> tuple[
             continue
         if name in heeded:
             asked[name] = heeded[name](name, value)
-        elif not _asks_nothing(name, value, body):
+        elif name not in NOTHING and value not in NEUTRAL.get(name, ("", False, [], {})):
             unheeded.append(name)
     return asked, unheeded
-
-
-def _asks_nothing(name: str, value: Any, body: Mapping[str, Any]) -> bool:
-    """Whether a field that is not heeded is at a value, or beside one, with which it does nothing."""
-    if name in NOTHING or value in NEUTRAL.get(name, ("", False, [], {})):
-        return True
-    other = UNLESS.get(name)
-    return other is not None and body.get(other) in (None, *NEUTRAL[other])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from nativesd.pictures.programs.a1111 import automatic_schedule
 from nativesd.pipeline.hires import UPSCALERS, Hires
 from nativesd.pipeline.readers import whole
 from nativesd.sampling.names import find_sampler, find_schedule
+from nativesd.sampling.variation import Variation
 from nativesd.server.apis.sd.controlnet import read_controls
 from nativesd.server.apis.sd.fields import IMG2IMG, TXT2IMG, read_fields
 from nativesd.server.apis.sd.info import infotext_info
@@ -124,8 +126,9 @@ def read_request(body: Mapping[str, Any], context: Context, *, from_text: bool) 
     batch, rounds = fields.get("batch_size", 1), fields.get("n_iter", 1)
     if batch * rounds > context.settings.limits.batch:
         raise UsageError(f"batch_size times n_iter must be at most {context.settings.limits.batch} on this server")
+    varied = _variation(fields, options.pop("ensd", 0))
     calls = [
-        Call(fields.get("prompt", ""), {**options, "seed": seed + i * batch, "num_images": batch})
+        Call(fields.get("prompt", ""), {**options, **_seeds(seed, varied, i * batch), "num_images": batch})
         for i in range(rounds)
     ]
     order = Order(model, calls, refiner)
@@ -150,8 +153,8 @@ def _from_settings(
                 if value not in ("CPU", "GPU", "NV"):
                     raise UsageError(f"randn_source must be CPU, GPU or NV, not {value!r}")
                 options |= {} if value == "CPU" else {"noise": "cuda"}
-            case "eta_noise_seed_delta" if value == 0:
-                pass
+            case "eta_noise_seed_delta":
+                options["ensd"] = whole(0, 1 << 32)(name, value)
             case "sd_vae" if value in ("Automatic", "None", None, ""):
                 pass
             case _:
@@ -189,6 +192,26 @@ def _schedule(name: str) -> str:
         return find_schedule(schedule_named(name))
     except UsageError:
         raise Refusal(404, "Scheduler not found", field="scheduler") from None
+
+
+def _variation(fields: Mapping[str, Any], ensd: int) -> Variation:
+    """How the noise departs from that of the seeds."""
+    width, height = (max(fields.get(f"seed_resize_from_{side}", 0), 0) for side in "wh")
+    strength, seed = fields.get("subseed_strength", 0.0), fields.get("subseed", -1)
+    seed = secrets.randbits(32) if seed == -1 else seed
+    return Variation(seed, strength, (width, height) if width and height else None, ensd)
+
+
+def _seeds(seed: int, varied: Variation, before: int) -> dict[str, Any]:
+    """The seed of a batch that comes after so many pictures; where it is varied, the other one counts up instead.
+
+    As A1111's modules/processing.py, process_images_inner.
+    """
+    if varied == Variation(varied.seed):
+        return {"seed": seed + before}
+    if not varied.strength:
+        return {"seed": seed + before, "variation": varied}
+    return {"seed": seed, "variation": dataclasses.replace(varied, seed=(varied.seed or 0) + before)}
 
 
 def _hires(fields: Mapping[str, Any]) -> Hires:

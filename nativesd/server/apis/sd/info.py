@@ -16,6 +16,10 @@ def infotext_info(parts: Sequence[Part], fields: Mapping[str, Any], notes: Seque
     parameters = parts[0].parameters
     prompt, negative = fields.get("prompt", ""), fields.get("negative_prompt", "")
     seeds = [picture.seed for picture in made]
+    varied = [part.parameters.get("variation", {}) for part in parts]
+    subseeds = [
+        (said.get("seed") or 0) + i for said, part in zip(varied, parts, strict=True) for i in range(len(part.made))
+    ]
     return {
         "prompt": prompt,
         "all_prompts": [prompt] * len(made),
@@ -23,9 +27,9 @@ def infotext_info(parts: Sequence[Part], fields: Mapping[str, Any], notes: Seque
         "all_negative_prompts": [negative] * len(made),
         "seed": seeds[0],
         "all_seeds": seeds,
-        "subseed": seeds[0],
-        "all_subseeds": seeds,
-        "subseed_strength": 0,
+        "subseed": subseeds[0],
+        "all_subseeds": subseeds,
+        "subseed_strength": varied[0].get("strength", 0),
         "width": parameters["width"],
         "height": parameters["height"],
         "sampler_name": parameters["sampler"],
@@ -38,8 +42,8 @@ def infotext_info(parts: Sequence[Part], fields: Mapping[str, Any], notes: Seque
         "sd_model_hash": None,
         "sd_vae_name": None,
         "sd_vae_hash": None,
-        "seed_resize_from_w": -1,
-        "seed_resize_from_h": -1,
+        "seed_resize_from_w": (varied[0].get("resize_from") or (-1, -1))[0],
+        "seed_resize_from_h": (varied[0].get("resize_from") or (-1, -1))[1],
         "denoising_strength": fields.get("denoising_strength"),
         "extra_generation_params": {"Schedule type": parameters["schedule"]},
         "index_of_first_image": 0,

@@ -17,10 +17,10 @@ from nativesd.server.wire.answers import answering, json_answer, require_done
 from nativesd.server.wire.bodies import read_object
 from nativesd.server.wire.waiting import wait_for
 
-DEFAULTS: dict[str, Any] = {"CLIP_stop_at_last_layers": 1, "randn_source": "CPU"}
+DEFAULTS: dict[str, Any] = {"CLIP_stop_at_last_layers": 1, "randn_source": "CPU", "eta_noise_seed_delta": 0}
 """Settings that can be changed, but for the model. In A1111 randn_source is GPU at first; here seeds are diffusers'."""
 FIXED: dict[str, Any] = {
-    "sd_vae": "Automatic", "sd_checkpoint_hash": "", "eta_noise_seed_delta": 0, "samples_format": "png",
+    "sd_vae": "Automatic", "sd_checkpoint_hash": "", "samples_format": "png",
     "show_progress_every_n_steps": 1, "live_previews_enable": True, "enable_pnginfo": True, "img2img_fix_steps": False,
 }  # fmt: skip
 
@@ -61,6 +61,8 @@ def _read(body: dict[str, Any]) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     if (skip := body.get("CLIP_stop_at_last_layers")) is not None:
         changed["CLIP_stop_at_last_layers"] = whole(1, 12)("CLIP_stop_at_last_layers", skip)
+    if (delta := body.get("eta_noise_seed_delta")) is not None:
+        changed["eta_noise_seed_delta"] = whole(0, 1 << 32)("eta_noise_seed_delta", delta)
     if (source := body.get("randn_source")) is not None:
         if source not in ("CPU", "GPU", "NV"):
             raise UsageError(f"randn_source must be CPU, GPU or NV, not {source!r}")
