@@ -83,7 +83,7 @@ def no_warning() -> Iterator[None]:
     """PyTorch running something instead would be warned of. What torch's exporter says of torch's own code may pass."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("default", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         yield
 
 
