@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nativesd.server.apis import own, state
+from nativesd.server.apis import openai, own, state
 from nativesd.server.apis.sd import controlnet, extras, generation, lists, options, progress
 from nativesd.server.context import Context
 from nativesd.server.jobs.desk import Desk
@@ -22,6 +22,7 @@ from nativesd.server.wire.guard import Guard
 
 APIS: Mapping[str, Sequence[Callable[[], list[Route]]]] = {
     "sd": (generation.routes, progress.routes, lists.routes, options.routes, extras.routes, controlnet.routes),
+    "openai": (openai.routes,),
 }
 """The addresses of each API by its name."""
 
