@@ -19,6 +19,7 @@ from nativesd.pipeline.arguments import Lora, read_loras
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.text.tokenizer import DEFAULT, ClipTokenizer, pad_id, pad_token
 from nativesd.tuning.memory import memory_explained
+from nativesd.weights.files.folder import folder_of
 from nativesd.weights.files.locate import locate
 from nativesd.weights.lora.merge import Merged, host
 from nativesd.weights.maps.keymap import load_tables
@@ -90,7 +91,8 @@ def load(
     modules = build_modules(model)
     fill_modules(modules, model, placement, mapped=mapped)
     speed_up(modules, placement, fast=fast, compile=compile)
-    name = Path(source).stem if Path(source).is_file() else Path(source).name
+    named = folder_of(Path(source))
+    name = named.stem if named.is_file() else named.name
     config = settle(model, modules, located, name, prediction)
 
     hosts = {part: host(module, *model.parts[part], tables) for part, module in by_name(modules, model).items()}

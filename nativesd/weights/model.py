@@ -204,11 +204,15 @@ def choose(identified: Identified) -> Model:
             preview=identified.preview,
         )
     keys = unet_member.tensors
-    kind, evidence = prediction(keys, family, variant, unet_member.metadata)
-    if OWN_FORM in variant:
+    said = {entry.what: entry for entry in unet.evidence}
+    evidence = said.get("prediction") or prediction(keys, family, variant, unet_member.metadata)[1]
+    kind: Prediction = "v" if evidence.value == "v" else "epsilon"
+    if "beside" in said:
+        warnings.warn(f"{path}: {said['beside'].value}: {said['beside'].why}", NativesdWarning, stacklevel=3)
+    if OWN_FORM in variant and not ("heads" in said and said["heads"].determined):
         warnings.warn(
             f"{path} is a UNet of no published form: its head counts are taken by the family's rule, as no header says "
-            f"them; load its folder, with config.json, where the pictures are wrong",
+            f"them; load its folder, with config.json, or put its .yaml beside it, where the pictures are wrong",
             NativesdWarning,
             stacklevel=3,
         )

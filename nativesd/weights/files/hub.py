@@ -17,12 +17,12 @@ from nativesd.reading import MAX_JSON, is_name, parse_json, read_json
 from nativesd.schema import REQUIRED, Field, Kind, many, read_fields
 from nativesd.version import __version__
 from nativesd.weights.files.asking import MissingError, refusal, within
-from nativesd.weights.files.folder import PICKLED, weight_files
+from nativesd.weights.files.folder import INDEX, PICKLED, weight_file
 from nativesd.weights.files.source import open_source
 from nativesd.weights.formats.header import read_index
 
-CONFIGS = ("model_index.json", "scheduler/*.json", "tokenizer*/*")
-HEADERS = ("model_index.json", "config.json", "*/config.json", "*.safetensors.index*.json", "*.bin.index*.json")
+CONFIGS = (INDEX, "scheduler/*.json", "tokenizer*/*")
+HEADERS = (INDEX, "config.json", "*/config.json", "*.safetensors.index*.json", "*.bin.index*.json")
 """What an audit needs beside the headers of the weights."""
 MAX_FILES = 100_000
 """Of a repository."""
@@ -33,7 +33,7 @@ MAX_CONFIGS = 100
 def fetch(repo_id: str, *, half: bool) -> Path:
     """The local folder of a hub model. Complete in the cache: no request is made. Raises NetworkError, SourceError."""
     # not snapshot_download, which wants every file of the repository in the cache, and else asks for lists of lists
-    cached = _cached(repo_id, "model_index.json")
+    cached = _cached(repo_id, INDEX)
     if cached is not None and _complete(cached.parent, half=half):
         return cached.parent
     return within(repo_id, lambda: _fetch(repo_id, half=half))
@@ -41,25 +41,24 @@ def fetch(repo_id: str, *, half: bool) -> Path:
 
 def _fetch(repo_id: str, *, half: bool) -> Path:
     names = list_files(repo_id)
-    if "model_index.json" not in names:
+    if INDEX not in names:
         raise SourceError(f"{repo_id} has no model_index.json: it is not a model folder in the published layout")
-    path = fetch_file(repo_id, "model_index.json", limit=MAX_JSON)
+    path = fetch_file(repo_id, INDEX, limit=MAX_JSON)
     index, commit = read_json(path), path.parent.name
     small, large = _matching(repo_id, names, CONFIGS), list[str]()
     for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
         entry = index.get(component)
         if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
             continue
-        files = weight_files(names, component, half=half)
-        if files is None:
+        file = weight_file(names, component, half=half)
+        if file is None:
             raise SourceError(f"{repo_id} has no weights in {component}/ that can be read")
         small.append(f"{component}/config.json")
-        for file in files:
-            if file.endswith(".json"):
-                shards = read_index(fetch_file(repo_id, file, revision=commit, limit=MAX_JSON))
-                large += [f"{component}/{shard}" for shard in sorted(set(shards.values()))]
-            else:
-                large.append(file)
+        if file.endswith(".json"):
+            shards = read_index(fetch_file(repo_id, file, revision=commit, limit=MAX_JSON))
+            large += [f"{component}/{shard}" for shard in sorted(set(shards.values()))]
+        else:
+            large.append(file)
     for name in small:
         if name in names:
             fetch_file(repo_id, name, revision=commit, limit=MAX_JSON)

@@ -10,6 +10,7 @@ from pathlib import Path
 from nativesd import shipped
 from nativesd.errors import SourceError
 from nativesd.shipped import TINY
+from nativesd.weights.files.folder import folder_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TAESD = "taesd"
@@ -60,9 +61,7 @@ def locate_model(source: str | Path, *, half: bool = False) -> Path:
     """A model's local folder or file; of a hub model the files that loading needs. Raises SourceError, NetworkError."""
     if source == "tiny":
         return TINY
-    path = Path(source)
-    if path.name == "model_index.json" and path.is_file():
-        raise SourceError(f"{path} is a part of the model in its folder: give the folder, {path.parent}")
+    path = folder_of(Path(source))
     if path.exists():
         return path
     if not _on_hub(source):

@@ -18,7 +18,7 @@ from nativesd.config import Config
 from nativesd.errors import NetworkError, SourceError, UsageError, quote
 from nativesd.weights.files.asking import refusal, within
 from nativesd.weights.files.configs import component_config
-from nativesd.weights.files.folder import weight_files
+from nativesd.weights.files.folder import INDEX, component_file, weight_file
 from nativesd.weights.files.hub import fetch_configs, headers_for, list_files
 from nativesd.weights.files.source import UNUSED, Member, components, from_headers
 from nativesd.weights.formats.header import HEAD, Header, header_length, parse_header, read_header, read_index
@@ -49,26 +49,30 @@ def _open_repository(source: str, revision: str | None) -> list[Member]:
         return [fetch("", ["/".join(inside)], None)]
     names = list_files(repo_id, revision=revision)
     folder = fetch_configs(repo_id, names, revision=revision)
-    if folder is None or "model_index.json" not in names:
-        whole = [file for file in names if file.endswith(".safetensors") and "/" not in file]
-        if len(whole) != 1:
-            listed = ", ".join(f"{repo_id}/{file}" for file in whole) or "none"
-            raise SourceError(f"{repo_id} is no model folder: name one of its safetensors files ({listed})")
+    if folder is None or INDEX not in names:
+        whole = component_file(
+            [name for name in names if ".safetensors" in name and "/" not in name], repo_id, half=False
+        )
         config = component_config(folder / "config.json") if folder is not None and "config.json" in names else None
-        return [fetch("", whole, config)]
+        return [fetch("", _shards(folder, whole), config)]
     out = []
     for component in components(folder):
-        chosen = weight_files(names, component, half=False)
+        chosen = weight_file(names, component, half=False)
         if chosen is None and component in UNUSED:
             continue
         if chosen is None:
             raise SourceError(f"{repo_id} has no weights in {component}/ that can be read")
-        files = chosen
-        if chosen[0].endswith(".json"):
-            files = [f"{component}/{shard}" for shard in sorted(set(read_index(folder / chosen[0]).values()))]
         config = None if component in UNUSED else component_config(folder / component / "config.json")
-        out.append(fetch(component, files, config))
+        out.append(fetch(component, _shards(folder, chosen), config))
     return out
+
+
+def _shards(folder: Path | None, file: str) -> list[str]:
+    """A repository's file, or the shards of which it is the index, which lies in `folder`. Raises SourceError."""
+    if not file.endswith(".json") or folder is None:
+        return [file]
+    inside = file.rpartition("/")[0]
+    return [f"{inside}/{shard}" if inside else shard for shard in sorted(set(read_index(folder / file).values()))]
 
 
 def fetch_header(repo_id: str, filename: str, *, revision: str | None = None) -> Header:

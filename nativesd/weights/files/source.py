@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nativesd.config import Config
 from nativesd.errors import SourceError, quote
 from nativesd.reading import Stamp, is_name, read_json
+from nativesd.weights.files.beside import Beside, read_beside
 from nativesd.weights.files.configs import component_config
-from nativesd.weights.files.folder import local_weights, shards
-from nativesd.weights.formats.container import SUFFIXES, read_file
+from nativesd.weights.files.folder import INDEX, component_file, folder_of, local_weights, located, shards
+from nativesd.weights.formats.container import read_file
 from nativesd.weights.formats.header import Header, TensorInfo, merge_headers
 
 
@@ -32,6 +33,8 @@ class Member:
     config: Config | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     """What the files have beside tensors and metadata, and why it is not read"""
+    beside: Beside | None = None
+    """What the .yaml beside a single file says"""
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
     """file -> which one it was when its header was read"""
 
@@ -51,12 +54,12 @@ UNUSED = {
 
 def open_source(source: str | Path, *, half: bool = False) -> list[Member]:
     """The checkpoints of a local file or folder; `half` prefers fp16 variants. Raises SourceError."""
-    path = Path(source)
+    path = folder_of(Path(source))
     if path.is_dir():
         return list(_folder(path, half=half))
     if path.name.endswith(".json"):
         return [member("", shards(path))]
-    return [member("", [path])]
+    return [replace(member("", [path]), beside=read_beside(path))]
 
 
 def member(name: str, files: list[Path], config: Config | None = None) -> Member:
@@ -97,8 +100,8 @@ def join(members: Sequence[tuple[str, Member]]) -> Member:
 
 def _folder(path: Path, *, half: bool) -> Iterator[Member]:
     """The components of a model folder, or of a folder that is one component."""
-    if not (path / "model_index.json").is_file():
-        yield _component_folder(path)
+    if not (path / INDEX).is_file():
+        yield _component_folder(path, half=half)
         return
     for name in components(path):
         if name in UNUSED:  # of no use, so it may as well be absent, or a pickle
@@ -113,7 +116,7 @@ def components(path: Path) -> list[str]:
 
     A name that would lead out of the folder is refused.
     """
-    index = path / "model_index.json"
+    index = path / INDEX
     listed = [
         name
         for name, entry in read_json(index).items()
@@ -124,20 +127,8 @@ def components(path: Path) -> list[str]:
     return [name for name in listed if name in PARTS or (path / name / "config.json").is_file()]
 
 
-def _component_folder(path: Path) -> Member:
-    """A folder that holds one checkpoint, with or without its config.json."""
-    indexes: list[Path] = []
-    files: list[Path] = []
-    for suffix in SUFFIXES:
-        indexes, files = sorted(path.glob(f"*{suffix}.index*.json")), sorted(path.glob(f"*{suffix}"))
-        if indexes or files:
-            break
+def _component_folder(path: Path, *, half: bool) -> Member:
+    """A folder that holds one checkpoint, maybe in several variants, with or without its config.json."""
     config = component_config(path / "config.json") if (path / "config.json").is_file() else None
-    if indexes:
-        return member("", shards(indexes[0]), config)
-    if not files:
-        raise SourceError(f"{path} has neither model_index.json nor weights ({', '.join(SUFFIXES)})")
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise SourceError(f"{path} holds {len(files)} checkpoints: name one of {names}")
-    return member("", files, config)
+    names = [file.name for file in path.iterdir() if file.is_file()]
+    return member("", located(path / component_file(names, str(path), half=half)), config)

@@ -24,6 +24,7 @@ from nativesd.config import (
     VAEConfig,
 )
 from nativesd.errors import UsageError
+from nativesd.weights.files.beside import Beside
 from nativesd.weights.files.source import UNUSED, Member
 from nativesd.weights.maps.describe import (
     FAMILIES,
@@ -41,7 +42,7 @@ from nativesd.weights.maps.detect import Detection, Found, detect
 from nativesd.weights.maps.keymap import BoundMap, KeyMap
 from nativesd.weights.maps.rules import Shape
 from nativesd.weights.maps.signatures import Signature, recognise
-from nativesd.weights.maps.stated import EDM_LATENTS, prediction
+from nativesd.weights.maps.stated import EDM_LATENTS, prediction, with_beside
 from nativesd.weights.maps.words import TABLE, describe_words, find_words
 
 STATED = Evidence("configuration", "config.json", "stated beside the weights")
@@ -93,6 +94,7 @@ def identify(
     family: str = "",
     believed: tuple[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    beside: Beside | None = None,
 ) -> Identity:
     """Identify a checkpoint from its names and shapes.
 
@@ -101,6 +103,7 @@ def identify(
     family    known from elsewhere (the UNet of the same folder)
     believed  (preset, layout) that the user takes it for: what it is compared with, whatever it is
     metadata  what the file says of itself
+    beside    what the .yaml beside it says
 
     Raises UsageError for a preset or layout that does not exist, TableError for a faulty table.
     """
@@ -120,7 +123,7 @@ def identify(
     unet = None
     if unets:
         own = min(unets, key=lambda found: _place(found, sgm=False))
-        unet = _unet(own, shapes, identity, config, believed, detection, metadata)
+        unet = _unet(own, shapes, identity, config, believed, detection, metadata, beside)
     sgm = identity.family in ("sdxl", "refiner") or (
         _any(shapes, "conditioner.") and not _any(shapes, "cond_stage_model.")
     )
@@ -185,6 +188,7 @@ def _unet(
     believed: tuple[str, str] | None,
     detection: Detection,
     metadata: Mapping[str, str] | None,
+    beside: Beside | None,
 ) -> Component:
     """The UNet, which decides the family."""
     unet = config if isinstance(config, UNetConfig) else None
@@ -193,8 +197,10 @@ def _unet(
     evidence = [STATED] if config is not None else []
     if unet is None:
         unet, evidence = unet_config(found.parameters(shapes), _pooled(detection, shapes))
+        if beside is not None:
+            unet, evidence, beside = with_beside(unet, evidence, beside)
     identity.family, identity.variant = unet_family(unet)
-    identity.prediction, guess = prediction(shapes, identity.family, identity.variant, metadata)
+    identity.prediction, guess = prediction(shapes, identity.family, identity.variant, metadata, beside)
     if config is None:  # beside a config.json there is a scheduler_config.json, which says it
         evidence.append(guess)
     return Component("unet", identity.label(), "", found, unet, tuple(evidence))
@@ -218,7 +224,7 @@ def identify_all(
             continue
         identity = identify(
             member.shapes, tables, config=member.config, name=member.name or None, family=family, believed=believed,
-            metadata=member.metadata,
+            metadata=member.metadata, beside=member.beside,
         )  # fmt: skip
         identity.ignored |= member.left_out
         family = family or identity.family

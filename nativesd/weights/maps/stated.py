@@ -1,12 +1,13 @@
-"""What a single file says of its noise and its steps: by marker tensors, by its metadata, and by its name."""
+"""What a single file says of its noise, heads and steps: by marker tensors, the .yaml beside it, metadata, its name."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from nativesd.config import Prediction
+from nativesd.config import Prediction, UNetConfig
+from nativesd.weights.files.beside import Beside
 from nativesd.weights.maps.describe import Evidence
 
 EDM_V = ("edm_vpred.sigma_max", "edm_vpred.sigma_min")
@@ -25,14 +26,21 @@ writes the second)."""
 
 
 def prediction(
-    keys: Iterable[str], family: str, variant: str, metadata: Mapping[str, str] | None = None
+    keys: Iterable[str],
+    family: str,
+    variant: str,
+    metadata: Mapping[str, str] | None = None,
+    beside: Beside | None = None,
 ) -> tuple[Prediction, Evidence]:
-    """What the UNet predicts: marker tensors decide, then the metadata; else it is the family's usual."""
+    """What the UNet predicts: marker tensors decide, then the .yaml beside the file, then the metadata; else it is the
+    family's usual."""
     names, said = set(keys), metadata or {}
     if EDM_LATENTS[0] in names:
         return "epsilon", Evidence("prediction", "epsilon", f"EDM's own, as the marker {EDM_LATENTS[0]} says")
     if marker := next((name for name in ("v_pred", *EDM_V) if name in names), None):
         return "v", Evidence("prediction", "v", f"the marker {marker}")
+    if beside is not None and beside.prediction is not None:
+        return beside.prediction, Evidence("prediction", beside.prediction, f"{beside.name} beside the file")
     for field in STATED_PREDICTION:
         if (value := PREDICTIONS.get(said.get(field, "").strip().lower())) is not None:
             return value, Evidence("prediction", value, f"the metadata's {field}")
@@ -43,6 +51,33 @@ def prediction(
         why = "SD2.1-768 and SD2.1-base have the same names and shapes; this is the former's"
         return "v", Evidence("prediction", "v", why, False, override)
     return "epsilon", Evidence("prediction", "epsilon", "no marker tensor says otherwise", False, override)
+
+
+def with_beside(
+    unet: UNetConfig, evidence: list[Evidence], beside: Beside
+) -> tuple[UNetConfig, list[Evidence], Beside | None]:
+    """The configuration with the heads that the .yaml beside the file says; one of another UNet does not count."""
+    of_tensors = {
+        "model_channels": unet.levels[0].width, "in_channels": unet.in_channels, "context": unet.context,
+    }  # fmt: skip
+    said = {name: getattr(beside, name) for name in of_tensors}
+    if wrong := [name for name, value in said.items() if value not in (None, of_tensors[name])]:
+        [name, *_] = wrong
+        why = f"it says {name} {said[name]}, the tensors have {of_tensors[name]}: it is another model's"
+        return unet, [*evidence, Evidence("beside", f"{beside.name} is not used", why)], None
+    heads = [
+        beside.heads or (level.width // beside.head_width if beside.head_width else level.heads)
+        for level in unet.levels
+    ]
+    if not all(count > 0 and level.width % count == 0 for count, level in zip(heads, unet.levels, strict=True)):
+        why = f"its {'/'.join(map(str, heads))} heads do not divide the levels: it is another model's"
+        return unet, [*evidence, Evidence("beside", f"{beside.name} is not used", why)], None
+    if beside.heads or beside.head_width:
+        levels = tuple(replace(level, heads=count) for level, count in zip(unet.levels, heads, strict=True))
+        unet = replace(unet, levels=levels)
+        stated = Evidence("heads", "/".join(map(str, heads)), f"{beside.name} beside the file")
+        evidence = [stated if entry.what == "heads" else entry for entry in evidence]
+    return unet, evidence, beside
 
 
 @dataclass(frozen=True)
