@@ -18,7 +18,7 @@ from nativesd.export.runner import Runner
 from nativesd.models.clip import TextEncoder, TextOutput
 from nativesd.models.controlnet import ControlNet
 from nativesd.models.layers import CachedContext, Context, repeat_to
-from nativesd.models.unet import UNet
+from nativesd.models.unet import CachedTime, Time, UNet
 from nativesd.models.vae import VAE
 
 Stale = Callable[[], str | None]
@@ -88,7 +88,7 @@ class AcceleratedUNet(UNet):
     def forward(
         self,
         latents: Tensor,
-        timestep: Tensor | float,
+        timestep: Time,
         context: Context,
         *,
         pooled: Tensor | None = None,
@@ -102,7 +102,7 @@ class AcceleratedUNet(UNet):
         unfit = "exported UNets have no inputs for a T2I-Adapter's features" if adapter else None
         if residuals is not None and not slots:
             unfit = "this graph was exported without control slots"
-        states = context.states if isinstance(context, CachedContext) else context
+        states = _states(context)
         rows = repeat_to(latents, states.shape[0])
         given = {
             "sample": rows, "timestep": _rows(timestep, rows), "encoder_hidden_states": states,
@@ -128,8 +128,8 @@ class AcceleratedControlNet(ControlNet):
     def forward(
         self,
         latents: Tensor,
-        timestep: Tensor | float,
-        context: Tensor,
+        timestep: Time,
+        context: Context,
         hint: Tensor,
         *,
         pooled: Tensor | None = None,
@@ -138,7 +138,7 @@ class AcceleratedControlNet(ControlNet):
     ) -> list[Tensor]:
         """As `ControlNet.forward`."""
         given = {
-            "sample": latents, "timestep": _rows(timestep, latents), "encoder_hidden_states": context,
+            "sample": latents, "timestep": _rows(timestep, latents), "encoder_hidden_states": _states(context),
             "controlnet_cond": hint, "text_embeds": pooled, "time_ids": time_ids,
         }  # fmt: skip
         answer = self.delegate.run(given)
@@ -210,7 +210,13 @@ def accelerate_module(module: Module, delegates: Mapping[str, Delegate]) -> Modu
     return cast("Module", out)
 
 
-def _rows(timestep: Tensor | float, latents: Tensor) -> Tensor:
+def _states(context: Context) -> Tensor:
+    return context.states if isinstance(context, CachedContext) else context
+
+
+def _rows(timestep: Time, latents: Tensor) -> Tensor:
+    if isinstance(timestep, CachedTime):
+        timestep = timestep.values
     if isinstance(timestep, Tensor):
         return timestep.to(latents.device, torch.float32).expand(len(latents))
     return torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nativesd.config import ControlNetConfig
-from nativesd.models.layers import CLIPLayer, EmbeddingMLP, embedding, sinusoidal
-from nativesd.models.unet import UNetEncoder
+from nativesd.models.layers import CLIPLayer, Context, EmbeddingMLP, embedding, sinusoidal
+from nativesd.models.unet import Time, UNetEncoder
 
 
 class HintEncoder(nn.Module):
@@ -60,7 +60,7 @@ class ControlEncoder(UNetEncoder):
             )
         return features
 
-    def residuals(self, x: Tensor, embedding: Tensor, context: Tensor, scale: float | Tensor) -> list[Tensor]:
+    def residuals(self, x: Tensor, embedding: Tensor, context: Context, scale: float | Tensor) -> list[Tensor]:
         """conv_in's output with the hint added -> `scale` times the residuals, in `residual_shapes` order."""
         middle, skips = self.encode(x, embedding, context)
         down = [conv(skip) for conv, skip in zip(self.control_down, skips, strict=True)]
@@ -76,8 +76,8 @@ class ControlNet(ControlEncoder):
     def forward(
         self,
         latents: Tensor,
-        timestep: Tensor | float,
-        context: Tensor,
+        timestep: Time,
+        context: Context,
         hint: Tensor,
         *,
         pooled: Tensor | None = None,
@@ -116,8 +116,8 @@ class ControlNetUnion(ControlEncoder):
     def forward(
         self,
         latents: Tensor,
-        timestep: Tensor | float,
-        context: Tensor,
+        timestep: Time,
+        context: Context,
         hints: Sequence[Tensor],
         kinds: Sequence[int],
         *,

@@ -7,7 +7,8 @@ conditioning Stability-AI/generative-models sgm/modules/diffusionmodules/openaim
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from dataclasses import dataclass, field
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,20 @@ class Stage(nn.Module):
         return x
 
 
+@dataclass(frozen=True, eq=False)
+class CachedTime:
+    """Timesteps (B,), and what every network makes of them and of what else is one vector per picture, computed once.
+
+    It is good for as long as the weights, and these vectors, stay the same.
+    """
+
+    values: Tensor
+    embeddings: dict[UNetEncoder, Tensor] = field(default_factory=dict)
+
+
+Time: TypeAlias = Tensor | float | CachedTime
+
+
 class UNetEncoder(nn.Module):
     """The UNet's embeddings, down path and middle: the part that a ControlNet has in common with it."""
 
@@ -91,12 +106,16 @@ class UNetEncoder(nn.Module):
     def embed(
         self,
         latents: Tensor,
-        timestep: Tensor | float,
+        timestep: Time,
         pooled: Tensor | None,
         time_ids: Tensor | None,
         guidance: Tensor | None,
     ) -> Tensor:
         """The embedding (B, time width) of the timestep and of everything else that is one vector per picture."""
+        if isinstance(timestep, CachedTime):
+            if self not in timestep.embeddings:
+                timestep.embeddings[self] = self.embed(latents, timestep.values, pooled, time_ids, guidance)
+            return timestep.embeddings[self]
         batch, dtype, config = latents.shape[0], latents.dtype, self.config
         # a number is filled in on the device, which need not be waited for; () or (B,) -> (B,)
         times = timestep if isinstance(timestep, Tensor) else torch.full((), timestep, device=latents.device)
@@ -163,7 +182,7 @@ class UNet(UNetEncoder):
     def forward(
         self,
         latents: Tensor,
-        timestep: Tensor | float,
+        timestep: Time,
         context: Context,
         *,
         pooled: Tensor | None = None,
