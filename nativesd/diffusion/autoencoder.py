@@ -56,6 +56,7 @@ def decode(
     tile: int | None = None,
     slicing: bool = False,
     name: str = "the model",
+    checked: bool = True,
 ) -> Tensor:
     """Scaled latents (B, C, h, w) to pixels (B, 3, f * h, f * w) in [0, 1], float32.
 
@@ -63,6 +64,7 @@ def decode(
     tile     work on strips of at most tile x tile pixels; the result is the same up to rounding
     slicing  one picture at a time, as tiles always are
     name     of the model, for the error's sentence
+    checked  whether to look if the picture is finite, for which a GPU has to be waited for
 
     A VAE that overflows in half precision is said to, and stays in float32 from then on. Raises NativesdError where
     the picture is not finite in float32 either, UsageError where the VAE is an encoder alone.
@@ -75,7 +77,8 @@ def decode(
     def run(dtype: torch.dtype) -> Tensor:
         return _run(lambda z: _decode_one(vae, z, tile), latents.to(dtype), one_by_one=slicing or tile is not None)
 
-    return (_finite(vae, run, f"{name}: the picture is") / 2 + 0.5).clamp(0, 1)
+    pixels = _finite(vae, run, f"{name}: the picture is") if checked else run(_dtype(vae)).float()
+    return (pixels / 2 + 0.5).clamp(0, 1)
 
 
 @torch.inference_mode()
@@ -87,6 +90,7 @@ def encode(
     tile: int | None = None,
     slicing: bool = False,
     name: str = "the model",
+    checked: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) in [-1, 1] to mean and standard deviation of their scaled latents, each (B, C, h, w) float32.
 
@@ -99,7 +103,7 @@ def encode(
     def run(dtype: torch.dtype) -> Tensor:
         return _run(lambda x: _encode_one(vae, x, tile), images.to(dtype), one_by_one=slicing or tile is not None)
 
-    encoded = _finite(vae, run, f"{name}: the encoded picture is")
+    encoded = _finite(vae, run, f"{name}: the encoded picture is") if checked else run(_dtype(vae)).float()
     if isinstance(vae, TinyVAE):
         return encoded * scaling, torch.zeros_like(encoded)
     mean, logvar = encoded.chunk(2, dim=1)
@@ -130,9 +134,13 @@ def _run(module: Callable[[Tensor], Tensor], batch: Tensor, *, one_by_one: bool)
     return torch.cat([module(item) for item in torch.split(batch, 1)]) if one_by_one else module(batch)
 
 
+def _dtype(vae: VAE | TinyVAE) -> torch.dtype:
+    return next(vae.parameters()).dtype
+
+
 def _finite(vae: VAE | TinyVAE, run: Callable[[torch.dtype], Tensor], what: str) -> Tensor:
     """`run` in the VAE's dtype, and in float32 where that overflows."""
-    dtype = next(vae.parameters()).dtype
+    dtype = _dtype(vae)
     out = run(dtype).float()
     if not out.isfinite().all() and dtype != torch.float32:
         warnings.warn(

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nativesd.config import UNetConfig
@@ -42,7 +43,7 @@ class Control:
     """One steering picture.
 
     model       a loaded `ControlModel`, or what `load_control` takes: "tiny", a folder, a file, a hub id
-    image       the hint: edges, depth, a pose, ...
+    image       the hint: edges, depth, a pose, ...; None, in a stream: every frame itself
     scale       factor on everything that the model adds
     start, end  from which and up to which part of the steps it acts
     preprocess  what makes the hint of `image`: "canny", or a processor of controlnet_aux; None: it is one already
@@ -50,7 +51,7 @@ class Control:
     """
 
     model: ControlModel | str | Path
-    image: ImageSource
+    image: ImageSource | None = None
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -75,6 +76,16 @@ def make_hint(control: Control, unet: UNetConfig, size: tuple[int, int], factor:
 
     Raises UsageError for a model of another family, and for what cannot be.
     """
+    kind = check_control(control, unet, size, factor)
+    model = control.model
+    assert isinstance(model, ControlModel)
+    assert control.image is not None  # the call has been checked
+    pixels = hint_pixels(control, read_image(control.image), size)[:, : hint_channels(model.module)]
+    return Hint(model, pixels, control.scale, control.start, control.end, kind)
+
+
+def check_control(control: Control, unet: UNetConfig, size: tuple[int, int], factor: int) -> int | None:
+    """The number of a union's kind of hint. Raises UsageError where a control does not fit a model, or a size."""
     model = control.model
     assert isinstance(model, ControlModel)  # the pipeline has loaded it
     name, module = model.name, model.module
@@ -82,12 +93,11 @@ def make_hint(control: Control, unet: UNetConfig, size: tuple[int, int], factor:
         raise UsageError(f"{name}: start and end must be 0 <= start <= end <= 1, not {control.start}, {control.end}")
     width, height = size
     if isinstance(module, T2IAdapter):
-        channels, cell = module.config.image_channels, module.config.unshuffle
+        cell = module.config.unshuffle
         if width % cell or height % cell:
             raise UsageError(f"{name} takes pictures whose sides are multiples of {cell}, not {width}x{height}")
     else:
-        control_config = module.control_config
-        channels, cell = control_config.hint_channels, 2 ** (len(control_config.hint_widths) - 1)
+        cell = 2 ** (len(module.control_config.hint_widths) - 1)
         check_controlnet(name, module, unet)
         if cell != factor:
             raise UsageError(f"{name} has {cell} pixels to a latent cell, and the model's VAE {factor}")
@@ -95,13 +105,19 @@ def make_hint(control: Control, unet: UNetConfig, size: tuple[int, int], factor:
     if isinstance(module, ControlNetUnion) and (kind is None or not 0 <= kind < module.union.kinds):
         known = ", ".join(word for word, number in UNION_KINDS.items() if number < module.union.kinds)
         raise UsageError(f"{name} tells kinds of hint apart: pass kind= ({known}), not {control.kind!r}")
-    picture = read_image(control.image)
+    return kind
+
+
+def hint_pixels(control: Control, picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    """What a control makes of a picture, at a size: (1, 3, H, W) in [0, 1]. Raises what `preprocess` does."""
     if control.preprocess is not None:
         picture = preprocess(picture, control.preprocess)
-    pixels = to_tensor([fit(picture, width, height).image]) / 2 + 0.5
-    return Hint(
-        model, pixels if channels == 3 else pixels[:, :channels], control.scale, control.start, control.end, kind
-    )
+    return to_tensor([fit(picture, *size).image]) / 2 + 0.5
+
+
+def hint_channels(module: ControlNet | ControlNetUnion | T2IAdapter) -> int:
+    """How many of a hint's channels a model takes."""
+    return module.config.image_channels if isinstance(module, T2IAdapter) else module.control_config.hint_channels
 
 
 def check_controlnet(name: str, module: ControlNet | ControlNetUnion, unet: UNetConfig) -> None:
@@ -120,18 +136,23 @@ def check_controlnet(name: str, module: ControlNet | ControlNetUnion, unet: UNet
         )
 
 
-def _features(hint: Hint, unet: UNetConfig, height: int, width: int, device: torch.device) -> list[Tensor]:
-    """What a T2I-Adapter makes of its hint, for latents of `height` x `width`. Raises UsageError if they do not fit."""
-    module = hint.model.module
-    weight = next(module.parameters())
-    features: list[Tensor] = module(hint.pixels.to(device, weight.dtype))
+def adapter_features(model: ControlModel, unet: UNetConfig, height: int, width: int, pixels: Tensor) -> list[Tensor]:
+    """What a T2I-Adapter makes of a hint (1, C, H, W), for latents of `height` x `width`.
+
+    Raises UsageError if they do not fit.
+    """
+    features: list[Tensor] = model.module(pixels)
     found, places = [tuple(feature.shape) for feature in features], unet.adapter_shapes(1, height, width)
     if len(found) < len(unet.levels) or found != places[: len(found)]:
         raise UsageError(
-            f"{hint.model.name} is a T2I-Adapter of another family: it gives features {found}, and the UNet takes "
-            f"{places}"
+            f"{model.name} is a T2I-Adapter of another family: it gives features {found}, and the UNet takes {places}"
         )
     return features
+
+
+def acts(hint: Hint | Control, step: int, steps: int) -> bool:
+    """Whether a hint acts in a step, of which the first is 0: it lies between start and end as a whole."""
+    return step / steps >= hint.start and (step + 1) / steps <= hint.end
 
 
 def steer(
@@ -146,12 +167,12 @@ def steer(
 ) -> Steering:
     """The hints made ready for a pass over `sigmas` (but the last) on `batch` latents of `cells`, height and width."""
     adapters = [hint for hint in hints if isinstance(hint.model.module, T2IAdapter)]
-    features = [(hint, _features(hint, unet, *cells, device)) for hint in adapters]
-    networks = [
-        replace(hint, pixels=hint.pixels.to(device, next(hint.model.module.parameters()).dtype))
-        for hint in hints
-        if hint not in adapters
-    ]
+
+    def moved(hint: Hint) -> Tensor:
+        return hint.pixels.to(device, next(hint.model.module.parameters()).dtype)
+
+    features = [(hint, adapter_features(hint.model, unet, *cells, moved(hint))) for hint in adapters]
+    networks = [replace(hint, pixels=moved(hint)) for hint in hints if hint not in adapters]
     return Steering(networks, sigmas, batch, guess, features)
 
 
@@ -176,7 +197,7 @@ class Steering:
         """Whether a hint acts at a sigma; between two of the schedule, as at the earlier one."""
         total = len(self.sigmas)
         index = max((i for i, each in enumerate(self.sigmas) if each >= sigma * (1 - 1e-9)), default=0)
-        return index / total >= hint.start and (index + 1) / total <= hint.end
+        return acts(hint, index, total)
 
     def residuals(self, latents: Tensor, time: float, sigma: float, side: Conditioning) -> list[Tensor] | None:
         """The sum of all ControlNets' residuals for latents (n * B, C, h, w), as the UNet takes them; None: none."""

@@ -115,20 +115,27 @@ class _Prepared:
 
 
 def to_clean(output: Tensor, x: Tensor, sigma: float, prediction: Prediction, edm: EDM | None = None) -> Tensor:
-    """The clean latents that a UNet's output means at x = clean + sigma * noise (Karras et al. 2022, table 1).
+    """The clean latents that a UNet's output means at x = clean + sigma * noise."""
+    of_x, of_output = clean_shares(sigma, prediction, edm)
+    return of_x * x + of_output * output
 
-    EDM's "epsilon" is no noise but the table's last column: what is left to add to the share of x.
+
+def clean_shares(sigma: float, prediction: Prediction, edm: EDM | None = None) -> tuple[float, float]:
+    """How much of x = clean + sigma * noise, and of a UNet's output, is in the clean latents that the output means.
+
+    Source: Karras et al. 2022, table 1. EDM's "epsilon" is no noise but the table's last column: what is left to add to
+    the share of x.
     """
     if edm is not None and prediction != "sample":
-        share, rest = edm.data**2 / (sigma**2 + edm.data**2), sigma * edm.data / math.hypot(sigma, edm.data)
-        return share * x + (rest if prediction == "epsilon" else -rest) * output
+        rest = sigma * edm.data / math.hypot(sigma, edm.data)
+        return edm.data**2 / (sigma**2 + edm.data**2), rest if prediction == "epsilon" else -rest
     match prediction:
         case "epsilon":
-            return x - sigma * output
+            return 1.0, -sigma
         case "v":
-            return x / (1 + sigma**2) - output * (sigma / math.hypot(1, sigma))
+            return 1 / (1 + sigma**2), -sigma / math.hypot(1, sigma)
         case "sample":
-            return output
+            return 0.0, 1.0
 
 
 def guidance_embedding(guidance_scale: float, width: int) -> Tensor:

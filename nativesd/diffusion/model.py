@@ -155,14 +155,14 @@ class Diffusion:
         side = (latents.shape[2] * config.factor, latents.shape[3] * config.factor)
         with self.turns.wait(), self._visiting(self.vae):
             return autoencoder.decode(
-                self.vae, latents, scaling=config.scaling, name=self.config.name, **self._room(side, len(latents))
+                self.vae, latents, scaling=config.scaling, name=self.config.name, **self.room(side, len(latents))
             )
 
     @memory_explained()
     @torch.inference_mode()
     def encode_tensor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) in [-1, 1] to mean and standard deviation of the scaled latents, float32."""
-        options = self._room((pixels.shape[2], pixels.shape[3]), len(pixels))
+        options = self.room((pixels.shape[2], pixels.shape[3]), len(pixels))
         with self.turns.wait(), self._visiting(self.vae):
             return autoencoder.encode(
                 self.vae, pixels.to(self.device), scaling=self.config.vae.scaling, name=self.config.name, **options
@@ -296,13 +296,6 @@ class Diffusion:
                 *texts,
             ]
 
-        def encode(distinct: Sequence[str]) -> tuple[Sequence[Tensor], Tensor]:
-            with self._visiting(*self.text_encoders):
-                return encode_each(
-                    distinct, self.text_encoders, self.tokenizers, literal=job.literal, clip_skip=job.clip_skip,
-                    embeddings=self.words, device=self.device,
-                )  # fmt: skip
-
         frame = Frame(
             pictures=pictures,
             size=size,
@@ -312,14 +305,25 @@ class Diffusion:
             device=self.device,
             zero_empty=self.config.zero_empty_negative,
         )
+        encode = partial(self.encode_each, literal=job.literal, clip_skip=job.clip_skip)
         return over_steps(texts, encode, frame, sigmas)
+
+    def encode_each(
+        self, prompts: Sequence[str], *, literal: bool = False, clip_skip: int | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Contexts (T_i, C), each of its own length, and the last encoder's pooled embedding (B, P)."""
+        with self._visiting(*self.text_encoders):
+            return encode_each(
+                prompts, self.text_encoders, self.tokenizers, literal=literal, clip_skip=clip_skip,
+                embeddings=self.words, device=self.device,
+            )  # fmt: skip
 
     def preview(self, latents: Tensor) -> Image.Image:
         """A quick picture of clean latents (B, C, h, w), maybe smaller, a batch side by side."""
         with self.turns.wait(), self._visiting(self.vae):
             return LatentPreview(self.vae, self.config.vae.scaling, self.previewer).preview(latents)
 
-    def _room(self, side: tuple[int, int], batch: int) -> dict[str, Any]:
+    def room(self, side: tuple[int, int], batch: int) -> dict[str, Any]:
         """How the VAE is to work on `batch` pictures of a size, height and width, in the memory there is."""
         needed = autoencoder.decode_bytes(self.config.vae, *side, dtype=next(self.vae.parameters()).dtype, batch=1)
         free = free_bytes(self.device)

@@ -172,12 +172,21 @@ def spaced_timesteps(config: SchedulerConfig, rule: SamplerRule, steps: int, spa
         case "trailing":
             return torch.arange(total, 0, -total / steps, dtype=torch.float64)[:steps].round() - 1
         case "skipping":
-            own = torch.arange(config.original_steps, 0, -1) * (total // config.original_steps) - 1
-            if steps > len(own):
-                raise UsageError(f"this sampler has at most {len(own)} steps, not {steps}")
-            picks = torch.linspace(0, len(own), steps + 1, dtype=torch.float64)[:-1].floor().long()
-            return own[picks].double()
+            return skipping_timesteps(config, steps)
     return ascending.flip(0)[:steps].clamp(max=total - 1)
+
+
+def skipping_timesteps(config: SchedulerConfig, steps: int, strength: float = 1.0) -> Tensor:
+    """`steps` of the timesteps that LCM was distilled with, descending, (steps,) float64, from `strength` of all on.
+
+    Source: diffusers' LCMScheduler.set_timesteps. Raises UsageError for more steps than there are.
+    """
+    own = torch.arange(int(config.original_steps * strength), 0, -1) * (config.train_steps // config.original_steps) - 1
+    if steps > len(own):
+        of = "this sampler" if strength == 1 else f"strength {strength:g} of it"
+        raise UsageError(f"{of} has at most {len(own)} steps, not {steps}")
+    picks = torch.linspace(0, len(own), steps + 1, dtype=torch.float64)[:-1].floor().long()
+    return own[picks].double()
 
 
 def make_schedule(
