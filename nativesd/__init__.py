@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from nativesd.pipeline.pipeline import Pipeline as Pipeline
     from nativesd.pipeline.repeat import options_from as options_from
     from nativesd.sampling.variation import Variation as Variation
+    from nativesd.streaming.similar import Similar as Similar
+    from nativesd.streaming.stream import Frame as Frame
+    from nativesd.streaming.stream import Stream as Stream
 
 _HOMES = {
     "checkpoints.audit": ("audit", "diff"),
@@ -47,17 +50,22 @@ _HOMES = {
     "pipeline.pipeline": ("Pipeline",),
     "pipeline.repeat": ("options_from",),
     "sampling.variation": ("Variation",),
+    "streaming.similar": ("Similar",),
+    "streaming.stream": ("Frame", "Stream"),
 }
 _LAZY = {name: f"nativesd.{module}" for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Control",
+    "Frame",
     "Hires",
     "Interrupted",
     "NativesdError",
     "NativesdWarning",
     "Pipeline",
     "Result",
+    "Similar",
     "Step",
+    "Stream",
     "Variation",
     "__version__",
     "audit",

@@ -156,8 +156,8 @@ ELSEWHERE = {
 
 def check(prompt: Prompt, options: CallOptions) -> Checked:
     """What is asked of a call, read and in its ranges. Raises UsageError for what cannot be, naming the argument."""
-    rows = _readers()
-    _require_known(options, [*rows, *SEEDING])
+    rows = readers_of(Checked)
+    refuse_unknown(options, [*rows, *SEEDING], ELSEWHERE)
     given = {name: value for name, value in options.items() if value is not None}
     prompts = _prompts("prompt", prompt)
     seeds = _seeds(given.pop("seed", None), given.pop("num_images", None), len(prompts))
@@ -183,9 +183,9 @@ def check(prompt: Prompt, options: CallOptions) -> Checked:
 
 
 @cache
-def _readers() -> Mapping[str, Reader]:
-    """What reads each option: see `Checked`."""
-    hints = get_type_hints(Checked, include_extras=True)
+def readers_of(checked: type) -> Mapping[str, Reader]:
+    """What reads each option of a record such as `Checked`, whose fields are annotated with it."""
+    hints = get_type_hints(checked, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}
 
 
@@ -196,15 +196,15 @@ def split(options: GenerateOptions) -> tuple[LoadOptions, CallOptions]:
     return cast("LoadOptions", loading), cast("CallOptions", asked)
 
 
-def _require_known(given: Iterable[str], known: Sequence[str]) -> None:
-    """Raise UsageError for a name that is no option, with ours where it is another tool's."""
+def refuse_unknown(given: Iterable[str], known: Sequence[str], elsewhere: Mapping[str, str]) -> None:
+    """Raise UsageError for a name that is no option, with ours where it is another tool's, which `elsewhere` says."""
     for name in given:
         if name in known:
             continue
         if name in LoadOptions.__annotations__:
             raise UsageError(f"{name} is an option of nativesd.load(), not of a call: pass {name}= there")
-        if name in ELSEWHERE:
-            raise UsageError(f"there is no option {name!r}: here it is {ELSEWHERE[name]}")
+        if name in elsewhere:
+            raise UsageError(f"there is no option {name!r}: here it is {elsewhere[name]}")
         close = get_close_matches(name, known, 1)
         raise UsageError(f"there is no option {name!r}" + (f": did you mean {close[0]}?" if close else ""))
 
@@ -346,6 +346,15 @@ def _scale(name: str, value: Any) -> float:
 
 
 def _control(name: str, value: Any) -> list[Control]:
+    """One control or several, each with a picture."""
+    controls = read_controls(name, value)
+    for control in controls:
+        if control.image is None:
+            raise UsageError(f"a {name} steers by a picture: pass nativesd.Control(model, image)")
+    return controls
+
+
+def read_controls(name: str, value: Any) -> list[Control]:
     """One control or several, each with its numbers in range."""
     given = list(value) if is_list(value) else [value]
     for control in given:

@@ -39,6 +39,8 @@ from nativesd.weights.lora.resolve import Use, reasons
 
 if TYPE_CHECKING:
     from nativesd.export.library import BackendName
+    from nativesd.streaming.options import StreamOptions
+    from nativesd.streaming.stream import Stream
 
 STRENGTH = 0.8  # of image-to-image where none is asked for, as in diffusers
 
@@ -146,7 +148,7 @@ class Pipeline(Diffusion):
         prompts, loras = asked.prompts, self.own_loras if asked.loras is None else asked.loras
         if not asked.literal:
             prompts, loras = tagged_prompts(prompts, loras, asked.lora_dirs)
-        self._merge(loras, partial=asked.partial or self.own_partial)
+        self.merge(loras, partial=asked.partial or self.own_partial)
         job = Job(
             prompts=prompts,
             negatives=asked.negative_prompt,
@@ -160,7 +162,7 @@ class Pipeline(Diffusion):
             choice=choice,
             kind=kind,
             eta=asked.eta,
-            control=[self._loaded(each) for each in asked.control],
+            control=[self.loaded(each) for each in asked.control],
             guess=asked.guess_mode,
             refiner=asked.refiner,
             refiner_at=asked.refiner_at,
@@ -266,6 +268,37 @@ class Pipeline(Diffusion):
                 self, backend, engines=engines, components=components, refit=refit, weight_budget=weight_budget
             )
 
+    def stream(self, prompt: str | None = None, **options: Unpack[StreamOptions]) -> Stream:
+        """Open a stream: frames in, pictures of `prompt` out, several frames at work at once, each at a noise level.
+
+        timesteps       of the slots, at most 8, falling; 999 is noise alone. Or t_index_list: StreamDiffusion's, of 50.
+                        Or steps and strength: so many, from how much of a frame is given up. Default 2 and 0.5
+        negative_prompt what pictures should not show, where guidance asks for it
+        prompts         pairs of a text and its weight instead of the prompt, blended as `blend` says
+        width, height   pixels; default: what the model was trained on
+        guidance_scale  1 and below: off, the default
+        residual        where guidance takes the answer without the prompt from: "self", a noise that is carried along
+                        (no rows; the default); "initialize", which begins with a row of the newest frame; "full", as
+                        many rows again; "none": no guidance
+        delta           factor on the carried noise. Default 1
+        seed            of the noise, which is the same for every frame. Default 2. Or seeds: pairs of one and its
+                        weight
+        blend           "linear", the default, or "slerp"
+        renoise         put noise on a frame again between its steps. Default True
+        control         ControlNets and T2I-Adapters; one without a picture is steered by every frame itself
+        control_scales  one number for each control, instead of its own
+        skip_similar    True, or a `Similar`: frames like the last one are skipped. Default False
+        loras           as in a call; few steps need an LCM-LoRA or a model that was made for them
+        output          "pil", "array" or "tensor"
+
+        None stands for the default of each. docs/stream.md explains the choices. Raises UsageError for what cannot be.
+        """
+        # the one word upward: a stream is opened on a model, and so is this room's method, and stands on it
+        from nativesd.streaming.options import check_stream
+        from nativesd.streaming.stream import Stream
+
+        return Stream(self, check_stream({"prompt": prompt, **options}))
+
     def close(self) -> int:
         """Free what an accelerated pipeline's backend holds; returns how many bytes that was, as far as it is known."""
         with self.turns.wait():
@@ -296,9 +329,10 @@ class Pipeline(Diffusion):
         With `partial` one of which a part fits is applied so far, and a NativesdWarning names the rest.
         """
         with self.turns.call():
-            self._merge(read_loras("loras", loras), partial=partial)
+            self.merge(read_loras("loras", loras), partial=partial)
 
-    def _merge(self, wanted: Sequence[tuple[str, float, float]], *, partial: bool) -> None:
+    def merge(self, wanted: Sequence[tuple[str, float, float]], *, partial: bool) -> None:
+        """`set_loras` in a turn that has been taken, of what has been read: file, the UNet's scale, the encoders'."""
         if self.lora_state is None:
             if wanted:
                 raise UsageError("LoRAs are merged from the model's files: load it with nativesd.load()")
@@ -337,7 +371,7 @@ class Pipeline(Diffusion):
     def _uses(self) -> tuple[Use, ...]:
         return () if self.lora_state is None else self.lora_state.uses
 
-    def _loaded(self, control: Control) -> Control:
+    def loaded(self, control: Control) -> Control:
         """The control with its model, which is loaded once for all calls."""
         if isinstance(control.model, ControlModel):
             return control

@@ -31,6 +31,7 @@ from nativesd.export.graphs import FILE
 from nativesd.export.library import Part
 from nativesd.export.sessions import OnnxRunner
 from nativesd.export.store import Store
+from nativesd.streaming.options import StreamOptions
 from oracles import published_manifests, sparse
 from pipeline.test_pipeline import save_model
 
@@ -275,7 +276,8 @@ def arguments() -> set[str]:
     public = [getattr(nativesd, name) for name in nativesd.__all__]
     functions = [each for each in public if callable(each)]
     functions += [nativesd.Pipeline.__call__, nativesd.Pipeline.accelerate, nativesd.Pipeline.load_embedding]
-    out: set[str] = set()
+    functions += [nativesd.Stream.__call__, nativesd.Stream.update]
+    out: set[str] = {*StreamOptions.__annotations__}
     for function in functions:
         try:
             out |= set(inspect.signature(function).parameters)

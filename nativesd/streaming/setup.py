@@ -1,0 +1,132 @@
+"""From what a stream is asked for to what every frame reads: made when it is opened, and by every update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nativesd.diffusion.config import PLAIN, PipelineConfig
+from nativesd.errors import UsageError
+from nativesd.pipeline.pipeline import Pipeline
+from nativesd.pipeline.tagged import LoraUse, tagged_prompts
+from nativesd.streaming.batch import Plan, extra_rows, make_plan
+from nativesd.streaming.ladder import Ladder
+from nativesd.streaming.options import Asked, Seeds
+from nativesd.streaming.told import Told, tell
+
+
+class Noises:
+    """The noise of a seed, or of several that are blended: drawn on the CPU, float32, the same on every device.
+
+    A sum of independent noises by weights is brought back to unit variance by the root of the weights' squares.
+    """
+
+    def __init__(self, seeds: Seeds) -> None:
+        self.seeds = seeds
+        self._generators = [torch.Generator().manual_seed(seed) for seed, _ in seeds]
+
+    def again(self, shape: Sequence[int]) -> Noises:
+        """The same from the beginning, behind the first noise, of a shape."""
+        out = Noises(self.seeds)
+        out.draw(shape)
+        return out
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        """The next noise."""
+        weights = [weight for _, weight in self.seeds]
+        parts = [
+            torch.randn(*shape, generator=generator) * weight
+            for generator, weight in zip(self._generators, weights, strict=True)
+        ]
+        return torch.stack(parts).sum(0) / math.hypot(*weights)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a frame reads and that does not change with the frames."""
+
+    asked: Asked
+    ladder: Ladder
+    loras: Sequence[LoraUse]
+    noises: Noises
+    """Of frames that are made from noise."""
+    told: Told
+    told_of: tuple[object, ...]
+    """What `told` depends on."""
+    plan: Plan
+
+
+def require_streamable(pipeline: Pipeline) -> None:
+    """Raises UsageError for a model that a stream cannot be made of."""
+    config = pipeline.config
+    if config.family == "refiner":
+        raise UsageError(f"{config.name} is a refiner, which ends what another model began, and cannot stream")
+    if config.scheduler.edm is not None:
+        raise UsageError(f"{config.name} has continuous sigmas (EDM), and a stream goes by trained timesteps")
+    if config.unet.in_channels != PLAIN:
+        raise UsageError(
+            f"{config.name} takes {config.unet.in_channels} input channels (inpainting or edits), and a stream has "
+            "latents alone"
+        )
+    if pipeline.offload:
+        raise UsageError("offload moves the model for every frame: load it without offload=True to stream")
+
+
+def stream_size(config: PipelineConfig, asked: Asked) -> tuple[int, int]:
+    """Width and height in pixels. Raises UsageError for a size that the model does not make."""
+    factor = config.vae.factor
+    for name, side in (("width", asked.width), ("height", asked.height)):
+        if side is not None and (side % factor or side < config.smallest):
+            raise UsageError(
+                f"{name} must be a multiple of {factor} pixels, and at least {config.smallest}, for {config.name}, not "
+                f"{side}"
+            )
+    return asked.width or config.size, asked.height or config.size
+
+
+def make_setup(pipeline: Pipeline, asked: Asked, size: tuple[int, int], before: Setup | None = None) -> Setup:
+    """The setup of what is asked for; what did not change is taken from the one before.
+
+    Its LoRAs are in the weights afterwards. Raises UsageError for what cannot be.
+    """
+    config = pipeline.config
+    ladder = asked.ladder(config.scheduler)
+    if asked.control_scales is not None and len(asked.control_scales) != len(asked.control):
+        raise UsageError(
+            f"control_scales must be one number for each control, of which there are {len(asked.control)}, not "
+            f"{len(asked.control_scales)}"
+        )
+    own_loras = pipeline.own_loras if asked.loras is None else asked.loras
+    texts, loras = tagged_prompts([text for text, _ in asked.prompts], own_loras, ())
+    pipeline.merge(loras, partial=pipeline.own_partial)
+
+    is_told = config.unet.guidance is not None  # LCM's UNets are told the scale, and guide themselves
+    residual = "none" if is_told else asked.residual
+    extra = extra_rows(residual, len(ladder), guided=asked.guidance_scale > 1)
+    weights = [weight for _, weight in asked.prompts]
+    told_of = (
+        tuple(texts), tuple(weights), asked.negative_prompt if extra else "", asked.blend, ladder.timesteps, extra,
+        asked.guidance_scale if is_told else None, tuple(loras),
+    )  # fmt: skip
+    if before is not None and before.told_of == told_of:
+        told = before.told
+    else:
+        told = tell(
+            pipeline, tuple(zip(texts, weights, strict=True)), asked.negative_prompt, ladder, size,
+            extra=extra, guidance_scale=asked.guidance_scale, blend=asked.blend,
+        )  # fmt: skip
+    if before is not None and before.asked.seeds == asked.seeds and len(before.ladder) == len(ladder):
+        noises, noise = before.noises, before.plan.noise
+    else:
+        noises = Noises(asked.seeds)
+        factor = config.vae.factor
+        noise = noises.draw((len(ladder), config.vae.latent_channels, size[1] // factor, size[0] // factor))
+    plan = make_plan(
+        ladder, noise, config.prediction, guidance_scale=asked.guidance_scale, residual=residual, delta=asked.delta,
+        renoise=asked.renoise, device=pipeline.device,
+    )  # fmt: skip
+    return Setup(asked, ladder, loras, noises, told, told_of, plan)
