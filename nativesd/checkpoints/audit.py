@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from nativesd.errors import SourceError, UsageError
+from nativesd.checkpoints.reports import family_of, reports_of
+from nativesd.errors import SourceError
 from nativesd.models.build import expected
 from nativesd.shipped import NAMED
-from nativesd.weights.audit import AuditReport, ComponentReport, report_components
 from nativesd.weights.diff import DiffReport, Parameter, compare_parameters, parameters, unmapped
 from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.files.tensors import read_tensor
-from nativesd.weights.lora.audit import report_lora
-from nativesd.weights.maps.identify import Identity, identify_all
-from nativesd.weights.maps.keymap import KeyMap, load_tables
+from nativesd.weights.maps.believed import parse_believed
+from nativesd.weights.maps.identify import identify_all
+from nativesd.weights.maps.keymap import load_tables
+from nativesd.weights.report import AuditReport
 
 
 def audit(
@@ -27,38 +27,25 @@ def audit(
 
     source    "tiny", a local file or model folder, a hub id, org/name/file.safetensors on the hub, or its URL
     maps      a folder of weight maps (*.toml) that add to the shipped ones or replace those of the same name
-    believed  "family/layout" that the source is compared with, whatever it looks like: such as "sdxl/ldm"
+    believed  "family/layout" that the source is compared with, whatever it looks like: such as "SDXL/sgm", by the
+              names that audits print
     revision  branch, tag or commit on the hub
 
     Raises SourceError for what cannot be read, NetworkError for the hub, UsageError for an argument that cannot be,
     TableError for a faulty table.
     """
     tables = load_tables(None if maps is None else Path(maps))
-    preset = None
-    if believed is not None:
-        family, slash, layout = believed.partition("/")
-        if not slash:
-            raise UsageError(f"{believed!r} is not FAMILY/LAYOUT, such as sdxl/ldm")
-        preset = family, layout
-    identities = identify_all(find(source, revision=revision), tables, believed=preset)
-    components = [
-        _with_base(report, member, identity, tables)
+    identities = identify_all(
+        find(source, revision=revision), tables, believed=None if believed is None else parse_believed(believed)
+    )
+    reports = [
+        report
         for member, identity in identities
-        for report in report_components(identity, member.tensors, expected)
+        for report in reports_of(
+            member, identity, tables, expected, read=partial(_number, member) if member.files else None
+        )
     ]
-    family = next((label for _, identity in identities if (label := identity.label())), "")
-    return AuditReport(str(source), family, tuple(components))
-
-
-def _with_base(
-    report: ComponentReport, member: Member, identity: Identity, tables: Mapping[str, KeyMap]
-) -> ComponentReport:
-    """A LoRA's report with the parameters that it changes in the base that it fits; any other as it is."""
-    keys = [key for c in identity.components if c.name == report.name == "lora" for key in c.found.keys]
-    if not keys:
-        return report
-    read = partial(_number, member) if member.files else None
-    return report_lora(report, {key: member.tensors[key] for key in keys}, tables, expected, read)
+    return AuditReport(str(source), family_of(identities, reports), tuple(reports))
 
 
 def _number(member: Member, key: str) -> float:

@@ -9,17 +9,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nativesd.checkpoints.reports import family_of, reports_of
 from nativesd.config import Config
 from nativesd.errors import NativesdError, SourceError, WeightsError
 from nativesd.shipped import NAMED
-from nativesd.weights.audit import ComponentReport, report_components
-from nativesd.weights.files.source import Member, open_source
-from nativesd.weights.lora.audit import report_lora
+from nativesd.weights.files.source import open_source
 from nativesd.weights.lora.place import Place
-from nativesd.weights.maps.identify import Identity, identify_all
+from nativesd.weights.maps.identify import identify_all
 from nativesd.weights.maps.keymap import KeyMap, load_tables
+from nativesd.weights.maps.metadata import stated_text, trigger_words
 from nativesd.weights.maps.parameters import known_parameters
 from nativesd.weights.maps.rules import Shape
+from nativesd.weights.maps.words import TABLE
+from nativesd.weights.report import ComponentReport, lacking
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 SCHEMA = 1
@@ -37,9 +39,13 @@ class Line:
     dtype: str = ""
     bytes: int = 0
     words: tuple[str, ...] = ()
-    """A LoRA's or an embedding's trigger words, by its metadata."""
+    """A LoRA's trigger words, by its metadata; the words that an embedding's file names"""
     title: str = ""
+    base: str = ""
+    """The model that it was made from, or is for, by its metadata"""
     licence: str = ""
+    prediction: str = ""
+    """What a UNet predicts, or an adapter's metadata says of it"""
     lacks: tuple[str, ...] = ()
     """What a model lacks for a picture, as the options of `load` that bring it"""
     ok: bool = False
@@ -113,13 +119,12 @@ def _line(path: Path, tables: Mapping[str, KeyMap], places: dict[Config, Place])
     note = ""
     for member, identity in found:
         try:
-            own = report_components(identity, member.tensors, _expected)
-            reports += [_of_lora(report, member, identity, tables, places) for report in own]
+            reports += reports_of(member, identity, tables, _expected, known=places)
         except _UnknownFormError as unknown:
             note = str(unknown)
     names = [c.name for _, identity in found for c in identity.components]
     unsupported = next((i.unsupported for _, i in found if i.unsupported is not None), None)
-    family = next((label for _, i in found if (label := i.label())), "") or next((r.family for r in reports), "")
+    family = family_of(found, reports)
     metadata = {key: value for member, _ in found for key, value in member.metadata.items()}
     infos = [info for member, _ in found for info in member.tensors.values()]
     layouts = dict.fromkeys(c.layout for _, identity in found for c in identity.components)
@@ -131,27 +136,15 @@ def _line(path: Path, tables: Mapping[str, KeyMap], places: dict[Config, Place])
         layout="+".join(filter(None, layouts)),
         dtype="/".join(name for name, _ in Counter(info.dtype for info in infos).most_common(2)),
         bytes=sum(info.nbytes for info in infos),
-        words=_words(metadata),
-        title=metadata.get("modelspec.title", metadata.get("ss_output_name", "")),
-        licence=metadata.get("modelspec.license", ""),
-        lacks=_lacks(names, family),
+        words=_words(reports) or trigger_words(metadata)[0],
+        title=stated_text(metadata, "title")[0],
+        base=stated_text(metadata, "base by its author")[0],
+        licence=stated_text(metadata, "licence")[0],
+        prediction=next((e.value for r in reports for e in r.evidence if e.what.startswith("prediction")), ""),
+        lacks=lacking(names, family),
         ok=bool(names) and all(report.ok for report in reports),
         why=(unsupported.says if unsupported else "") or (problems[0] if problems else note),
     )
-
-
-def _of_lora(
-    report: ComponentReport,
-    member: Member,
-    identity: Identity,
-    tables: Mapping[str, KeyMap],
-    places: dict[Config, Place],
-) -> ComponentReport:
-    """A LoRA's report with the base that it fits; any other as it is."""
-    keys = [key for c in identity.components if c.name == report.name == "lora" for key in c.found.keys]
-    if not keys:
-        return report
-    return report_lora(report, {key: member.tensors[key] for key in keys}, tables, _expected, None, places)
 
 
 def _kind(names: Sequence[str]) -> str:
@@ -161,24 +154,7 @@ def _kind(names: Sequence[str]) -> str:
     return "+".join(dict.fromkeys(names)) or "unknown"
 
 
-def _lacks(names: Sequence[str], family: str) -> tuple[str, ...]:
-    """The options that bring what a UNet lacks for a picture."""
-    if "unet" not in names:
-        return ()
-    encoders = 2 if family.startswith("SDXL") and "refiner" not in family else 1
-    out = [] if {"vae", "tiny_vae"} & set(names) else ["vae"]
-    return (*out, *(["text_encoders"] if sum(name.startswith("text_encoder") for name in names) < encoders else []))
-
-
-def _words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """Trigger words: what the file says they are, or the tags that its training pictures had most often."""
-    if phrase := metadata.get("modelspec.trigger_phrase"):
-        return tuple(word.strip() for word in phrase.split(",") if word.strip())
-    try:
-        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
-        counts: Counter[str] = Counter()
-        for tags in folders.values():
-            counts.update({str(tag).strip(): int(number) for tag, number in tags.items()})
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return ()
-    return tuple(tag for tag, _ in counts.most_common(3))
+def _words(reports: Sequence[ComponentReport]) -> tuple[str, ...]:
+    """The learnt words of textual inversions."""
+    named = [e.value for r in reports if r.name == TABLE for e in r.evidence if e.what == "word"]
+    return tuple(named) if named != ["the file's name"] else ()

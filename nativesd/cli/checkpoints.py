@@ -14,8 +14,8 @@ from nativesd.cli.common import SOURCE_HELP, Row, by_reason, count, lora_use, ma
 from nativesd.errors import UsageError
 
 if TYPE_CHECKING:
-    from nativesd.weights.audit import AuditReport, ComponentReport
     from nativesd.weights.diff import DiffReport
+    from nativesd.weights.report import AuditReport, ComponentReport
 
 SHOWN = 5  # findings of a kind that are listed one by one, unless all are asked for
 
@@ -26,14 +26,14 @@ SHOWN = 5  # findings of a kind that are listed one by one, unless all are asked
 )
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @click.option("--keys", is_flag=True, help="List the whole mapping.")
-@click.option("--trace", metavar="NAME", help="Show how a key, or a parameter of ours, is mapped.")
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON (schema 1: see docs/models-and-files.md).")
-@click.option("--as", "believed", metavar="FAMILY/LAYOUT", help="Compare with what you take it for: such as sdxl/ldm.")
+@click.option("--trace", metavar="NAME", help="Show how a key or parameter is mapped, or all that NAME is a part of.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with --keys all of it: see docs/models-and-files.md.")
+@click.option("--as", "believed", metavar="FAMILY/LAYOUT", help="Compare with what you take it for: such as SDXL/sgm.")
 @click.option("--diff", "other", metavar="OTHER", help="Compare two checkpoints, whatever their layouts.")
 @click.option("--values", is_flag=True, help="With --diff: compare the tensors too.")
 @click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--missing", is_flag=True, help="Of many files: say what each model lacks for a picture.")
+@click.option("--missing", is_flag=True, help="Say what a model lacks for a picture.")
 @click.option("--all", "everything", is_flag=True, help=f"List every finding, not the first {SHOWN} of a kind.")
 def audit(
     sources: Sequence[str],
@@ -69,12 +69,14 @@ def audit(
     if trace is not None:
         lines = report.trace(trace)
         if not lines:
-            raise UsageError(f"{source} has no key, and its model no parameter, called {trace}")
+            raise UsageError(f"{source} has no key, and its model no parameter, with {trace} in its name")
         print_lines(Text(line) for line in lines)
     elif as_json:
-        click.echo(report.to_json())
+        click.echo(report.to_json(mapped=keys))
     else:
         print_lines(_audit_lines(report, keys=keys, shown=sys.maxsize if everything else SHOWN))
+        if missing and (lacks := report.lacks):
+            print_lines([_lacking(lacks)])
     sys.exit(0 if report.ok else 1)
 
 
@@ -160,14 +162,18 @@ def _survey(sources: Sequence[str], maps: Path | None, *, as_json: bool, missing
             [Text.assemble((line.source, "bold"), f": {what}{size}{words}: " if what else ": ", (state, style))]
         )
         if missing and line.lacks:
-            options = ", ".join(f"no {name.rstrip('s')}: --{name.replace('_', '-').rstrip('s')}" for name in line.lacks)
-            print_lines([Text(f"  {options}")])
+            print_lines([_lacking(line.lacks)])
     if not as_json:
         good = sum(line.ok for line in lines)
         kinds = by_reason((line.source, line.kind or "unreadable") for line in lines)
         counts = ", ".join(f"{kind} {len(each)}" for kind, each in sorted(kinds.items()))
         click.echo(f"{len(lines)} files, {good} ok, {size_text(sum(line.bytes for line in lines))}: {counts}")
     sys.exit(0 if all(line.ok for line in lines) else 1)
+
+
+def _lacking(lacks: Sequence[str]) -> Text:
+    """What a model lacks for a picture, with the options that bring it."""
+    return Text("  " + ", ".join(f"no {name.rstrip('s')}: --{name.replace('_', '-').rstrip('s')}" for name in lacks))
 
 
 def _audit_lines(report: AuditReport, *, keys: bool, shown: int) -> Iterator[Text | Row]:
@@ -236,7 +242,7 @@ def _finding_lines(component: ComponentReport, shown: int) -> Iterator[Text | Ro
 
 
 def _many(label: str, names: Sequence[str], what: str) -> Iterator[Text | Row]:
-    from nativesd.weights.audit import grouped
+    from nativesd.weights.names import grouped
 
     yield Row(label, f"{what} (--all lists them)", "red")
     for line in grouped(names):

@@ -19,6 +19,8 @@ from nativesd.cli.help import Group, with_flags
 from nativesd.errors import NativesdError, NativesdWarning
 from nativesd.version import __version__
 
+HANGING = 4
+"""Columns by which the rest of a line is moved in that does not fit."""
 LABEL = 20
 """Columns of a report's labels."""
 MODEL_HELP = "'tiny' (embedded), a folder, a file, or a hub id"
@@ -112,7 +114,10 @@ def print_lines(lines: Iterable[Text | Row]) -> None:
             for part in line.lines(console) if terminal else [line.head() + Text(line.text)]:
                 console.print(part, soft_wrap=True)
         else:
-            console.print(line)
+            first, *others = line.wrap(console, console.width - HANGING) if terminal else [line]
+            console.print(first, soft_wrap=True)
+            for part in others:
+                console.print(Text(" " * HANGING) + part, soft_wrap=True)
 
 
 def print_tables(*tables: Table, stderr: bool = False) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 from nativesd.config import Config, Prediction, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from nativesd.errors import NativesdWarning, SourceError, WeightsError
 from nativesd.reading import read_json
-from nativesd.weights.audit import grouped
 from nativesd.weights.files.configs import sample_size
 from nativesd.weights.files.locate import TAESD, Located, locate_taesd, other_half
 from nativesd.weights.files.source import Member, join, open_source
@@ -21,6 +20,7 @@ from nativesd.weights.maps.identify import Component, Identity, identify_all
 from nativesd.weights.maps.keymap import KeyMap
 from nativesd.weights.maps.published import edm_json, picture_size, scheduler_json
 from nativesd.weights.maps.stated import EDM_LATENTS, EDM_V, prediction
+from nativesd.weights.names import grouped
 
 Part = tuple[Member, Component]
 """A component, and the checkpoint that it is in."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.text import Text
 from safetensors.torch import load_file, save_file
 
 import nativesd
 from conftest import Run
 from nativesd.checkpoints.convert import convert
+from nativesd.cli.common import Row, print_lines
 from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.shipped import TINY
 from nativesd.weights.maps.templates import TableError
@@ -71,14 +74,19 @@ def test_json(run: Run, broken: Path) -> None:
     done = run("audit", str(broken), "--json")
     assert done.returncode == 1
     data = json.loads(done.stdout)
-    assert (data["schema"], data["ok"], data["family"], data["source"]) == (1, False, "SDXL", str(broken))
+    assert (data["schema"], data["ok"], data["family"], data["source"]) == (2, False, "SDXL", str(broken))
     unet = data["components"][0]
-    assert {"name", "family", "layout", "tensors", "parameters", "mapped", "ignored", "missing", "unexpected"} <= set(
+    assert {"name", "family", "layout", "tensors", "parameters", "found", "ignored", "missing", "unexpected"} <= set(
         unet
     )
     assert {"wrong_shape", "duplicate", "ok", "dtypes", "bytes", "evidence"} <= set(unet)
     assert unet["missing"][0]["expected"] == [KEY]
+    assert "mapped" not in unet
+    assert unet["found"] == 1679
     assert data == json.loads(nativesd.audit(broken).to_json())
+    whole = json.loads(run("audit", str(broken), "--json", "--keys").stdout)
+    assert len(whole["components"][0]["mapped"]) == 1679
+    assert whole == json.loads(nativesd.audit(broken).to_json(mapped=True))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +112,73 @@ def test_trace_of_a_fault_and_of_nothing(run: Run, broken: Path) -> None:
     assert "no.such.name" in done.stderr
 
 
+def test_trace_of_a_part_of_a_name(run: Run, sdxl: Path) -> None:
+    """All that it is a part of, where no name is just so."""
+    lines = run("audit", str(sdxl), "--trace", "attn2.to_k.weight").stdout.splitlines()
+    assert len(lines) == 70  # SDXL's transformer blocks
+    assert all("attn2.to_k.weight" in line for line in lines)
+    assert len(run("audit", str(sdxl), "--trace", KEY).stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("stem", [stem for stem, m in MANIFESTS.items() if m.component in ("unet", "checkpoint")])
+def test_every_name_that_an_audit_prints_can_be_believed(stem: str, tmp_path: Path) -> None:
+    path = sparse(MANIFESTS[stem], tmp_path / "x.safetensors")
+    report = nativesd.audit(path)
+    for component in report.components:
+        if component.name == "unet":
+            again = nativesd.audit(path, believed=f"{component.family}/{component.layout}")
+            assert next(c for c in again.components if c.name == "unet").ok == component.ok
+
+
+def test_the_metadata_is_shown_and_counts(run: Run, tmp_path: Path) -> None:
+    key = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{key}.lora_up.weight": torch.zeros(320, 4), f"{key}.lora_down.weight": torch.zeros(4, 320)}
+    said = {
+        "modelspec.title": "Ink\x1b[31m\nstyle", "modelspec.license": "MIT", "ss_sd_model_name": "v1-5.safetensors",
+        "modelspec.trigger_phrase": "inkstyle, by hand", "ss_base_model_version": "sd_v2", "ss_v_parameterization": "x",
+        "modelspec.prediction_type": "v",
+    }  # fmt: skip
+    path = tmp_path / "ink.safetensors"
+    save_file(tensors, path, said)
+    rows = [" ".join(row.split()) for row in run("audit", str(path)).stdout.splitlines()]
+    for row in (
+        "title Ink [31m style (the metadata's modelspec.title)", "licence MIT (the metadata's modelspec.license)",
+        "base by its author v1-5.safetensors (the metadata's ss_sd_model_name)",
+        "trigger words inkstyle, by hand (the metadata's modelspec.trigger_phrase)",
+        "prediction by its author v (the metadata's modelspec.prediction_type)",
+        "base SD2.x (the 1 modules are all in it, and the metadata's ss_base_model_version names it)",
+    ):  # fmt: skip
+        assert row in rows
+    assert nativesd.audit(path).family == "SD2.x"
+    vae = {key: torch.zeros(shape) for key, shape in MANIFESTS["sd.vae.ldm"].shapes.items()}
+    for architecture, scaling in (("stable-diffusion-xl-v1-base/vae", "0.13025"), ("", "0.18215")):
+        save_file(vae, path, {"modelspec.architecture": architecture})
+        [component] = nativesd.audit(path).components
+        entry = next(e for e in component.evidence if e.what == "scaling factor")
+        assert (entry.value, entry.determined) == (scaling, bool(architecture))
+
+
+def test_a_headline_keeps_its_indent_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    print_lines([Text("loras/" + "long-" * 12 + "name.safetensors: lora, SD1.x, kohya, F16 144 MB: ok"), Row("a", "b")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith("    ")
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_what_a_single_file_lacks(run: Run, tmp_path: Path) -> None:
+    path = sparse(MANIFESTS["sdxl-base.unet.diffusers"], tmp_path / "unet.safetensors")
+    done = run("audit", str(path), "--missing")
+    assert done.stdout.splitlines()[-1] == "  no vae: --vae, no text_encoder: --text-encoder"
+
+
 def test_keys(run: Run, sdxl: Path) -> None:
     done = run("audit", str(sdxl), "--keys")
     assert sum(line.split()[0] == "mapped" for line in done.stdout.splitlines()) == 1680 + 196 + 517 + 248
@@ -114,6 +189,8 @@ def test_believed(run: Run, sdxl: Path) -> None:
     done = run("audit", str(sdxl), "--as", "sd15/ldm")
     assert done.returncode == 1
     assert "--all lists them" in done.stdout
+    for same in ("SDXL/sgm", "sdxl/ldm"):
+        assert run("audit", str(sdxl), "--as", same).returncode == 0
     for wrong in ("sdxl", "nothing/ldm", "sdxl/nothing"):
         assert run("audit", str(sdxl), "--as", wrong).returncode == 2
 

@@ -44,12 +44,15 @@ from nativesd.config import (
 from nativesd.errors import NativesdError
 from nativesd.models.build import expected
 from nativesd.shipped import TABLES
-from nativesd.weights.audit import AuditReport, nearest, report_components
+from nativesd.weights.audit import report_components
 from nativesd.weights.checkpoint import apply
 from nativesd.weights.formats.header import TensorInfo
+from nativesd.weights.maps.believed import parse_believed
 from nativesd.weights.maps.identify import Identity, identify
 from nativesd.weights.maps.keymap import BoundMap, load_table, load_tables
 from nativesd.weights.maps.rules import Shape
+from nativesd.weights.names import nearest
+from nativesd.weights.report import AuditReport
 from oracles import Manifest, published_manifests, unet_kwargs
 
 MANIFESTS = published_manifests()
@@ -401,14 +404,14 @@ def test_two_names_for_one_parameter_are_a_duplicate() -> None:
 
 def test_what_it_is_believed_to_be() -> None:
     shapes = MANIFESTS["sd15.checkpoint.ldm"].shapes
-    assert run(shapes, believed=("sd15", "ldm"))[1].ok
-    unet = run(shapes, believed=("sd21", "ldm"))[1].components[0]
+    assert run(shapes, believed=parse_believed("sd15/ldm"))[1].ok
+    unet = run(shapes, believed=parse_believed("SD2.x/ldm"))[1].components[0]
     assert {w.keys[0].rpartition(".")[0].rpartition(".")[2] for w in unet.wrong_shape} == {
         "proj_in", "proj_out", "to_k", "to_v",
     }  # fmt: skip
-    nothing = run({"wte.weight": (50257, 768)}, believed=("sd15", "ldm"))[1].components[0]
+    nothing = run({"wte.weight": (50257, 768)}, believed=parse_believed("sd15/ldm"))[1].components[0]
     assert (len(nothing.missing), [u.key for u in nothing.unexpected]) == (686, ["wte.weight"])
-    diffusers = run(shapes, believed=("sd15", "diffusers"))[1].components[0]
+    diffusers = run(shapes, believed=parse_believed("SD1.x/diffusers"))[1].components[0]
     assert len(diffusers.missing) == len(diffusers.unexpected) == 686
 
 

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from nativesd.config import Config
-from nativesd.weights.audit import ComponentReport, Expected, Mapped, Unexpected
+from nativesd.weights.audit import Expected
 from nativesd.weights.formats.header import TensorInfo
 from nativesd.weights.lora.bases import Fit, fits
 from nativesd.weights.lora.file import group
 from nativesd.weights.lora.place import Change, Place, context
-from nativesd.weights.maps.describe import Evidence
+from nativesd.weights.maps.describe import FAMILIES, Evidence
 from nativesd.weights.maps.keymap import KeyMap
 from nativesd.weights.maps.lora_names import PARTS
+from nativesd.weights.maps.metadata import stated_family
+from nativesd.weights.report import ComponentReport, Mapped, Unexpected
 
 
 def report_lora(
@@ -24,11 +26,12 @@ def report_lora(
     expected: Expected,
     read: Callable[[str], float] | None = None,
     known: dict[Config, Place] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> ComponentReport:
     """The report of a LoRA, whose keys are `tensors`, with the parameters that they change in the base that it fits.
 
     Keys without a place there are unexpected. `read` gives the value of a key that is one number, where the file is at
-    hand; `known` is that of `fits`.
+    hand; `known` is that of `fits`; of several bases that it fits, the one counts that its `metadata` names.
     """
     groups, nameless = group(tensors, tables)
     shapes = {key: info.shape for key, info in tensors.items()}
@@ -37,6 +40,9 @@ def report_lora(
         width = context(groups, shapes)
         reason = f"no published base has a context {width} wide"
         found = [Fit("", (), {key: reason for group in groups for key in group.keys.values()})]
+    family, field = stated_family(metadata or {})
+    named = [fit for fit in found if len(found) > 1 and fit.label == FAMILIES.get(family)]
+    found = named or found
     best, families = found[0], list(dict.fromkeys(fit.label.partition(" ")[0] for fit in found))
     unplaced = {**nameless, **best.unplaced}
     places: dict[str, list[tuple[str, Change]]] = {}
@@ -58,17 +64,19 @@ def report_lora(
         unexpected=tuple(
             Unexpected(key, tensors[key].shape, tensors[key].dtype, reason) for key, reason in unplaced.items()
         ),
-        evidence=(_base(found, len(groups), unplaced), *_evidence(best.changes, tensors, read)),
+        evidence=(_base(found, len(groups), unplaced, field if named else ""), *_evidence(best.changes, tensors, read)),
     )  # fmt: skip
 
 
-def _base(found: Sequence[Fit], count: int, unplaced: Mapping[str, str]) -> Evidence:
+def _base(found: Sequence[Fit], count: int, unplaced: Mapping[str, str], field: str) -> Evidence:
     """Which base the LoRA fits, and why."""
     labels = ", ".join(fit.label for fit in found if fit.changes) or "none that is known"
     if not found[0].changes:
         return Evidence("base", labels, f"none has a place for any of the {len(unplaced)} keys")
     if unplaced:
         return Evidence("base", labels, f"{len(unplaced)} keys find no place in it", determined=False)
+    if field:
+        return Evidence("base", labels, f"the {count} modules are all in it, and the metadata's {field} names it")
     where = "it" if len(found) == 1 else "each of them, and nothing tells which was meant"
     return Evidence("base", labels, f"the {count} modules are all in {where}")
 

@@ -247,7 +247,7 @@ def vae_config(parameters: Parameters, family: str, *, playground: bool = False)
         groups=_groups(widths or base.widths),
         half=half,
     )
-    why = f"the {FAMILIES[family]} UNet in the same source" if family else "SD1.x's and SD2.x's"
+    why = f"{FAMILIES[family]}'s, as the UNet or the metadata says" if family else "SD1.x's and SD2.x's"
     if playground:
         why = "as published for Playground 2.5, with its latents' mean and deviation: edm_mean is there"
     return config, [

@@ -13,7 +13,6 @@ from nativesd.config import (
     SDXL_BIGG,
     SDXL_CLIP_L,
     SDXL_VAE,
-    UNETS,
     Config,
     ControlNetConfig,
     Prediction,
@@ -23,9 +22,9 @@ from nativesd.config import (
     UNetConfig,
     VAEConfig,
 )
-from nativesd.errors import UsageError
 from nativesd.weights.files.beside import Beside
 from nativesd.weights.files.source import UNUSED, Member
+from nativesd.weights.maps.believed import Believed, as_believed
 from nativesd.weights.maps.describe import (
     FAMILIES,
     TEXT_ENCODERS,
@@ -40,6 +39,7 @@ from nativesd.weights.maps.describe import (
 )
 from nativesd.weights.maps.detect import Detection, Found, detect
 from nativesd.weights.maps.keymap import BoundMap, KeyMap
+from nativesd.weights.maps.metadata import stated_family
 from nativesd.weights.maps.rules import Shape
 from nativesd.weights.maps.signatures import Signature, recognise
 from nativesd.weights.maps.stated import EDM_LATENTS, prediction, with_beside
@@ -92,7 +92,7 @@ def identify(
     config: Config | None = None,
     name: str | None = None,
     family: str = "",
-    believed: tuple[str, str] | None = None,
+    believed: Believed | None = None,
     metadata: Mapping[str, str] | None = None,
     beside: Beside | None = None,
 ) -> Identity:
@@ -101,23 +101,25 @@ def identify(
     config    what a config.json beside it says, instead of what the shapes say
     name      the component's name, where a folder gives it
     family    known from elsewhere (the UNet of the same folder)
-    believed  (preset, layout) that the user takes it for: what it is compared with, whatever it is
+    believed  what the user takes it for, and it is compared with, whatever it is
     metadata  what the file says of itself
     beside    what the .yaml beside it says
 
-    Raises UsageError for a preset or layout that does not exist, TableError for a faulty table.
+    Raises UsageError for a layout that does not exist, TableError for a faulty table.
     """
     if believed is None and (signature := recognise(shapes)) is not None:
         return Identity(family=family, unrecognised=list(shapes), unsupported=signature)
     detection = detect(shapes, tables)
     unsupported = recognise({key: shapes[key] for key in detection.unrecognised}, after=True)
     if believed is not None:
-        detection = _as_believed(detection, shapes, tables, *believed)
+        detection = as_believed(detection, shapes, tables, believed)
     elif unsupported is None and (words := _nameless_words(detection, shapes, tables)) is not None:
         detection = Detection([words], detection.ignored)
     identity = Identity(
         family=family, ignored=detection.ignored, unrecognised=detection.unrecognised, unsupported=unsupported
     )
+    if not family and not any(found.component == "unet" for found in detection.found):
+        identity.family, _ = stated_family(metadata or {})
     order = {id(found): i for i, found in enumerate(detection.found)}
     unets = [found for found in detection.found if found.component == "unet"]
     unet = None
@@ -185,7 +187,7 @@ def _unet(
     shapes: Mapping[str, Shape],
     identity: Identity,
     config: Config | None,
-    believed: tuple[str, str] | None,
+    believed: Believed | None,
     detection: Detection,
     metadata: Mapping[str, str] | None,
     beside: Beside | None,
@@ -193,7 +195,7 @@ def _unet(
     """The UNet, which decides the family."""
     unet = config if isinstance(config, UNetConfig) else None
     if unet is None and believed is not None:
-        unet = UNETS[believed[0]]
+        unet = believed.unet
     evidence = [STATED] if config is not None else []
     if unet is None:
         unet, evidence = unet_config(found.parameters(shapes), _pooled(detection, shapes))
@@ -211,7 +213,7 @@ def identify_all(
     tables: Mapping[str, KeyMap],
     *,
     family: str = "",
-    believed: tuple[str, str] | None = None,
+    believed: Believed | None = None,
 ) -> list[tuple[Member, Identity]]:
     """Identify every checkpoint of a source, those with a UNet first, since its family decides about the others.
 
@@ -247,7 +249,7 @@ def _component(
     shapes: Mapping[str, Shape],
     identity: Identity,
     given: Config | None,
-    believed: tuple[str, str] | None,
+    believed: Believed | None,
 ) -> Component:
     """A component other than the UNet, in the light of the UNet's family."""
     parameters, family = found.parameters(shapes), identity.family
@@ -311,29 +313,3 @@ def adapter_family(shapes: Mapping[str, Shape]) -> str:
         if ((cross and down) or key.endswith("to_k_ip.weight")) and len(shape) >= 2 and shape[1] in CONTEXTS:
             return CONTEXTS[shape[1]]
     return ""
-
-
-def _as_believed(
-    detection: Detection, shapes: Mapping[str, Shape], tables: Mapping[str, KeyMap], preset: str, layout: str
-) -> Detection:
-    """The components read through the tables of the layout that the user names."""
-    if preset not in UNETS:
-        raise UsageError(f"{preset!r} is not a family: it is one of {', '.join(UNETS)}")
-    layout = "ldm" if layout == "sgm" else layout
-    chosen = {table.component: table for table in tables.values() if table.layout == layout and table.rules}
-    if not chosen:
-        layouts = sorted({table.layout for table in tables.values() if table.rules} | {"sgm"})
-        raise UsageError(f"{layout!r} is not a layout: it is one of {', '.join(layouts)}")
-    if not detection.found:
-        table = chosen.get("unet") or next(iter(chosen.values()))
-        prefix = table.prefixes[0]
-        return Detection(
-            [Found(table.bind(UNETS[preset].dims, prefix), prefix, detection.unrecognised)], detection.ignored
-        )
-    out = replace(detection, found=[])
-    for found in detection.found:
-        table = chosen.get(found.component, found.table.keymap)
-        prefix = found.prefix if found.prefix in table.prefixes else table.prefixes[0]
-        dims = UNETS[preset].dims if table.component == "unet" else table.probe(found.keys, found.prefix)
-        out.found.append(Found(table.bind(dims, prefix), prefix, found.keys))
-    return out
