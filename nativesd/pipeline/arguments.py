@@ -33,6 +33,7 @@ from typing import (
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from nativesd.config import Prediction
 from nativesd.diffusion.control import Control
@@ -94,6 +95,7 @@ class CallOptions(TypedDict, total=False):
     seed: int | Sequence[int] | None
     num_images: int | None
     image: ImageSource | None
+    latents: Tensor | None
     mask: ImageSource | None
     strength: float | None
     steps_as: StepsAs | None
@@ -227,6 +229,12 @@ def signed(options: type) -> Callable[[Function], Function]:
 def _picture(name: str, value: Any) -> Any:
     if not isinstance(value, Image.Image | np.ndarray | torch.Tensor | str | Path):
         raise UsageError(f"{name} must be a picture (PIL, an array, a tensor) or its file, not {shown(value)}")
+    return value
+
+
+def _latents(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim != 4 or not value.is_floating_point():
+        raise UsageError(f"{name} must be a tensor (B, C, h, w), as results have them, not {shown(value)}")
     return value
 
 
@@ -403,6 +411,7 @@ class Checked:
     sampler: Annotated[str | None, text] = None
     schedule: Annotated[str | None, text] = None
     image: Annotated[ImageSource | None, _picture] = None
+    latents: Annotated[Tensor | None, _latents] = None
     mask: Annotated[ImageSource | None, _picture] = None
     strength: Annotated[float | None, real(0, 1)] = None
     steps_as: Annotated[StepsAs, one_of(*get_args(StepsAs))] = "diffusers"

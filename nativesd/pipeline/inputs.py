@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from PIL import Image
+from torch import Tensor
 
 from nativesd.diffusion.config import EDITING, INPAINTING, PLAIN, PipelineConfig
 from nativesd.errors import UsageError
@@ -47,6 +48,8 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
             raise UsageError(
                 f"width and height must be positive multiples of {factor} pixels for this model, not {pixels}"
             )
+    if asked.latents is not None:
+        return _size_of_latents(config, asked, asked.latents)
     if image is None:
         given = {"mask": mask, "outpaint": outpaint, "strength": asked.strength}
         if needing := [name for name, value in given.items() if value is not None]:
@@ -90,6 +93,24 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
     painted = masks.blur(painted, asked.mask_blur)
     begin = picture if asked.mask_fill == "original" else fill_masked(picture, painted)
     return Inputs(picture.width, picture.height, begin, painted, tuple(notes), (picture, painted, None))
+
+
+def _size_of_latents(config: PipelineConfig, asked: Checked, latents: Tensor) -> Inputs:
+    """The size of the pictures that begin from latents."""
+    count, channels, rows, columns = latents.shape
+    factor, wanted = config.vae.factor, config.vae.latent_channels
+    given = {"image": asked.image, "mask": asked.mask, "outpaint": asked.outpaint, "hires": asked.hires}
+    if beside := [name for name, value in given.items() if value is not None]:
+        raise UsageError(f"latents are what a picture begins from: pass no {beside[0]} with them")
+    if config.unet.in_channels != PLAIN or channels != wanted or count not in (1, len(asked.seeds)):
+        raise UsageError(
+            f"latents must be (1 or {len(asked.seeds)}, {wanted}, h, w) for a model that paints, not "
+            f"{tuple(latents.shape)} for {config.name}"
+        )
+    width, height = columns * factor, rows * factor
+    if (asked.width or width, asked.height or height) != (width, height):
+        raise UsageError(f"latents are of {width}x{height} pixels: pass no other width and height")
+    return Inputs(width, height)
 
 
 def _part(config: PipelineConfig, asked: Checked, padding: int) -> Inputs:

@@ -66,6 +66,7 @@ class Pipeline(Diffusion):
         negative_prompt what the pictures should not show: a text, or one for each prompt
         seed            of the first picture, picture i has seed + i; or one for each picture. Default, and -1: random
         num_images      pictures of each prompt; all are made as one batch. Default 1, or as many as seeds are listed
+        latents         clean latents to begin from instead of `image`, as `Result.latents` has them
         image           a picture to begin from (PIL, array, path): image-to-image, inpainting, an edit for an
                         instruct-pix2pix model
         mask            white where `image` is painted anew
@@ -180,6 +181,11 @@ class Pipeline(Diffusion):
                 mask=inputs.mask,
                 steps_as=asked.steps_as,
                 fill=asked.mask_fill,
+            )
+        elif asked.latents is not None:
+            known = asked.latents.to(self.device, torch.float32)
+            start = Start(
+                STRENGTH if asked.strength is None else asked.strength, latents=known, steps_as=asked.steps_as
             )
         parameters: dict[str, Any] = {
             "prompt": asked.prompts[0] if asked.one_prompt else asked.each(asked.prompts),

@@ -9,9 +9,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute
 
 from nativesd.server.apis import openai, own, state
+from nativesd.server.apis.comfy import routes as comfy
 from nativesd.server.apis.sd import controlnet, extras, generation, lists, options, progress
 from nativesd.server.context import Context
 from nativesd.server.jobs.desk import Desk
@@ -20,9 +21,10 @@ from nativesd.server.settings import Settings
 from nativesd.server.wire.answers import Refusal, json_answer, plain
 from nativesd.server.wire.guard import Guard
 
-APIS: Mapping[str, Sequence[Callable[[], list[Route]]]] = {
+APIS: Mapping[str, Sequence[Callable[[], Sequence[BaseRoute]]]] = {
     "sd": (generation.routes, progress.routes, lists.routes, options.routes, extras.routes, controlnet.routes),
     "openai": (openai.routes,),
+    "comfy": (comfy.routes,),
 }
 """The addresses of each API by its name."""
 
@@ -38,7 +40,7 @@ def make_context(settings: Settings) -> Context:
 
 def make_app(context: Context) -> Starlette:
     """The ASGI application of these parts."""
-    routes = [*state.routes(), *own.routes()]
+    routes: list[BaseRoute] = [*state.routes(), *own.routes()]
     for name in context.settings.apis:
         routes += [route for part in APIS.get(name, ()) for route in part()]
     app = Starlette(

@@ -493,3 +493,23 @@ def test_an_interrupted_call_has_a_result_of_what_there_was(folders: dict[str, P
     assert "Steps: 4" in result.infotext()
     outside = np.asarray(hole()) == 0
     np.testing.assert_array_equal(np.asarray(result.images[0])[outside][:100], np.asarray(photo())[outside][:100])
+
+
+def test_latents_to_begin_from(folders: dict[str, Path]) -> None:
+    """A second pass by hand is what hires makes of it."""
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    first = ours("a cat", steps=4, seed=3)
+    wanted = ours("a cat", steps=4, seed=3, hires=nativesd.Hires(2, 0.5))
+    larger = torch.nn.functional.interpolate(first.latents, scale_factor=2, mode="bilinear")
+    found = ours("a cat", steps=4, seed=3, latents=larger, strength=0.5, steps_as="all")
+    assert (found.latents == wanted.latents).all()
+    assert found.images[0].size == (2 * SIDE, 2 * SIDE)
+    for options, says in (
+        ({"latents": larger[0]}, "must be a tensor"),
+        ({"latents": larger[:, :3]}, "latents must be"),
+        ({"latents": larger, "image": photo()}, "pass no image"),
+        ({"latents": larger, "width": SIDE}, "pass no other width"),
+        ({"latents": larger.expand(2, -1, -1, -1)}, "latents must be"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            ours("a cat", steps=4, seed=3, **options)

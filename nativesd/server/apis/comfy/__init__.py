@@ -1,0 +1,1 @@
+"""ComfyUI's API: graphs of the nodes that most workflows are made of, its queue, history, files and WebSocket."""

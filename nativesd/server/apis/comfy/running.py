@@ -1,0 +1,280 @@
+"""A graph's run: what each node makes of its inputs, in the library's words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from nativesd.diffusion.control import Control
+from nativesd.errors import UsageError
+from nativesd.server.apis.comfy.checking import Checked
+from nativesd.server.apis.comfy.files import Files
+from nativesd.server.apis.comfy.nodes import NODES
+from nativesd.server.jobs.job import Made
+from nativesd.server.jobs.turn import PNG_LEVEL, Turn
+
+if TYPE_CHECKING:
+    from nativesd.pictures.result import Result
+    from nativesd.pipeline.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model, its text encoders or its VAE, with LoRAs: file to scale."""
+
+    name: str
+    loras: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """A prompt, and what steers it."""
+
+    text: str
+    clip: ModelRef
+    controls: tuple[Control, ...] = ()
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A size in pixels and a number of pictures; maybe latents (B, C, h, w), a picture, or what a sampler made."""
+
+    width: int
+    height: int
+    count: int = 1
+    tensor: Tensor | None = None
+    picture: Image.Image | None = None
+    result: Result | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, and the text of how it was made."""
+
+    image: Image.Image
+    infotext: str = ""
+    seed: int = 0
+
+
+@dataclass
+class Prompt:
+    """A graph as a job: what ComfyUI's queue and history tell of it. It is the work of the job."""
+
+    number: int
+    checked: Checked
+    client: str
+    extra: Mapping[str, Any]
+    files: Files
+    previews: bool
+    outputs: dict[str, Any] = field(default_factory=dict)
+    node: str | None = None
+    """The one that runs, or failed."""
+
+    def __call__(self, turn: Turn) -> None:
+        """Run the graph."""
+        graph = self.checked.graph
+        kinds = [graph.kind(number) for number in self.checked.order]
+        turn.plan(sum(kind.startswith("KSampler") for kind in kinds))
+        run = _Run(self, turn)
+        made: dict[str, Sequence[Any]] = {}
+        for number, kind in zip(self.checked.order, kinds, strict=True):
+            self.node = number
+            turn.job.tell("node", node=number)
+            inputs = {}
+            for name, each in NODES[kind].inputs.items():
+                if source := graph.link(number, name):
+                    inputs[name] = made[source][graph.inputs(number)[name][1]]
+                elif name in graph.inputs(number):
+                    value = graph.inputs(number)[name]
+                    inputs[name] = int(value) if each.kind == "INT" else value
+            made[number] = RUN[kind](run, **inputs)
+        self.node = None
+
+
+class _Run:
+    """The nodes, as functions."""
+
+    def __init__(self, prompt: Prompt, turn: Turn) -> None:
+        self.prompt, self.turn = prompt, turn
+
+    def checkpoint(self, ckpt_name: str) -> Sequence[Any]:
+        model = ModelRef(self.turn.shelf.catalogue.model(ckpt_name))
+        return model, model, model
+
+    def text(self, text: str, clip: ModelRef) -> Sequence[Any]:
+        return (Conditioning(text, clip),)
+
+    def empty(self, width: int, height: int, batch_size: int) -> Sequence[Any]:
+        return (Latents(width, height, batch_size),)
+
+    def lora(
+        self, model: ModelRef, clip: ModelRef, lora_name: str, strength_model: float, strength_clip: float
+    ) -> Sequence[Any]:
+        file = self.turn.shelf.catalogue.lora(lora_name)
+        if file in model.loras:
+            raise UsageError(f"lora_name must be another one: {lora_name} is in the model already")
+        return (
+            replace(model, loras={**model.loras, file: strength_model}),
+            replace(clip, loras={**clip.loras, file: strength_clip}),
+        )
+
+    def control(self, control_net_name: str) -> Sequence[Any]:
+        return (self.turn.shelf.catalogue.control(control_net_name),)
+
+    def steer(
+        self,
+        positive: Conditioning,
+        negative: Conditioning,
+        control_net: str,
+        image: Sequence[Picture],
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        vae: ModelRef | None = None,
+    ) -> Sequence[Any]:
+        if start_percent > end_percent:
+            raise UsageError("start_percent must be at most end_percent")
+        control = Control(control_net, image[0].image, strength, start_percent, end_percent)
+        return tuple(replace(each, controls=(*each.controls, control)) for each in (positive, negative))
+
+    def sample(
+        self,
+        model: ModelRef,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive: Conditioning,
+        negative: Conditioning,
+        latent_image: Latents,
+        denoise: float,
+    ) -> Sequence[Any]:
+        if denoise == 0:
+            return (latent_image,)
+        options: dict[str, Any] = {"strength": denoise, "steps_as": "all"}
+        return self._sampled(
+            model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, options
+        )
+
+    def sample_advanced(
+        self, noise_seed: int, steps: int, start_at_step: int, add_noise: str, end_at_step: int,
+        return_with_leftover_noise: str, **given: Any,
+    ) -> Sequence[Any]:  # fmt: skip
+        begins = (steps - start_at_step + 0.5) / steps  # of which `steps_as` "diffusers" takes the whole steps
+        options: dict[str, Any] = {"strength": min(begins, 1.0), "steps_as": "diffusers"}
+        if start_at_step and given["latent_image"].tensor is None and given["latent_image"].picture is None:
+            raise UsageError("start_at_step must be 0 where latent_image is empty")
+        return self._sampled(
+            given["model"], noise_seed, steps, given["cfg"], given["sampler_name"], given["scheduler"],
+            given["positive"], given["negative"], given["latent_image"], options,
+        )  # fmt: skip
+
+    def _sampled(
+        self, model: ModelRef, seed: int, steps: int, cfg: float, sampler: str, scheduler: str,
+        positive: Conditioning, negative: Conditioning, latents: Latents, start: dict[str, Any],
+    ) -> Sequence[Any]:  # fmt: skip
+        pipeline = self.turn.load(model.name)
+        options: dict[str, Any] = {
+            "negative_prompt": negative.text, "seed": seed, "num_images": latents.count, "steps": steps,
+            "guidance_scale": cfg, "sampler": sampler, "schedule": scheduler, "noise": "cpu",
+            "loras": [(file, scale, positive.clip.loras.get(file, 0.0)) for file, scale in model.loras.items()],
+            "control": list(positive.controls), "lora_dirs": list(self.prompt.files.lora_dirs),
+        }  # fmt: skip
+        if latents.tensor is not None:
+            options |= {"latents": latents.tensor, **start}
+        elif latents.picture is not None:
+            options |= {"image": latents.picture, **start}
+        else:
+            factor = pipeline.config.vae.factor
+            options |= {"width": latents.width // factor * factor, "height": latents.height // factor * factor}
+        result = self.turn.make(pipeline, positive.text, **options)
+        self.turn.job.notes += result.parameters["notes"]
+        size = result.images[0].size
+        return (Latents(*size, len(result.images), result.latents, None, result),)
+
+    def decode(self, samples: Latents, vae: ModelRef) -> Sequence[Any]:
+        result = samples.result
+        if result is not None:
+            images = enumerate(result.images)
+            return ([Picture(image, result.infotext(i), result.seeds[i]) for i, image in images],)
+        if samples.picture is not None:
+            return ([Picture(samples.picture)],)
+        if samples.tensor is None:
+            raise UsageError("samples must be latents of a sampler or a picture: an empty latent has no picture")
+        return ([Picture(image) for image in self._pipeline(vae).decode(samples.tensor)],)
+
+    def encode(self, pixels: Sequence[Picture], vae: ModelRef) -> Sequence[Any]:
+        image = pixels[0].image.convert("RGB")
+        return (Latents(*image.size, 1, None, image),)
+
+    def load(self, image: str) -> Sequence[Any]:
+        return [Picture(self.prompt.files.picture(image))], None
+
+    def upscale(self, samples: Latents, upscale_method: str, width: int, height: int, crop: str) -> Sequence[Any]:
+        """As ComfyUI's nodes.py (LatentUpscale) and comfy/utils.py (common_upscale)."""
+        if not width and not height:
+            return (samples,)
+        width = width or max(64, round(samples.width * height / samples.height))
+        height = height or max(64, round(samples.height * width / samples.width))
+        if samples.tensor is None and samples.picture is None:
+            return (replace(samples, width=width, height=height),)
+        tensor = samples.tensor
+        if tensor is None:
+            from nativesd.pictures.images import to_tensor
+
+            assert samples.picture is not None
+            tensor = self._pipeline(None).encode_tensor(to_tensor([samples.picture]))[0]
+        rows, columns = tensor.shape[2:]
+        cells = (height * rows // samples.height, width * columns // samples.width)
+        if crop == "center":
+            old, new = columns / rows, cells[1] / cells[0]
+            x = round((columns - columns * (new / old)) / 2) if old > new else 0
+            y = round((rows - rows * (old / new)) / 2) if old < new else 0
+            tensor = tensor[:, :, y : rows - y, x : columns - x]
+        larger = F.interpolate(tensor, size=cells, mode=upscale_method)
+        return (Latents(width, height, len(larger), larger),)
+
+    def _pipeline(self, ref: ModelRef | None) -> Pipeline:
+        return self.turn.load(None if ref is None else ref.name)
+
+    def save(self, images: Sequence[Picture], filename_prefix: str = "ComfyUI", kind: str = "output") -> Sequence[Any]:
+        graph = json.dumps(self.prompt.checked.graph.nodes)
+        made = [_file(picture, graph) for picture in images]
+        names = self.prompt.files.keep(made, filename_prefix, kind)
+        self.turn.job.pictures += made
+        node = self.prompt.node
+        assert node is not None
+        self.prompt.outputs[node] = {"images": [{"filename": n, "subfolder": "", "type": kind} for n in names]}
+        self.turn.job.tell("output", node=node, output=self.prompt.outputs[node])
+        return ()
+
+    def preview(self, images: Sequence[Picture]) -> Sequence[Any]:
+        return self.save(images, "ComfyUI_temp", "temp")
+
+
+def _file(picture: Picture, graph: str) -> Made:
+    """A PNG with the graph, as ComfyUI writes it, and A1111's text where a sampler made it."""
+    chunk, data = PngInfo(), BytesIO()
+    chunk.add_text("prompt", graph)
+    if picture.infotext:
+        chunk.add_text("parameters", picture.infotext)
+    picture.image.save(data, format="PNG", pnginfo=chunk, compress_level=PNG_LEVEL)
+    return Made(data.getvalue(), picture.infotext, picture.seed, *picture.image.size)
+
+
+RUN: Mapping[str, Callable[..., Sequence[Any]]] = {
+    "CheckpointLoaderSimple": _Run.checkpoint, "CLIPTextEncode": _Run.text, "EmptyLatentImage": _Run.empty,
+    "KSampler": _Run.sample, "KSamplerAdvanced": _Run.sample_advanced, "VAEDecode": _Run.decode,
+    "VAEEncode": _Run.encode, "LoadImage": _Run.load, "SaveImage": _Run.save, "PreviewImage": _Run.preview,
+    "LoraLoader": _Run.lora, "ControlNetLoader": _Run.control, "ControlNetApplyAdvanced": _Run.steer,
+    "LatentUpscale": _Run.upscale,
+}  # fmt: skip
