@@ -7,8 +7,9 @@ import math
 import os
 import stat
 from collections import Counter
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from nativesd.errors import SourceError, quote
 
@@ -18,7 +19,7 @@ MAX_DEPTH = 64
 """Of lists and objects in each other; published files have less than 10."""
 
 
-def open_regular(path: Path, what: str = "file") -> BinaryIO:
+def open_regular(path: Path, what: str = "file") -> FileIO:
     """Open a file to read it, unbuffered; `what` says in messages what it should be. Raises SourceError.
 
     A pipe, a device or a folder is refused, and not opened; links are followed.

@@ -124,6 +124,7 @@ NEEDS = {
 )
 @section(
     "This machine",
+    click.option("--force", is_flag=True, default=None, help="Try pictures that seem too large for the memory."),
     click.option("--device", help="cpu, cuda, cuda:1, ... [default: cuda where there is one]."),
     click.option("--dtype", help="float16, bfloat16 or float32 [default: float16 on CUDA, else float32]."),
     click.option("--backend", type=click.Choice(BACKENDS), help="What runs the model [default: torch]."),

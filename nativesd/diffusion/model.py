@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from nativesd.diffusion.preview import LatentPreview, Step
 from nativesd.diffusion.prompting import Frame, Sides, negative_side, over_steps, prompt_sides
 from nativesd.diffusion.start import Start
 from nativesd.diffusion.turns import Turns
-from nativesd.errors import NativesdWarning
+from nativesd.errors import NoMemoryError
 from nativesd.models.clip import TextEncoder
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
@@ -77,6 +76,10 @@ class Closes(Protocol):
 
     def close(self) -> int:
         """Free it; returns how many bytes that was, as far as it is known."""
+
+
+PIXEL = 40
+"""Bytes of memory for a decoded picture's pixel: three float32 numbers, and copies on their way to bytes."""
 
 
 @dataclass(repr=False)
@@ -330,21 +333,25 @@ class Diffusion:
         tile = autoencoder.tile_size(self.tile, *side, needed=needed, free=free)
         return {"tile": tile, "slicing": self.slicing or (free is not None and needed * batch > free)}
 
+    def require_room(self, pictures: int, size: tuple[int, int]) -> None:
+        """Raise NoMemoryError where so many pictures of a size, width and height, cannot be made in the free memory."""
+        free, factor, (width, height) = free_bytes(self.device), self.config.vae.factor, size
+        step = unet_bytes(self.config.unet, pictures, height // factor, width // factor, self.dtype)
+        needed = max(step, pictures * width * height * PIXEL)
+        if free is not None and needed > free:
+            raise NoMemoryError(
+                f"{pictures} picture{'s' * (pictures > 1)} of {width}x{height} cannot fit: that takes about"
+                f" {needed / 1e9:.1f} GB beside the weights, and {free / 1e9:.1f} GB are free; make fewer at a time, or"
+                " smaller ones, or try it all the same with force=True (--force)"
+            )
+
     def _within_memory(self, job: Job, size: tuple[int, int]) -> Job:
-        """The job, with guidance one by one where the memory asks for it; warns where a step cannot fit."""
+        """The job, with guidance one by one where the memory asks for it."""
         free, factor, config = free_bytes(self.device), self.config.vae.factor, self.config.unet
         sides = 2 if job.guidance.scale > 1 and config.guidance is None else 1
         needed = unet_bytes(config, len(job.seeds), size[1] // factor, size[0] // factor, self.dtype)
         if free is None or needed * sides <= free:
             return job
-        if needed > free:
-            width, height = size
-            warnings.warn(
-                f"{len(job.seeds)} pictures of {width}x{height} may not fit: a step takes about {needed / 1e9:.1f} GB "
-                f"beside the weights, and {free / 1e9:.1f} GB are free; make fewer at a time, or smaller ones",
-                NativesdWarning,
-                stacklevel=2,
-            )
         return replace(job, guidance=replace(job.guidance, sequential=True))
 
     @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import warnings
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from nativesd.destination import fresh, hold, leftovers, remove
-from nativesd.errors import SourceError, UsageError
+from nativesd.errors import SourceError, UsageError, quote
+from nativesd.reading import is_name, open_regular, read_json
+from nativesd.schema import REQUIRED, Field, Kind, mapping, read_fields, text, whole
 from nativesd.version import __version__
 
 MANIFEST = "manifest.json"
@@ -57,10 +60,10 @@ class Key:
     def name(self) -> str:
         """The name of its folder. Raises UsageError where a part has characters that no name can hold."""
         parts = {f.name: _text(getattr(self, f.name), f.name) for f in fields(self)}
-        for part, text in parts.items():
-            if not _PART.fullmatch(text):
+        for part, value in parts.items():
+            if not _PART.fullmatch(value):
                 raise UsageError(
-                    f"{text!r} cannot be the {part} of an engine: letters, digits and . + - are allowed, and single _"
+                    f"{value!r} cannot be the {part} of an engine: letters, digits and . + - are allowed, and single _"
                 )
         name = SEPARATOR.join(parts.values())
         if len(name) > LONGEST_NAME:
@@ -74,7 +77,9 @@ class Key:
         wrong = sorted(data.keys() ^ types.keys()) or [n for n, kind in types.items() if not isinstance(data[n], kind)]
         if wrong:
             raise SourceError(f"the manifest's key is not one of this version: see {', '.join(wrong)}")
-        return cls(**{**data, "profiles": tuple(map(str, data["profiles"]))})
+        if not all(isinstance(each, str) for each in data["profiles"]):
+            raise SourceError("the manifest's key has a profile that is no text")
+        return cls(**{**data, "profiles": tuple(data["profiles"])})
 
 
 @dataclass(frozen=True)
@@ -225,22 +230,44 @@ class Store:
 def read_entry(path: Path) -> Entry:
     """The entry in a folder, by its manifest."""
     try:
-        data = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if data["schema"] != MANIFEST_SCHEMA:
-            return Entry(
-                path, problem=f"its manifest has schema {data['schema']}, and this version reads {MANIFEST_SCHEMA}"
-            )
-        key = Key.from_json(data["key"])
-        files = {str(name): File(int(each["bytes"]), str(each["sha256"])) for name, each in data["files"].items()}
-        entry = Entry(path, key, files, dict(data["details"]), str(data["created"]), str(data["platform"]))
-        problem = "its name is not what its manifest says" if key.name != path.name else None
-    except FileNotFoundError:
-        return Entry(path, problem=f"it has no {MANIFEST}, so it is not known what it is")
-    except SourceError as error:
+        if not os.path.lexists(path / MANIFEST):
+            return Entry(path, problem=f"it has no {MANIFEST}, so it is not known what it is")
+        data = read_json(path / MANIFEST)
+        if data.get("schema") != MANIFEST_SCHEMA:
+            has = quote(data.get("schema"))
+            return Entry(path, problem=f"its manifest has schema {has}, and this version reads {MANIFEST_SCHEMA}")
+        stated = read_fields(data, _MANIFEST, f"its {MANIFEST}")
+        key = Key.from_json(stated["key"])
+        same = key.name == path.name
+    except (SourceError, UsageError) as error:
         return Entry(path, problem=str(error))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return Entry(path, problem=f"its {MANIFEST} cannot be read ({error!r})")
-    return replace(entry, problem=problem)
+    entry = Entry(path, key, stated["files"], stated["details"], stated["created"], stated["platform"])
+    return entry if same else replace(entry, problem="its name is not what its manifest says")
+
+
+def _file(value: Any) -> File:
+    if not isinstance(value, dict):
+        raise ValueError
+    return File(_SIZE.read(value.get("bytes")), _TEXT.read(value.get("sha256")))
+
+
+def _inside(value: Any) -> str:
+    """A file's path in its entry."""
+    if not isinstance(value, str) or not all(map(is_name, value.split("/"))):
+        raise ValueError
+    return value
+
+
+_SIZE, _TEXT = whole(0, 10**15), text()
+_ANY = Kind("a value", lambda value: value)
+_MANIFEST = (
+    Field("key", mapping(_ANY, 100), REQUIRED),
+    Field("files", mapping(Kind("its size and sha256", _file), 10_000, Kind("a path", _inside)), REQUIRED),
+    Field("details", mapping(_ANY, 10_000), REQUIRED),
+    Field("created", _TEXT, REQUIRED),
+    Field("platform", _TEXT, REQUIRED),
+)
+"""What is read of a manifest."""
 
 
 def unfinished(key: Key, building: Building) -> Entry:
@@ -270,6 +297,8 @@ def verify(entry: Entry, *, deep: bool = True) -> str | None:
                 return f"{name} has {size} bytes and was written with {file.size}"
             if deep and _sha256(path) != file.sha256:
                 return f"{name} is not the file that was written (its sha256 differs)"
+        except SourceError as error:
+            return str(error)
         except OSError as error:
             return f"{name} cannot be read: {error.strerror or error}"
     return None
@@ -350,7 +379,7 @@ def _discard(path: Path, reason: str, dry_run: bool) -> Pruned:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
 
 from nativesd.errors import SourceError
+from nativesd.pictures.opening import opened
+from nativesd.reading import read_bounded
 
 MOST_TEXT = 1 << 24
 """Bytes of a .txt file that are read: more is no picture's parameters."""
@@ -60,11 +63,9 @@ def read_texts(path: str | Path) -> Texts:
     if path.suffix.lower() == ".txt":
         return Texts(str(path), beside=_read_text_file(path))
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             found = texts_of(image, str(path))
-    except FileNotFoundError:
-        raise SourceError(f"{path} does not exist") from None
-    except (*_UNREADABLE, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise SourceError(f"{path} cannot be read as a picture: {error}") from error
     beside = path.with_suffix(".txt")
     if not found.chunks and not found.comment and beside.is_file():
@@ -80,6 +81,8 @@ def texts_of(image: Image.Image, where: str) -> Texts:
         name, _, graph = value.partition(":") if isinstance(value, str) else ("", "", "")
         if name in ("prompt", "workflow"):
             chunks.setdefault(name, graph)
+    if (length := sum(map(len, chunks.values()))) > MOST_TEXT:
+        raise SourceError(f"{where} carries texts of {length} characters, over the {MOST_TEXT} that are read")
     text = ""
     if isinstance(comment, str | bytes):
         text = comment if isinstance(comment, str) else _decode_user_comment(comment, where)
@@ -88,11 +91,10 @@ def texts_of(image: Image.Image, where: str) -> Texts:
 
 def _read_text_file(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return file.read(MOST_TEXT).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise SourceError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
+        if not os.path.lexists(path):
+            raise SourceError(f"{path} does not exist")
+        return read_bounded(path, MOST_TEXT, "text").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise SourceError(f"{path} cannot be read as a text: {error}") from error
 
 

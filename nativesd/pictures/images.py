@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from nativesd.errors import SourceError, UsageError
+from nativesd.errors import NativesdError, SourceError, UsageError
+from nativesd.pictures.opening import opened
 
 ImageSource = Image.Image | NDArray[np.generic] | Tensor | str | Path
 """A picture as it may be given: a PIL image, an array (H, W[, channels]), a tensor ([1, ][channels, ]H, W), or a file.
@@ -188,10 +189,10 @@ def open_image(source: ImageSource) -> Image.Image:
         return _from_array(source)
     if isinstance(source, str | Path):
         try:
-            with Image.open(source) as image:
+            with opened(source) as image:
                 return _eight_bits(image)
-        except FileNotFoundError as error:
-            raise SourceError(f"{source} does not exist") from error
+        except NativesdError:
+            raise
         except Exception as error:  # what decoders raise for a damaged file is of many kinds
             raise SourceError(f"{source} is not a picture that can be read: {error}") from error
     if isinstance(source, Image.Image):

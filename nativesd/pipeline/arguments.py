@@ -8,7 +8,6 @@ pipeline. Over half of this file are tables: they stand together so that a new o
 from __future__ import annotations
 
 import dataclasses
-import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +57,15 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 SEEDING = ("seed", "num_images")  # the options that together are a seed for every picture
 MOST_HIRES = 16
+MOST_SIDE = 16_384
+"""Pixels of a picture's width or height."""
+MOST_PICTURES = 1000
+"""Of one call."""
+MOST_GUIDANCE = 1000
+MOST_SCALE = 1000
+"""Of a LoRA or a control, either way."""
+MOST_BLUR = 1000
+"""Pixels."""
 
 
 class LoadOptions(TypedDict, total=False):
@@ -117,6 +125,7 @@ class CallOptions(TypedDict, total=False):
     eta: float | None
     clip_skip: int | None
     literal: bool | None
+    force: bool | None
     noise: NoiseKind | None
     variation: Variation | None
     on_step: Callable[[Step], object] | None
@@ -254,7 +263,9 @@ def _seeds(value: Any, num_images: Any, prompts: int) -> list[int]:
     listed = [_seed(each) for each in value] if is_list(value) and getattr(value, "ndim", 1) == 1 else None
     if num_images is None:
         num_images = 1 if listed is None else max(len(listed) // prompts, 1)
-    total = whole(1)("num_images", num_images) * prompts
+    total = whole(1, MOST_PICTURES)("num_images", num_images) * prompts
+    if total > MOST_PICTURES:
+        raise UsageError(f"{total} pictures are over the {MOST_PICTURES} of one call: make them in several")
     if listed is None:
         first = _seed(value)
         if first + total > SEEDS:
@@ -278,7 +289,7 @@ def _seed(value: Any) -> int:
 
 
 def _border(name: str, value: Any) -> Border:
-    sides = [whole(0)(name, side) for side in value] if is_list(value) else []
+    sides = [whole(0, MOST_SIDE)(name, side) for side in value] if is_list(value) else []
     if len(sides) != 4:
         raise UsageError(f"{name} must be four numbers of pixels (left, top, right, bottom), not {shown(value)}")
     left, top, right, bottom = sides
@@ -291,8 +302,8 @@ def _hires(name: str, value: Any) -> Hires:
     of = f"{name}.{{}}" if isinstance(value, Hires) else name
     readers: dict[str, Reader] = {
         "scale": real(0, MOST_HIRES, above=True), "strength": real(0, 1, above=True), "steps": whole(1, 999),
-        "upscaler": _upscaler, "width": whole(1), "height": whole(1), "sampler": text, "schedule": text,
-        "prompt": text, "negative_prompt": text, "guidance_scale": real(0),
+        "upscaler": _upscaler, "width": whole(1, MOST_SIDE), "height": whole(1, MOST_SIDE), "sampler": text,
+        "schedule": text, "prompt": text, "negative_prompt": text, "guidance_scale": real(0, MOST_GUIDANCE),
     }  # fmt: skip
     values: dict[str, Any] = {field: getattr(given, field) for field in readers}
     for field, each in values.items():
@@ -350,7 +361,7 @@ def _folders(name: str, value: Any) -> list[Path]:
 
 
 def _scale(name: str, value: Any) -> float:
-    return float(real(-math.inf)(f"a scale of {name}", value))
+    return float(real(-MOST_SCALE, MOST_SCALE)(f"a scale of {name}", value))
 
 
 def _control(name: str, value: Any) -> list[Control]:
@@ -371,7 +382,7 @@ def read_controls(name: str, value: Any) -> list[Control]:
     return [
         dataclasses.replace(
             control,
-            scale=real(-math.inf)(f"the scale of a {name}", control.scale),
+            scale=real(-MOST_SCALE, MOST_SCALE)(f"the scale of a {name}", control.scale),
             start=real(0, 1)(f"the start of a {name}", control.start),
             end=real(0, 1)(f"the end of a {name}", control.end),
         )
@@ -404,10 +415,10 @@ class Checked:
     seeds: Sequence[int]
     """Of every picture: of those of the first prompt, of the second, ..."""
     negative_prompt: Annotated[Sequence[str], _prompts] = ("",)
-    width: Annotated[int | None, whole(1)] = None
-    height: Annotated[int | None, whole(1)] = None
+    width: Annotated[int | None, whole(1, MOST_SIDE)] = None
+    height: Annotated[int | None, whole(1, MOST_SIDE)] = None
     steps: Annotated[int | None, whole(1, 999)] = None  # of the 1000 noise levels that all models are trained on
-    guidance_scale: Annotated[float | None, real(0)] = None
+    guidance_scale: Annotated[float | None, real(0, MOST_GUIDANCE)] = None
     sampler: Annotated[str | None, text] = None
     schedule: Annotated[str | None, text] = None
     image: Annotated[ImageSource | None, _picture] = None
@@ -415,12 +426,12 @@ class Checked:
     mask: Annotated[ImageSource | None, _picture] = None
     strength: Annotated[float | None, real(0, 1)] = None
     steps_as: Annotated[StepsAs, one_of(*get_args(StepsAs))] = "diffusers"
-    image_guidance_scale: Annotated[float, real(0)] = 1.5
+    image_guidance_scale: Annotated[float, real(0, MOST_GUIDANCE)] = 1.5
     resize: Annotated[Fit, one_of(*get_args(Fit))] = "resize"
     outpaint: Annotated[Border | None, _border] = None
-    mask_blur: Annotated[int, whole(0)] = 4
+    mask_blur: Annotated[int, whole(0, MOST_BLUR)] = 4
     mask_fill: Annotated[MaskFill, one_of(*get_args(MaskFill))] = "original"
-    only_masked: Annotated[int | None, whole(0)] = None
+    only_masked: Annotated[int | None, whole(0, MOST_SIDE)] = None
     hires: Annotated[Hires | None, _hires] = None
     refiner: Annotated[Diffusion | None, _refiner] = None
     refiner_at: Annotated[float, real(0, 1)] = 0.8
@@ -431,8 +442,9 @@ class Checked:
     guess_mode: Annotated[bool, flag] = False
     guidance_rescale: Annotated[float, real(0, 1)] = 0.0
     eta: Annotated[float | None, real(0, 1)] = None
-    clip_skip: Annotated[int | None, whole(1)] = None
+    clip_skip: Annotated[int | None, whole(1, 100)] = None
     literal: Annotated[bool, flag] = False
+    force: Annotated[bool, flag] = False
     noise: Annotated[NoiseKind, one_of(*get_args(NoiseKind))] = "cpu"
     variation: Annotated[Variation | None, _variation] = None
     on_step: Annotated[Callable[[Step], object] | None, _callable] = None

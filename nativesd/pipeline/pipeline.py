@@ -94,6 +94,7 @@ class Pipeline(Diffusion):
         eta             0 to 1: how much noise a sampler adds again; default: the sampler's own
         clip_skip       layers of the text encoder from the end, 1 is the last; default: as the model was trained
         literal         take the prompts as they stand: no weights, no BREAK
+        force           make pictures that seem too large for the memory; default: refuse them
         noise           "cpu", as diffusers, or "cuda": what an NVIDIA card would draw, as A1111
         variation       noise that departs from the seed's: a `Variation`
         on_step         called with a `Step` at every step
@@ -146,6 +147,9 @@ class Pipeline(Diffusion):
                 raise UsageError(
                     f"{config.name} makes pictures of {config.smallest} pixels a side and more, not of {side}"
                 )
+        if not asked.force:
+            for each in (size, larger or size):
+                self.require_room(len(asked.seeds), each)
         prompts, loras = asked.prompts, self.own_loras if asked.loras is None else asked.loras
         if not asked.literal:
             prompts, loras = tagged_prompts(prompts, loras, asked.lora_dirs)

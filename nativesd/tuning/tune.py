@@ -21,8 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from nativesd.cache import cache_folder, keep
+from nativesd.errors import SourceError
 from nativesd.models.layers import GEGLU, Attention, ResnetBlock, TransformerBlock, Upsample, attention
 from nativesd.models.vae import PixelAttention
+from nativesd.reading import read_json
+from nativesd.schema import truth
 from nativesd.tuning import fast
 
 GAIN = 0.97  # of the plain path's time that the fast one may take at most
@@ -174,8 +177,8 @@ def best_tuning(dtype: torch.dtype, device: torch.device, threads: int) -> Tunin
     key = f"{where}, torch {torch.__version__}, {dtype}, probe {PROBE}"
     known = _read(path)
     try:
-        return Tuning(**{each.name: known[key][each.name] for each in fields(Tuning)})
-    except (KeyError, TypeError):
+        return Tuning(**{each.name: truth().read(known[key][each.name]) for each in fields(Tuning)})
+    except (KeyError, TypeError, ValueError):
         found = probe(dtype)
         keep(path, json.dumps(known | {key: asdict(found)}, indent=1).encode())
         return found
@@ -183,10 +186,9 @@ def best_tuning(dtype: torch.dtype, device: torch.device, threads: int) -> Tunin
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        known = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return read_json(path)
+    except SourceError:
         return {}
-    return known if isinstance(known, dict) else {}
 
 
 def processor() -> str:

@@ -49,7 +49,7 @@ def unloadable(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--preview", "nodir/x.png"], 3, "there is no folder nodir"),
         (["--steps", "0"], 2, "--steps must be between 1 and 999, not 0"),
         (["--steps", "two"], 2, "'two' is not a valid integer"),
-        (["--cfg-scale", "nan"], 2, "--guidance-scale must be a finite number"),
+        (["--cfg-scale", "nan"], 2, "--guidance-scale must be between 0 and 1000"),
         (["--sampler", "Euler b"], 2, "no sampler 'Euler b'"),
         (["--hires", "0"], 2, "--hires must be above 0"),
         (["--hires", "nan"], 2, "--hires must be above 0"),

@@ -189,6 +189,27 @@ def spoil_key(path: Path) -> None:
     (path / MANIFEST).write_text(json.dumps(data))
 
 
+def spoil_depth(path: Path) -> None:
+    (path / MANIFEST).write_text('{"schema": ' + "[" * 100_000)
+
+
+def spoil_kind(path: Path) -> None:
+    (path / MANIFEST).unlink()
+    os.mkfifo(path / MANIFEST)
+
+
+def spoil_paths(path: Path) -> None:
+    data = json.loads((path / MANIFEST).read_text())
+    data["files"]["../../x"] = {"bytes": 0, "sha256": "0"}
+    (path / MANIFEST).write_text(json.dumps(data))
+
+
+def spoil_profiles(path: Path) -> None:
+    data = json.loads((path / MANIFEST).read_text())
+    data["key"]["profiles"] = [["x"]]
+    (path / MANIFEST).write_text(json.dumps(data))
+
+
 def spoil_name(path: Path) -> None:
     data = json.loads((path / MANIFEST).read_text())
     data["key"]["device"] = "sm90"
@@ -201,7 +222,8 @@ def spoil_name(path: Path) -> None:
         (spoil_size, "has 3 bytes and was written with 6"), (spoil_bytes, "sha256 differs"),
         (spoil_file, "cannot be read: No such file"), (spoil_manifest, "cannot be read"),
         (spoil_schema, "schema 99, and this version reads 2"), (spoil_key, "see slots"),
-        (spoil_name, "its name is not what its manifest says"),
+        (spoil_name, "its name is not what its manifest says"), (spoil_depth, "nested deeper"),
+        (spoil_kind, "a device or pipe"), (spoil_paths, "files = "), (spoil_profiles, "a profile that is no text"),
     ],
 )  # fmt: skip
 def test_damage_is_found_and_pruned(store: Store, spoil: Callable[[Path], None], reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from nativesd.errors import SourceError, UsageError
 from nativesd.pictures import images, masks
+from nativesd.pictures.embedded import read_texts
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -117,8 +119,29 @@ def test_files_that_are_no_pictures(tmp_path: Path) -> None:
             images.read_image(tmp_path / name)
     with pytest.raises(SourceError, match=r"none\.png does not exist"):
         images.read_image(tmp_path / "none.png")
-    with pytest.raises(SourceError, match="is not a picture that can be read"):
-        images.read_image(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(SourceError, match="not a picture: name the file itself"):
+            images.read_image(path)
+    (tmp_path / "program.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run\n")
+    with pytest.raises(SourceError, match="its format is none of those known"):
+        images.read_image(tmp_path / "program.eps")
+
+
+def test_pixels_are_counted_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "large.png")
+    for read in (images.read_image, read_texts):
+        with pytest.raises(SourceError, match=r"13000x13000 pixels, over the 50000000 .*NATIVESD_MAX_PIXELS="):
+            read(tmp_path / "large.png")
+    photo(64, 32).save(tmp_path / "small.png")
+    monkeypatch.setenv("NATIVESD_MAX_PIXELS", "2047")
+    with pytest.raises(SourceError, match=r"64x32 pixels, over the 2047 .*NATIVESD_MAX_PIXELS=2048"):
+        images.read_image(tmp_path / "small.png")
+    monkeypatch.setenv("NATIVESD_MAX_PIXELS", "2048")
+    assert images.read_image(tmp_path / "small.png").size == (64, 32)
+    monkeypatch.setenv("NATIVESD_MAX_PIXELS", "many")
+    with pytest.raises(UsageError, match="NATIVESD_MAX_PIXELS must be a whole number, not 'many'"):
+        images.read_image(tmp_path / "small.png")
 
 
 def test_an_absurdly_large_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -656,11 +656,23 @@ def test_png_texts_after_the_pixels(tmp_path: Path) -> None:
 def test_what_is_no_picture_is_said(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"gone\.png does not exist"):
         text_of(tmp_path / "gone.png")
-    with pytest.raises(SourceError, match="cannot be read as a picture"):
+    with pytest.raises(SourceError, match="is a folder, not a picture"):
         text_of(tmp_path)
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(SourceError, match="cannot be read as a picture"):
+    with pytest.raises(SourceError, match="is not a picture that can be read"):
         text_of(tmp_path / "a.png")
+
+
+def test_a_text_of_50_megabytes_is_refused(tmp_path: Path) -> None:
+    """Which Pillow would read, and which killed the tokenizer."""
+    info = PngInfo()
+    info.add_text("parameters", "a, " * 17_000_000)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(SourceError, match=r"a\.png carries texts of 51000000 characters, over the 16777216"):
+        text_of(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"a" * 17_000_000)
+    with pytest.raises(SourceError, match=r"a\.txt has 17000000 bytes, more than"):
+        text_of(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])

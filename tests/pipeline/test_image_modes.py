@@ -16,7 +16,7 @@ from PIL import Image
 import nativesd
 from nativesd.diffusion import model as diffusion
 from nativesd.diffusion.start import Start
-from nativesd.errors import UsageError
+from nativesd.errors import NoMemoryError, UsageError
 from nativesd.pipeline.hires import UPSCALERS
 from nativesd.sampling.names import find_sampler
 from nativesd.tuning import memory
@@ -424,9 +424,10 @@ def test_what_does_not_fit_is_said_before_the_first_step(
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     batches.clear()
     monkeypatch.setattr(diffusion, "free_bytes", lambda device: needed - 1)
-    with pytest.warns(UserWarning, match="2 pictures of 64x64 may not fit"):
-        ours("a cat", steps=2, seed=1, num_images=2, on_step=lambda step: batches.append(-1))
-    assert batches[0] == 2
+    with pytest.raises(NoMemoryError, match=r"2 pictures of 64x64 cannot fit: .*--force"):
+        ours("a cat", steps=2, seed=1, num_images=2)
+    assert not batches
+    assert len(ours("a cat", steps=2, seed=1, num_images=2, force=True).images) == 2
 
 
 def test_only_masked_is_inpainting_of_the_part(folders: dict[str, Path]) -> None:
@@ -473,7 +474,7 @@ def test_what_is_under_the_mask_at_first(folders: dict[str, Path], tmp_path: Pat
         ({"only_masked": 8}, "only_masked is for a mask"),
         ({"mask_fill": "noise"}, "mask_fill is for a mask"),
         ({"only_masked": 8, "mask": hole(), "outpaint": (8, 0, 0, 0)}, "no outpaint"),
-        ({"only_masked": -1, "mask": hole()}, "only_masked must be at least 0"),
+        ({"only_masked": -1, "mask": hole()}, "only_masked must be between 0 and 16384"),
         ({"mask_fill": "red", "mask": hole()}, "mask_fill must be original"),
     ],
 )

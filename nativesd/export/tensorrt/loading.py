@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,10 @@ from nativesd.export.tensorrt.product import (
     make_log,
     reason,
 )
+from nativesd.reading import read_bounded
+
+MOST_CACHE = 2_000_000_000
+"""Bytes."""
 
 
 class RuntimeCache:
@@ -33,12 +38,8 @@ class RuntimeCache:
         self._cache = cache
         self._path = path
         self._size = -1
-        try:
-            cache.deserialize(path.read_bytes())  # False where it is of another GPU or driver: it is made anew
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+        with suppress(SourceError):  # it is made anew, as where there is none, or one of another GPU or driver
+            cache.deserialize(read_bounded(path, MOST_CACHE))
 
     def save(self) -> None:
         """See `Cache`. A folder that cannot be written means compiling again next time, not a failed picture."""
