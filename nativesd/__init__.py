@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nativesd.pipeline.pipeline import Pipeline as Pipeline
     from nativesd.pipeline.repeat import options_from as options_from
     from nativesd.sampling.variation import Variation as Variation
+    from nativesd.streaming.options import OpenOptions
     from nativesd.streaming.similar import Similar as Similar
     from nativesd.streaming.stream import Frame as Frame
     from nativesd.streaming.stream import Stream as Stream
@@ -78,6 +79,7 @@ __all__ = [
     "load",
     "load_control",
     "options_from",
+    "stream",
 ]
 
 
@@ -92,6 +94,23 @@ def generate(prompt: Prompt, model: str | Path = "tiny", **options: Unpack[Gener
     loading, asked = split(options)
     check(prompt, asked)
     return load(model, **loading)(prompt, **asked)
+
+
+def stream(prompt: str | None = None, model: str | Path = "tiny", **options: Unpack[OpenOptions]) -> Stream:
+    """Load `model` and open a stream over it: the options of `load` and of `Pipeline.stream`, by name.
+
+    The embedded model comes with its LCM-LoRA where no LoRAs are named. Those of the stream are checked before anything
+    is loaded. Raises what the two raise.
+    """
+    from nativesd.loading.load import load
+    from nativesd.pipeline.arguments import split
+    from nativesd.streaming.options import check_stream
+
+    loading, asked = split(options)
+    check_stream({"prompt": prompt, **asked})
+    if model == "tiny" and loading.get("loras") is None:
+        loading["loras"] = ["tiny-lcm"]
+    return load(model, **loading).stream(prompt, **asked)
 
 
 def __getattr__(name: str) -> Any:

@@ -200,11 +200,11 @@ def readers_of(checked: type) -> Mapping[str, Reader]:
     return {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}
 
 
-def split(options: GenerateOptions) -> tuple[LoadOptions, CallOptions]:
+def split(options: Mapping[str, Any]) -> tuple[LoadOptions, Any]:
     """The options of `nativesd.load`, and all others."""
     loading = {name: value for name, value in options.items() if name in LoadOptions.__annotations__}
     asked = {name: value for name, value in options.items() if name not in loading}
-    return cast("LoadOptions", loading), cast("CallOptions", asked)
+    return cast("LoadOptions", loading), asked
 
 
 def refuse_unknown(given: Iterable[str], known: Sequence[str], elsewhere: Mapping[str, str]) -> None:

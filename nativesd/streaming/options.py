@@ -10,7 +10,15 @@ from typing import Annotated, Any, TypedDict, get_args
 
 from nativesd.diffusion.control import Control
 from nativesd.errors import UsageError
-from nativesd.pipeline.arguments import ELSEWHERE, Lora, read_controls, read_loras, readers_of, refuse_unknown
+from nativesd.pipeline.arguments import (
+    ELSEWHERE,
+    LoadOptions,
+    Lora,
+    read_controls,
+    read_loras,
+    readers_of,
+    refuse_unknown,
+)
 from nativesd.pipeline.readers import flag, is_list, one_of, real, shown, to_whole, whole
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.streaming.batch import Residual
@@ -60,6 +68,10 @@ class StreamOptions(Changeable, total=False):
     control: Control | Sequence[Control] | None
     loras: Lora | Sequence[Lora] | None
     output: Output | None
+
+
+class OpenOptions(LoadOptions, StreamOptions, total=False):
+    """The options of `nativesd.stream`."""
 
 
 ELSEWHERE_TOO = {

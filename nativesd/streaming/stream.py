@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Unpack
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nativesd.diffusion import autoencoder
@@ -19,6 +20,7 @@ from nativesd.diffusion.control import ControlModel, hint_pixels
 from nativesd.diffusion.turns import take_turns
 from nativesd.errors import UsageError
 from nativesd.pictures.images import ImageSource, read_image
+from nativesd.pictures.preprocess import preprocess
 from nativesd.pipeline.arguments import signed
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.sampling.noise import move_noise
@@ -66,6 +68,9 @@ class Stream:
         self.pipeline = pipeline
         self.size = stream_size(pipeline.config, asked)
         asked = replace(asked, control=[pipeline.loaded(control) for control in asked.control])
+        for control in asked.control:
+            if control.image is None and control.preprocess is not None:  # or a frame would say what is not installed
+                preprocess(Image.new("RGB", self.size), control.preprocess)
         self._lock = RLock()
         self._turns = {control.model.turns for control in asked.control if isinstance(control.model, ControlModel)}
         self._room = pipeline.room((self.size[1], self.size[0]), 1)

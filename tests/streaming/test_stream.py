@@ -544,6 +544,9 @@ def test_what_cannot_stream_is_named(
         pipe.stream(PROMPT, control=nativesd.Control(control))
     with pytest.raises(UsageError, match="steered by the frame, and there is none"):
         pipe.stream(PROMPT, control=nativesd.Control(nativesd.load_control(folders["sd15-control"], device="cpu")))()
+    fitting = nativesd.load_control(folders["sd15-control"], device="cpu")
+    with pytest.raises(UsageError, match="'midas'"):
+        pipe.stream(PROMPT, control=nativesd.Control(fitting, preprocess="midas"))
     with pytest.raises(UsageError, match="cannot change: open another"):
         pipe.stream(PROMPT).update(width=128)  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="steers by a picture"):
