@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nativesd.checkpoints.export import export_tensorrt as export_tensorrt
     from nativesd.diffusion.control import Control as Control
     from nativesd.diffusion.preview import Step as Step
+    from nativesd.diffusion.prompting import SDXL as SDXL
     from nativesd.loading.control import load_control as load_control
     from nativesd.loading.load import load as load
     from nativesd.pictures.preprocess import canny as canny
@@ -48,6 +49,7 @@ _HOMES = {
     "loading.load": ("load",),
     "pipeline.hires": ("Hires",),
     "diffusion.preview": ("Step",),
+    "diffusion.prompting": ("SDXL",),
     "pipeline.pipeline": ("Pipeline",),
     "pipeline.repeat": ("options_from",),
     "sampling.variation": ("Variation",),
@@ -56,6 +58,7 @@ _HOMES = {
 }
 _LAZY = {name: f"nativesd.{module}" for module, names in _HOMES.items() for name in names}
 __all__ = [
+    "SDXL",
     "Control",
     "Frame",
     "Hires",

@@ -115,6 +115,11 @@ NEEDS = {
     click.option("--eta", type=float, help="0 to 1, the noise that a sampler adds again [default: the sampler's]."),
     click.option("--guidance-rescale", type=float, help="0 to 1, against strong guidance's contrast [default: 0]."),
     click.option("--noise", type=click.Choice(["cpu", "cuda"]), help="Whose: the CPU's, or an NVIDIA card's (A1111)."),
+    click.option("--prompt-2", help="SDXL: the prompt of the second text encoder [default: the same]."),
+    click.option("--negative-prompt-2", help="SDXL: its negative prompt [default: the same]."),
+    click.option("--original-size", type=Size(), help="SDXL: the picture's before it was scaled [default: its own]."),
+    click.option("--crop-top-left", type=Size(), help="SDXL: what was cut off, as LEFTxTOP [default: 0x0]."),
+    click.option("--target-size", type=Size(), help="SDXL: the picture's after it was scaled [default: its own]."),
     click.option("--variation-strength", type=float, help="Of another seed's noise to mix in, 0 to 1 [default: 0]."),
     click.option("--variation-seed", type=int, help="That other seed [default, and -1: random]."),
     click.option("--seed-resize", type=Size(), help="Size whose noise is to stand in the middle, such as 512x512."),
@@ -237,6 +242,14 @@ def _for_python(options: dict[str, Any]) -> dict[str, Any]:
         options["loras"] = [lora_use(text) for text in options["loras"]]
     if control := _controls(options):
         options["control"] = control
+    told = {
+        "prompt_2": "prompt_2", "negative_prompt_2": "negative_prompt_2", "original_size": "original",
+        "crop_top_left": "crop", "target_size": "target",
+    }  # fmt: skip
+    if sdxl := {field: options.pop(name) for name, field in told.items() if name in options}:
+        from nativesd.diffusion.prompting import SDXL
+
+        options["sdxl"] = SDXL(**sdxl)
     names = {"variation_seed": "seed", "variation_strength": "strength", "seed_resize": "resize_from", "ensd": "ensd"}
     if variation := {field: options.pop(name) for name, field in names.items() if name in options}:
         from nativesd.sampling.variation import Variation

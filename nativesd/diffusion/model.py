@@ -20,7 +20,7 @@ from nativesd.diffusion.control import Control, ControlModel, make_hint, steer
 from nativesd.diffusion.denoiser import guidance_embedding, keep_known, make_denoiser, watch
 from nativesd.diffusion.guidance import Guidance
 from nativesd.diffusion.preview import LatentPreview, Step
-from nativesd.diffusion.prompting import Frame, Sides, negative_side, over_steps, prompt_sides
+from nativesd.diffusion.prompting import SDXL, Frame, Sides, negative_side, over_steps, prompt_sides
 from nativesd.diffusion.start import Start
 from nativesd.diffusion.turns import Turns
 from nativesd.errors import NoMemoryError
@@ -38,7 +38,7 @@ from nativesd.sampling.schedule import Schedule
 from nativesd.sampling.table import Call
 from nativesd.sampling.variation import Variation, varied_noise
 from nativesd.text.embedding import Embedding
-from nativesd.text.encode import encode_each, encode_prompts
+from nativesd.text.encode import Text, encode_each, encode_prompts
 from nativesd.text.tokenizer import ClipTokenizer
 from nativesd.tuning.memory import free_bytes, memory_explained, unet_bytes
 from nativesd.weights.lora.file import LoraFile
@@ -55,6 +55,7 @@ class Job:
     literal: bool
     clip_skip: int | None
     seeds: Sequence[int]
+    sdxl: SDXL
     noise: NoiseKind
     variation: Variation | None
     variation_seeds: Sequence[int]
@@ -287,15 +288,14 @@ class Diffusion:
     ) -> Sides:
         """The conditionings that guidance combines, over a pass of `sigmas`, of which `steps` were asked for."""
         unet, pictures = self.config.unet, len(job.seeds)
-        texts = prompt_sides(job.prompts, pictures, steps, job.steps_before, literal=job.literal)
+        pass_of = (pictures, steps, job.steps_before)
+        texts = prompt_sides(job.prompts, *pass_of, literal=job.literal, second=job.sdxl.prompt_2)
         if unet.guidance is None and (job.guidance.scale > 1 or len(texts) > 1):
             editing = unet.in_channels == EDITING and channels is not None and job.guidance.image_scale != 1
             roles: list[Role] = ["picture", "nothing"] if editing else ["negative"]
+            second = job.sdxl.negative_prompt_2
             texts = [
-                *(
-                    negative_side(job.negatives, pictures, steps, job.steps_before, role, literal=job.literal)
-                    for role in roles
-                ),
+                *(negative_side(job.negatives, *pass_of, role, literal=job.literal, second=second) for role in roles),
                 *texts,
             ]
 
@@ -307,12 +307,13 @@ class Diffusion:
             channels=channels,
             device=self.device,
             zero_empty=self.config.zero_empty_negative,
+            sdxl=job.sdxl,
         )
         encode = partial(self.encode_each, literal=job.literal, clip_skip=job.clip_skip)
         return over_steps(texts, encode, frame, sigmas)
 
     def encode_each(
-        self, prompts: Sequence[str], *, literal: bool = False, clip_skip: int | None = None
+        self, prompts: Sequence[Text], *, literal: bool = False, clip_skip: int | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """Contexts (T_i, C), each of its own length, and the last encoder's pooled embedding (B, P)."""
         with self._visiting(*self.text_encoders):

@@ -3,23 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from nativesd.diffusion.conditioning import Conditioning, Role
 from nativesd.text.editing import Timeline, split_and, timeline
+from nativesd.text.encode import Text
 
 # sgm inference/api.py (SamplingParams): the refiner's aesthetic scores for the prompt and the negative prompt
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 
 Value = TypeVar("Value")
+Pair = tuple[int, int]
 Sides = Callable[[float], Sequence[Conditioning]]
 """What guidance combines, at a sigma: the same sequence for as long as nothing changes."""
-Encode = Callable[[Sequence[str]], tuple[Sequence[Tensor], Tensor]]
+Encode = Callable[[Sequence[Text]], tuple[Sequence[Tensor], Tensor]]
 """Texts to their contexts, (T_i, C) each, and pooled embeddings (n, P)."""
+
+
+@dataclass(frozen=True)
+class SDXL:
+    """What SDXL's UNet is told beside the prompt, as it was trained: sizes are width and height in pixels.
+
+    prompt_2, negative_prompt_2  texts for the second text encoder; default: as the first's
+    original  size of the picture before it was scaled for training; small ones are painted blurred. Default: the
+              picture's own
+    crop      how much of it was cut off on the left and at the top; 0, 0 has its subject in the middle
+    target    its size afterwards. Default: the picture's own
+    negative_original, negative_crop, negative_target  the same for the negative prompt. Default: as for the prompt
+    aesthetic_score, negative_aesthetic_score  the refiner's, 1 to 10
+
+    Source: Podell et al. 2023, arXiv 2307.01952, section 2.2.
+    """
+
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    original: Pair | None = None
+    crop: Pair = (0, 0)
+    target: Pair | None = None
+    negative_original: Pair | None = None
+    negative_crop: Pair | None = None
+    negative_target: Pair | None = None
+    aesthetic_score: float = AESTHETIC_SCORE
+    negative_aesthetic_score: float = NEGATIVE_AESTHETIC_SCORE
+
+    def chosen(self) -> dict[str, Any]:
+        """What is not at its default."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
+    def ids(self, size: Pair, *, negative: bool, refiner: bool) -> list[float]:
+        """The numbers of a picture of a size (width, height): heights stand first."""
+        original, crop, target = self.original or size, self.crop, self.target or size
+        score = self.aesthetic_score
+        if negative:
+            original, crop = self.negative_original or original, self.negative_crop or crop
+            target, score = self.negative_target or target, self.negative_aesthetic_score
+        return [*original[::-1], *crop[::-1], *([score] if refiner else target[::-1])]
 
 
 @dataclass(frozen=True)
@@ -29,10 +71,13 @@ class Texts:
     role: Role
     lines: Sequence[Timeline]
     shares: Sequence[float] | None = None
+    second: Timeline | None = None
+    """For the second text encoder, of all pictures."""
 
-    def at(self, step: int) -> tuple[str, ...]:
+    def at(self, step: int) -> tuple[Text, ...]:
         """Every picture's text at a step."""
-        return tuple(line.at(step) for line in self.lines)
+        texts = [line.at(step) for line in self.lines]
+        return tuple(texts) if self.second is None else tuple((text, self.second.at(step)) for text in texts)
 
 
 @dataclass(frozen=True)
@@ -49,14 +94,19 @@ class Frame:
     device: torch.device
     zero_empty: bool
     """An empty negative prompt means zeros."""
+    sdxl: SDXL = SDXL()
 
 
 def prompt_sides(
-    prompts: Sequence[str], pictures: int, steps: int, before: int | None, *, literal: bool
+    prompts: Sequence[str], pictures: int, steps: int, before: int | None, *, literal: bool, second: str | None = None
 ) -> list[Texts]:
-    """The sides of the prompts, more than one where AND combines some; a picture with fewer has them with weight 0."""
+    """The sides of the prompts, more than one where AND combines some; a picture with fewer has them with weight 0.
+
+    `second` is the prompt of the second text encoder, beside each of them.
+    """
+    also = _second(second, steps, before, literal=literal)
     if literal:
-        return [Texts("prompt", _each([Timeline([steps], [prompt]) for prompt in prompts], pictures))]
+        return [Texts("prompt", _each([Timeline([steps], [prompt]) for prompt in prompts], pictures), second=also)]
     parts = [split_and(prompt) for prompt in prompts]
     most = max(map(len, parts))
     padded = [part + [(part[0][0], 0.0)] * (most - len(part)) for part in parts]
@@ -66,17 +116,31 @@ def prompt_sides(
             "prompt",
             _each([timeline(part[k][0], steps, before) for part in padded], pictures),
             None if plain else _each([part[k][1] for part in padded], pictures),
+            also,
         )
         for k in range(most)
     ]
 
 
 def negative_side(
-    negatives: Sequence[str], pictures: int, steps: int, before: int | None, role: Role, *, literal: bool
+    negatives: Sequence[str],
+    pictures: int,
+    steps: int,
+    before: int | None,
+    role: Role,
+    *,
+    literal: bool,
+    second: str | None = None,
 ) -> Texts:
-    """The side of the negative prompts."""
+    """The side of the negative prompts; `second` is that of the second text encoder."""
     lines = [Timeline([steps], [text]) if literal else timeline(text, steps, before) for text in negatives]
-    return Texts(role, _each(lines, pictures))
+    return Texts(role, _each(lines, pictures), second=_second(second, steps, before, literal=literal))
+
+
+def _second(text: str | None, steps: int, before: int | None, *, literal: bool) -> Timeline | None:
+    if text is None:
+        return None
+    return Timeline([steps], [text]) if literal else timeline(text, steps, before)
 
 
 def _each(values: Sequence[Value], pictures: int) -> list[Value]:
@@ -90,7 +154,7 @@ def over_steps(texts: Sequence[Texts], encode: Encode, frame: Frame, sigmas: Seq
     distinct = list(dict.fromkeys(text for moment in dict.fromkeys(moments) for side in moment for text in side))
     contexts, pooled = encode(distinct)
     numbers = {text: i for i, text in enumerate(distinct)}
-    made: dict[tuple[tuple[str, ...], ...], list[Conditioning]] = {}
+    made: dict[tuple[tuple[Text, ...], ...], list[Conditioning]] = {}
     for moment in dict.fromkeys(moments):
         made[moment] = [
             _told(side, [numbers[text] for text in row], contexts, pooled, frame)
@@ -114,7 +178,8 @@ def _told(
     """One side's conditioning, of the texts of these numbers."""
     negative, total = texts.role != "prompt", frame.pictures
     # zeros for an empty negative prompt; its text is the only one without a character
-    empty = [frame.zero_empty and negative and line.texts == [""] for line in texts.lines]
+    alone = texts.second is None or texts.second.texts == [""]
+    empty = [frame.zero_empty and negative and alone and line.texts == [""] for line in texts.lines]
     rows = [contexts[i] * 0 if zero else contexts[i] for i, zero in zip(numbers, empty, strict=True)]
     one_length = len({len(row) for row in rows}) == 1
     channels = frame.channels
@@ -123,9 +188,7 @@ def _told(
         channels = channels.expand(total, -1, -1, -1)
     time_ids = None
     if frame.ids is not None:
-        width, height = frame.size
-        score = NEGATIVE_AESTHETIC_SCORE if negative else AESTHETIC_SCORE
-        ids = [height, width, 0, 0, *([score] if frame.ids == 5 else [height, width])]
+        ids = frame.sdxl.ids(frame.size, negative=negative, refiner=frame.ids == 5)
         time_ids = torch.tensor(ids, dtype=torch.float32, device=frame.device).expand(total, -1)
     told = None
     if frame.ids is not None:

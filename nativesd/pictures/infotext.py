@@ -15,6 +15,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+SDXL_FIELDS = {
+    "prompt_2": "Second prompt", "negative_prompt_2": "Second negative prompt", "original": "Original size",
+    "crop": "Crop", "target": "Target size", "negative_original": "Negative original size",
+    "negative_crop": "Negative crop", "negative_target": "Negative target size",
+    "aesthetic_score": "Aesthetic score", "negative_aesthetic_score": "Negative aesthetic score",
+}  # fmt: skip
+"""What an `SDXL` is called in the text."""
+
 
 @dataclass(frozen=True)
 class Infotext:

@@ -18,7 +18,7 @@ from torch import Tensor
 from nativesd.destination import fresh
 from nativesd.errors import SourceError, UsageError
 from nativesd.pictures.embedded import user_comment_exif
-from nativesd.pictures.infotext import MASKED_CONTENT, ONLY_MASKED, shown_schedule, write_infotext
+from nativesd.pictures.infotext import MASKED_CONTENT, ONLY_MASKED, SDXL_FIELDS, shown_schedule, write_infotext
 from nativesd.version import __version__
 
 QUALITY = 95
@@ -60,7 +60,8 @@ class Result:
         Of `parameters` these are needed: prompt, negative_prompt, steps, sampler, schedule, guidance_scale, width,
         height, model. These are written where they are there and not None: strength, clip_skip, guidance_rescale, eta,
         noise ("cpu" or "cuda"), image_guidance_scale, mask_blur, literal, refiner (a name), refiner_at, vae (a name),
-        mask_fill, only_masked, steps_as, variation (the fields of a `Variation`), hires (`Hires.fields`) and loras
+        mask_fill, only_masked, steps_as, sdxl and variation (the fields of an `SDXL`, a
+        `Variation`), hires (`Hires.fields`) and loras
         (names to scales).
         """
         p = self.parameters
@@ -83,6 +84,7 @@ class Result:
             "Eta DDIM" if p["sampler"] == "DDIM" else "Eta": _number(p.get("eta")),
             "CFG Rescale": _number(p.get("guidance_rescale")),
             "Image CFG scale": _number(p.get("image_guidance_scale")),
+            **_sdxl(p.get("sdxl") or {}),
             **_variation(p.get("variation") or {}, index),
             "Mask blur": p.get("mask_blur"),
             "Masked content": MASKED_CONTENT.get(p.get("mask_fill", "")),
@@ -137,6 +139,14 @@ class Result:
                 raise UsageError("the parameters do not fit into a JPEG, which holds 64 kB of them: save as .png")
             return {"exif": exif, "quality": QUALITY}
         return {}
+
+
+def _sdxl(given: Mapping[str, Any]) -> dict[str, object]:
+    """The fields of an `SDXL`, under names of our own: other programs write none."""
+    return {
+        name: f"{value[0]}x{value[1]}" if isinstance(value, tuple) else value
+        for name, value in ((SDXL_FIELDS[field], value) for field, value in given.items())
+    }
 
 
 def _variation(variation: Mapping[str, Any], index: int) -> dict[str, object]:

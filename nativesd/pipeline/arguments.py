@@ -38,11 +38,12 @@ from nativesd.config import Prediction
 from nativesd.diffusion.control import Control
 from nativesd.diffusion.model import Diffusion
 from nativesd.diffusion.preview import Step
+from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.start import MaskFill, StepsAs
 from nativesd.errors import UsageError
 from nativesd.pictures.images import Fit, ImageSource
 from nativesd.pipeline.hires import UPSCALERS, Hires, Upscaler
-from nativesd.pipeline.readers import Reader, flag, is_list, is_path, one_of, real, shown, text, to_whole, whole
+from nativesd.pipeline.readers import Reader, flag, is_list, is_path, one_of, pixels, real, shown, text, to_whole, whole
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.noise import NoiseKind
 from nativesd.sampling.variation import SEEDS, Variation
@@ -126,6 +127,7 @@ class CallOptions(TypedDict, total=False):
     clip_skip: int | None
     literal: bool | None
     force: bool | None
+    sdxl: SDXL | None
     noise: NoiseKind | None
     variation: Variation | None
     on_step: Callable[[Step], object] | None
@@ -159,6 +161,10 @@ ELSEWHERE = {
     "subseed": "variation (its seed)", "subseed_strength": "variation (its strength)",
     "eta_noise_seed_delta": "variation (its ensd)", "ensd": "variation (its ensd)",
     "seed_resize_from_w": "variation (its resize_from)", "seed_resize_from_h": "variation (its resize_from)",
+    "prompt_2": "sdxl (its prompt_2)", "negative_prompt_2": "sdxl (its negative_prompt_2)",
+    "aesthetic_score": "sdxl (its aesthetic_score)",
+    "original_size": "sdxl (its original: width, height)", "target_size": "sdxl (its target: width, height)",
+    "crops_coords_top_left": "sdxl (its crop: left, top)",
     "output_type": "the result's images (PIL) and latents, which are always there",
     "return_dict": "the result's images (PIL) and latents, which are always there",
 }  # fmt: skip
@@ -312,19 +318,28 @@ def _hires(name: str, value: Any) -> Hires:
     return Hires(**values)
 
 
+def _sdxl(name: str, value: Any) -> SDXL:
+    """An `SDXL`, its fields read."""
+    if not isinstance(value, SDXL):
+        raise UsageError(f"{name} must be an SDXL, not {shown(value)}")
+    size, corner = pixels(1, "a width and a height"), pixels(0, "a left and a top margin")
+    readers: dict[str, Reader] = {
+        "prompt_2": text, "negative_prompt_2": text, "original": size, "crop": corner, "target": size,
+        "negative_original": size, "negative_crop": corner, "negative_target": size,
+        "aesthetic_score": real(0, 10), "negative_aesthetic_score": real(0, 10),
+    }  # fmt: skip
+    given = {field: getattr(value, field) for field in readers}
+    read: dict[str, Any] = {n: v if v is None else readers[n](f"{name}.{n}", v) for n, v in given.items()}
+    return SDXL(**read)
+
+
 def _variation(name: str, value: Any) -> Variation:
     """A `Variation`, with its seed chosen."""
     if not isinstance(value, Variation):
         raise UsageError(f"{name} must be a Variation, not {shown(value)}")
-    strength, size = real(0, 1)(f"{name}.strength", value.strength), None
-    if value.resize_from is not None:
-        sides = list(value.resize_from) if is_list(value.resize_from) else []
-        if len(sides) != 2:
-            raise UsageError(
-                f"{name}.resize_from must be a width and a height in pixels, not {shown(value.resize_from)}"
-            )
-        width, height = (whole(1)(f"{name}.resize_from", side) for side in sides)
-        size = (width, height)
+    strength, size = real(0, 1)(f"{name}.strength", value.strength), value.resize_from
+    if size is not None:
+        size = pixels(1, "a width and a height")(f"{name}.resize_from", size)
     return Variation(_seed(value.seed) if strength else None, strength, size, to_whole(f"{name}.ensd", value.ensd))
 
 
@@ -445,6 +460,7 @@ class Checked:
     clip_skip: Annotated[int | None, whole(1, 100)] = None
     literal: Annotated[bool, flag] = False
     force: Annotated[bool, flag] = False
+    sdxl: Annotated[SDXL | None, _sdxl] = None
     noise: Annotated[NoiseKind, one_of(*get_args(NoiseKind))] = "cpu"
     variation: Annotated[Variation | None, _variation] = None
     on_step: Annotated[Callable[[Step], object] | None, _callable] = None

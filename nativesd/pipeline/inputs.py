@@ -48,6 +48,8 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
             raise UsageError(
                 f"width and height must be positive multiples of {factor} pixels for this model, not {pixels}"
             )
+    if asked.sdxl is not None and config.unet.added is None:
+        raise UsageError(f"sdxl is for SDXL's UNets, and {config.name} has none: leave it out")
     if asked.latents is not None:
         return _size_of_latents(config, asked, asked.latents)
     if image is None:

@@ -18,6 +18,7 @@ from nativesd.diffusion.control import Control, ControlModel
 from nativesd.diffusion.guidance import Guidance
 from nativesd.diffusion.model import Diffusion, Job
 from nativesd.diffusion.preview import Step
+from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.start import Start
 from nativesd.diffusion.turns import take_turns
 from nativesd.errors import Interrupted, NativesdError, NativesdWarning, UsageError
@@ -96,6 +97,7 @@ class Pipeline(Diffusion):
         literal         take the prompts as they stand: no weights, no BREAK
         force           make pictures that seem too large for the memory; default: refuse them
         noise           "cpu", as diffusers, or "cuda": what an NVIDIA card would draw, as A1111
+        sdxl            what SDXL is told beside the prompt: an `SDXL`, with the second encoder's prompts, and sizes
         variation       noise that departs from the seed's: a `Variation`
         on_step         called with a `Step` at every step
 
@@ -160,6 +162,7 @@ class Pipeline(Diffusion):
             literal=asked.literal,
             clip_skip=asked.clip_skip,
             seeds=asked.seeds,
+            sdxl=asked.sdxl or SDXL(),
             noise=asked.noise,
             variation=asked.variation,
             variation_seeds=asked.variation_seeds,
@@ -203,6 +206,7 @@ class Pipeline(Diffusion):
             "height": inputs.height,
             "model": config.name,
             "noise": asked.noise,
+            "sdxl": None if asked.sdxl is None else asked.sdxl.chosen(),
             "variation": None if asked.variation is None else asdict(asked.variation),
             "strength": None if start is None else start.strength,
             "steps_as": None if start is None or asked.steps_as == "diffusers" else asked.steps_as,

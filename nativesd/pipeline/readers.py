@@ -99,6 +99,18 @@ def text(name: str, value: Any) -> str:
     return value
 
 
+def pixels(low: int, what: str) -> Reader:
+    """Two whole numbers of pixels, `what` they are, such as "a width and a height"."""
+
+    def read(name: str, value: Any) -> tuple[int, int]:
+        sides = [whole(low)(name, side) for side in value] if is_list(value) else []
+        if len(sides) != 2:
+            raise UsageError(f"{name} must be {what} in pixels, not {shown(value)}")
+        return sides[0], sides[1]
+
+    return read
+
+
 def is_list(value: object) -> bool:
     """Whether a value is several: no text and no mapping."""
     return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)

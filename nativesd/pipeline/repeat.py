@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nativesd.diffusion.prompting import SDXL
 from nativesd.errors import UsageError
 from nativesd.pictures.programs.find import read_recipe
 from nativesd.pipeline.hires import UPSCALERS, Hires
@@ -38,6 +39,8 @@ def options_from(picture: str | Path) -> tuple[dict[str, Any], list[str]]:
         _name_unknown(hires, unheeded, "Hires ")
         given: dict[str, Any] = {_HIRES.get(name, name): value for name, value in hires.items() if value}
         options["hires"] = Hires(**given)
+    if "sdxl" in options:
+        options["sdxl"] = SDXL(**options["sdxl"])
     if "variation" in options:
         options["variation"] = Variation(**options["variation"])
     return {**options, "prompt": recipe.prompt, "negative_prompt": recipe.negative_prompt}, unheeded

@@ -16,6 +16,9 @@ from nativesd.text.embedding import Embedding
 from nativesd.text.prompt import NO_EMBEDDINGS, Chunk, parse_prompt, split_chunks
 from nativesd.text.tokenizer import ClipTokenizer
 
+Text = str | tuple[str, str]
+"""A prompt, or the first text encoder's and that of the others."""
+
 MAX_CHUNKS = 500
 """Of one length for all prompts of a call: 79 million numbers for SDXL"""
 NO_MEAN = 1e-4
@@ -45,7 +48,7 @@ class Encoder(Protocol):
 
 
 def encode_prompts(
-    prompts: Sequence[str],
+    prompts: Sequence[Text],
     encoders: Sequence[Encoder],
     tokenizers: Sequence[ClipTokenizer],
     *,
@@ -68,7 +71,7 @@ def encode_prompts(
 
 
 def encode_each(
-    prompts: Sequence[str],
+    prompts: Sequence[Text],
     encoders: Sequence[Encoder],
     tokenizers: Sequence[ClipTokenizer],
     *,
@@ -83,12 +86,21 @@ def encode_each(
     clip_skip   the layer whose states are the context, counted from the end: see `hidden_layer`
     embeddings  the textual inversions that the prompts can name
 
-    Chunks are encoded on their own and joined along T; pooled is the first chunk's, unweighted. Raises UsageError for
+    Of a prompt with a text for either encoder, the one with fewer chunks goes on with empty ones. Chunks are encoded on
+    their own and joined along T; pooled is the first chunk's, unweighted. Raises UsageError for
     syntax that is not supported, a layer that is not there, and embeddings that do not fit the encoders.
     """
     layers = [hidden_layer(encoder.config, clip_skip) for encoder in encoders]
-    parsed = [parse_prompt(prompt, literal=literal, embeddings=embeddings) for prompt in prompts]
-    chunks = [[split_chunks(parts, tokenizer) for parts in parsed] for tokenizer in tokenizers]
+    chunks = []
+    for i, tokenizer in enumerate(tokenizers):
+        texts = [prompt if isinstance(prompt, str) else prompt[min(i, 1)] for prompt in prompts]
+        parsed = [parse_prompt(text, literal=literal, embeddings=embeddings) for text in texts]
+        chunks.append([split_chunks(parts, tokenizer) for parts in parsed])
+    for prompt, columns in zip(prompts, zip(*chunks, strict=True), strict=True):
+        if not isinstance(prompt, str):
+            most = max(map(len, columns))
+            for column in columns:
+                column += [Chunk(())] * (most - len(column))
     counts = [[len(of_prompt) for of_prompt in of_tokenizer] for of_tokenizer in chunks]
     if any(other != counts[0] for other in counts):
         raise SourceError("the model's tokenizers disagree on a prompt's length, so its text encodings do not match")

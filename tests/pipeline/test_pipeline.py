@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -169,6 +170,48 @@ def test_negative_prompt(pipelines: tuple[str, nativesd.Pipeline, diffusers.Diff
     without = our_picture(ours, "a boat", 6.0, 3)
     assert np.abs(expected - found).max() <= TOLERANCE
     assert np.abs(expected - without).max() > TOLERANCE
+
+
+@pytest.mark.parametrize("model", ["sdxl"], indirect=True)
+def test_what_sdxl_is_told(
+    pipelines: tuple[str, nativesd.Pipeline, diffusers.DiffusionPipeline], tmp_path: Path
+) -> None:
+    """The second encoder's prompts and the sizes, which diffusers takes as (height, width) and (top, left)."""
+    _, ours, theirs = pipelines
+    told = {
+        "prompt_2": "a red cat" + ", sitting on a mat" * 3, "negative_prompt": "fog", "negative_prompt_2": "rain",
+        "original_size": (40, 56), "crops_coords_top_left": (3, 5), "target_size": (64, 72),
+        "negative_original_size": (32, 48), "negative_crops_coords_top_left": (1, 2), "negative_target_size": (80, 96),
+    }  # fmt: skip
+    sdxl = nativesd.SDXL(
+        prompt_2=str(told["prompt_2"]), negative_prompt_2="rain", original=(56, 40), crop=(5, 3), target=(72, 64),
+        negative_original=(48, 32), negative_crop=(2, 1), negative_target=(96, 80),
+    )  # fmt: skip
+    expected = their_picture(theirs, "a boat", 6.0, 3, **told)  # type: ignore[arg-type]
+    options = {"negative_prompt": "fog", "steps": 20, "guidance_scale": 6.0, "seed": 3}
+    result = ours("a boat", **options, sdxl=sdxl)
+    assert np.abs(expected - ours.decode_tensor(result.latents)[0].permute(1, 2, 0).numpy()).max() <= TOLERANCE
+    [path] = result.save(tmp_path / "x.png")
+    again, unheeded = nativesd.options_from(path)
+    assert (again["sdxl"], unheeded) == (sdxl, [])
+    for changed in (nativesd.SDXL(prompt_2="x"), nativesd.SDXL(crop=(9, 0)), nativesd.SDXL(target=(9, 9))):
+        assert (ours("a boat", **options, sdxl=changed).latents - result.latents).abs().max() > TOLERANCE
+    longer = nativesd.SDXL(prompt_2="a boat, " * 60)
+    assert ours("a boat", steps=1, seed=1, sdxl=longer).latents.isfinite().all()
+
+
+@pytest.mark.parametrize("model", ["sd15"], indirect=True)
+def test_sdxls_options_need_sdxl(pipelines: tuple[str, nativesd.Pipeline, diffusers.DiffusionPipeline]) -> None:
+    with pytest.raises(nativesd.NativesdError, match=r"sdxl is for SDXL's UNets, and .* has none: leave it out"):
+        pipelines[1]("a boat", sdxl=nativesd.SDXL(crop=(9, 0)))
+    for value, message in (
+        (nativesd.SDXL(crop=(1, -1)), "sdxl.crop must be at least 0, not -1"),
+        (nativesd.SDXL(original=(1,)), "sdxl.original must be a width and a height in pixels"),  # type: ignore[arg-type]
+        (nativesd.SDXL(aesthetic_score=11), "sdxl.aesthetic_score must be between 0 and 10, not 11"),
+        ("x", "sdxl must be an SDXL, not 'x'"),
+    ):
+        with pytest.raises(nativesd.NativesdError, match=re.escape(message)):
+            pipelines[1]("a boat", sdxl=value)
 
 
 def test_prediction_override(model: tuple[str, Path]) -> None:

@@ -8,7 +8,14 @@ from typing import Any, Literal
 
 from nativesd.errors import UsageError
 from nativesd.pictures.embedded import Texts
-from nativesd.pictures.infotext import MASKED_CONTENT, ONLY_MASKED, Infotext, parse_infotext, schedule_named
+from nativesd.pictures.infotext import (
+    MASKED_CONTENT,
+    ONLY_MASKED,
+    SDXL_FIELDS,
+    Infotext,
+    parse_infotext,
+    schedule_named,
+)
 from nativesd.pictures.programs.recipe import Recipe, integer, json_object, real
 
 Maker = Literal["nativesd", "a1111", "comfyui", "other"]
@@ -96,6 +103,11 @@ _HIRES: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "hires cfg scale": ("guidance_scale", real),
 }
 
+_SDXL: dict[str, tuple[str, Callable[[str, str], object]]] = {
+    name.lower(): (field, _text if "prompt" in field else real if "score" in field else _size)
+    for field, name in SDXL_FIELDS.items()
+}
+
 _VARIATION: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "variation seed": ("seed", integer),
     "variation seed strength": ("strength", real),
@@ -144,10 +156,10 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
 
     Options, each where the text says or implies it: steps, sampler, schedule, guidance_scale, seed, width, height,
     strength, clip_skip, guidance_rescale, eta, noise ("cpu" or "cuda"), literal, mask_blur, image_guidance_scale,
-    hires, variation and model (a name, not a path). `variation` has the fields of a `Variation`. `hires` is a dict with
-    upscale or width and height (one of them may be 0: by the ratio), steps, upscaler and strength, which is what
-    "Denoising strength" means beside it. Names of fields match in any case. A fused sampler such as
-    "DPM++ 2M Karras" stays one name, without a schedule.
+    hires, variation, sdxl and model (a name, not a path). `variation` has fields of a `Variation`, `sdxl` of an `SDXL`.
+    `hires` is a dict with upscale or width and height (one of them may be 0: by the ratio), steps, upscaler and
+    strength, which is what "Denoising strength" means beside it. Names of fields match in any case. A fused sampler
+    such as "DPM++ 2M Karras" stays one name, without a schedule.
 
     What a text leaves out is its maker's default. A1111, and its forks: noise of the GPU; a schedule that is
     "Automatic" is the sampler's default there, and one that is not named at all is older than those defaults, so
@@ -162,6 +174,7 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
     options: dict[str, Any] = {}
     hires: dict[str, object] = {}
     variation: dict[str, object] = {}
+    sdxl: dict[str, object] = {}
     unheeded: list[str] = []
     schedule: str | None = None
     for key, (name, value) in fields.items():
@@ -174,6 +187,9 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
             elif key in _HIRES:
                 option, convert = _HIRES[key]
                 hires[option] = convert(name, value)
+            elif key in _SDXL:
+                option, convert = _SDXL[key]
+                sdxl[option] = convert(name, value)
             elif key in _VARIATION:
                 option, convert = _VARIATION[key]
                 variation[option] = convert(name, value)
@@ -205,6 +221,8 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
         if "strength" in options:
             hires["strength"] = options.pop("strength")
         options["hires"] = hires
+    if sdxl:
+        options["sdxl"] = sdxl
     if variation.get("strength") or variation.keys() & {"resize_from", "ensd"}:
         options["variation"] = variation
     maker = _maker({key: value for key, (_, value) in fields.items()})
