@@ -12,7 +12,7 @@ from nativesd.weights.formats.header import TensorInfo
 from nativesd.weights.maps.describe import Evidence
 from nativesd.weights.maps.identify import Component, Identity
 from nativesd.weights.maps.keymap import BoundMap
-from nativesd.weights.maps.plan import make_plan
+from nativesd.weights.maps.plan import make_plan, unfit
 from nativesd.weights.maps.rules import Shape, Source
 from nativesd.weights.maps.words import TABLE, find_words
 from nativesd.weights.names import nearest
@@ -49,6 +49,8 @@ def report_components(
         ignored = tuple(Ignored(key, reason) for key, reason in identity.ignored.items())
         keys = [key for key in (*identity.ignored, *unknown) if key in tensors]  # a pickle's leavings are no tensors
         reports.append(_beside(name, _sums(keys, tensors), ignored, unexpected))
+    if not tensors:
+        reports.append(_beside("nothing", _sums((), tensors), (), (), "a file without a tensor"))
     return reports
 
 
@@ -99,7 +101,8 @@ def _named(component: Component, tensors: Mapping[str, TensorInfo], report: Comp
         own = {key: tensors[key] for key in found.keys}
         shapes, dtypes = ({key: getattr(info, part) for key, info in own.items()} for part in ("shape", "dtype"))
         words = find_words(shapes, table.keymap, dtypes)
-    faults = words.faults if words is not None else {}
+    faults = {key: reason for key in found.keys if (reason := _no_weight(tensors[key])) is not None}
+    faults |= {} if words is None else words.faults
     mapped = tuple(
         Mapped(meaning, (key,), tensors[key].shape, "name", table.keymap.name, 0)
         for key in found.keys
@@ -115,6 +118,11 @@ def _named(component: Component, tensors: Mapping[str, TensorInfo], report: Comp
             Unexpected(key, tensors[key].shape, tensors[key].dtype, reason) for key, reason in faults.items()
         ),
     )
+
+
+def _no_weight(info: TensorInfo) -> str | None:
+    """Why a tensor is no weight, whatever its name; None where nothing says so."""
+    return unfit(info.dtype) or (None if info.elements else "it has no numbers")
 
 
 def compare(
@@ -158,7 +166,7 @@ def compare(
             for key, names in plan.unexpected.items()
         )
         + tuple(
-            Unexpected(key, tensors[key].shape, tensors[key].dtype, "a quantised weight, whose scale is not known")
+            Unexpected(key, tensors[key].shape, tensors[key].dtype, unfit(tensors[key].dtype) or "")
             for key in plan.quantised
         ),
         wrong_shape=tuple(wrong.values()),

@@ -482,7 +482,7 @@ KOHYA: dict[str, tuple[str, Tensors, Expected]] = {
     ),
     "DoRA of a convolution": (
         CONV,
-        {"lora_up.weight": A, "lora_down.weight": KERNEL, "dora_scale": B.abs()[:1, :, None, None]},
+        {"lora_up.weight": A[..., None, None], "lora_down.weight": KERNEL, "dora_scale": B.abs()[:1, :, None, None]},
         lambda w, s: decomposed(
             w, torch.einsum("or,riyx->oiyx", A, KERNEL), B.abs()[:1, :, None, None], s
         ),
@@ -552,7 +552,8 @@ def test_biases_change_with_their_weights(folders: dict[str, Path], tmp_path: Pa
     state = Merged(hosts(folders["sd15"]))
     before = {name: t.clone() for name, t in as_published("unet", state.hosts["unet"].module).items()}
     tensors = {
-        f"lora_unet_{CONV.replace('.', '_')}.lora_up.weight": A, "diffusion_model.middle_block.1.norm.b_norm": B[2],
+        f"lora_unet_{CONV.replace('.', '_')}.lora_up.weight": A[..., None, None],
+        "diffusion_model.middle_block.1.norm.b_norm": B[2],
         f"lora_unet_{CONV.replace('.', '_')}.lora_down.weight": KERNEL, "diffusion_model.out.0.diff_b": B[0, :32],
         f"lora_unet_{CONV.replace('.', '_')}.diff_b": B[1],
     }  # fmt: skip

@@ -11,7 +11,7 @@ from nativesd.weights.audit import Expected
 from nativesd.weights.formats.header import TensorInfo
 from nativesd.weights.lora.bases import Fit, fits
 from nativesd.weights.lora.file import group
-from nativesd.weights.lora.place import Change, Place, context
+from nativesd.weights.lora.place import Change, Place, context, is_alpha
 from nativesd.weights.maps.describe import FAMILIES, Evidence
 from nativesd.weights.maps.keymap import KeyMap
 from nativesd.weights.maps.lora_names import PARTS
@@ -34,17 +34,19 @@ def report_lora(
     hand; `known` is that of `fits`; of several bases that it fits, the one counts that its `metadata` names.
     """
     groups, nameless = group(tensors, tables)
-    shapes = {key: info.shape for key, info in tensors.items()}
-    found = fits(groups, shapes, tables, expected, known)
+    found = fits(groups, tensors, tables, expected, known)
     if not found:
-        width = context(groups, shapes)
+        width = context(groups, tensors)
         reason = f"no published base has a context {width} wide"
         found = [Fit("", (), {key: reason for group in groups for key in group.keys.values()})]
     family, field = stated_family(metadata or {})
     named = [fit for fit in found if len(found) > 1 and fit.label == FAMILIES.get(family)]
     found = named or found
     best, families = found[0], list(dict.fromkeys(fit.label.partition(" ")[0] for fit in found))
-    unplaced = {**nameless, **best.unplaced}
+    alphas = {change.keys["alpha"] for change in best.changes if "alpha" in change.keys}
+    values = {} if read is None else {key: read(key) for key in sorted(alphas)}
+    strange = {key: f"the alpha {value:g} is none" for key, value in values.items() if not is_alpha(value)}
+    unplaced = {**nameless, **best.unplaced, **strange}
     places: dict[str, list[tuple[str, Change]]] = {}
     for change in best.changes:
         for part, key in change.keys.items():
@@ -60,11 +62,12 @@ def report_lora(
                 (key,), entries[0][1].target.shape, PARTS[entries[0][0]], names[key], 0,
             )
             for key, entries in places.items()
+            if key not in strange
         ),
         unexpected=tuple(
             Unexpected(key, tensors[key].shape, tensors[key].dtype, reason) for key, reason in unplaced.items()
         ),
-        evidence=(_base(found, len(groups), unplaced, field if named else ""), *_evidence(best.changes, tensors, read)),
+        evidence=(_base(found, len(groups), unplaced, field if named else ""), *_evidence(best.changes, values)),
     )  # fmt: skip
 
 
@@ -81,10 +84,11 @@ def _base(found: Sequence[Fit], count: int, unplaced: Mapping[str, str], field: 
     return Evidence("base", labels, f"the {count} modules are all in {where}")
 
 
-def _evidence(
-    changes: Sequence[Change], tensors: Mapping[str, TensorInfo], read: Callable[[str], float] | None
-) -> list[Evidence]:
-    """What kinds of changes there are, in which components, of which ranks, and how they are scaled."""
+def _evidence(changes: Sequence[Change], values: Mapping[str, float]) -> list[Evidence]:
+    """What kinds of changes there are, in which components, of which ranks, and how they are scaled.
+
+    values  of the alphas, where they were read
+    """
     if not changes:
         return []
     ranks = [change.rank for change in changes if change.rank is not None]
@@ -95,8 +99,8 @@ def _evidence(
     ]
     if ranks:
         out.append(Evidence("rank", _counted(ranks), "the matrices' inner size"))
-    if alphas and read is not None:
-        out.append(Evidence("alpha", _counted(f"{read(key):g}" for key in alphas), "scale = alpha / rank"))
+    if alphas and values:
+        out.append(Evidence("alpha", _counted(f"{values[key]:g}" for key in alphas), "scale = alpha / rank"))
     elif alphas:
         out.append(Evidence("alpha", f"in {len(alphas)} changes", "scale = alpha / rank; its value is not in a header"))
     if len(ranks) > len(alphas):

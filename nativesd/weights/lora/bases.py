@@ -7,17 +7,21 @@ from dataclasses import dataclass
 
 from nativesd.config import CLIP_L, OPENCLIP_H, SDXL_BIGG, SDXL_CLIP_L, UNETS, Config, UNetConfig
 from nativesd.weights.audit import Expected
+from nativesd.weights.formats.header import TensorInfo
 from nativesd.weights.lora.file import Group
 from nativesd.weights.lora.place import Change, Place, context, place
 from nativesd.weights.maps.describe import DISTILLED, FAMILIES, unet_family
 from nativesd.weights.maps.keymap import KeyMap
-from nativesd.weights.maps.rules import Shape
 
 ENCODERS: Mapping[str, Mapping[str, Config]] = {
     "sd1": {"text_encoder": CLIP_L}, "sd2": {"text_encoder": OPENCLIP_H},
     "sdxl": {"text_encoder": SDXL_CLIP_L, "text_encoder_2": SDXL_BIGG}, "refiner": {"text_encoder_2": SDXL_BIGG},
 }  # fmt: skip
 """family -> its published text encoders."""
+
+
+MANY = 20_000
+"""Modules; no base has a quarter of them, in all its components."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def bases(unets: Mapping[str, UNetConfig] = UNETS) -> dict[str, dict[str, Config
 
 def fits(
     groups: Sequence[Group],
-    shapes: Mapping[str, Shape],
+    tensors: Mapping[str, TensorInfo],
     tables: Mapping[str, KeyMap],
     expected: Expected,
     known: dict[Config, Place] | None = None,
@@ -55,12 +59,14 @@ def fits(
     def place_of(config: Config) -> Place:
         return kept.setdefault(config, Place(config, expected(config), tables))
 
-    width = context(groups, shapes)
+    width = context(groups, tensors)
     out: list[Fit] = []
     for label, configs in bases().items():
         unet = configs["unet"]
         if width is None or not isinstance(unet, UNetConfig) or unet.context == width:
             places = {name: place_of(config) for name, config in configs.items()}
-            out.append(Fit(label, *place(groups, shapes, places)))
+            out.append(Fit(label, *place(groups, tensors, places)))
+            if len(groups) > MANY:  # it fits none, and one says why
+                break
     whole = [fit for fit in out if not fit.unplaced]
     return whole or sorted(out, key=lambda fit: len(fit.unplaced))[:1]

@@ -74,17 +74,17 @@ def group(
 
     `stated` are peft's settings by the component, or under "" for any.
     """
-    names = [table.lora for table in tables.values() if table.lora is not None]
     keys = list(keys)
-    names.sort(key=lambda naming: sum(naming.part(key) is not None for key in keys), reverse=True)
+    names = [(table.lora, list(map(table.lora.part, keys))) for table in tables.values() if table.lora is not None]
+    names.sort(key=lambda named: named[1].count(None))
     groups: dict[tuple[tuple[str, ...], str, str], dict[str, str]] = {}
     unplaced: dict[str, str] = {}
-    for key in keys:
+    for i, key in enumerate(keys):
         # a name that says its component means it, also to a naming that knows names without
-        parts = [part for naming in names if (part := naming.part(key)) is not None]
+        parts = [part for _, named in names if (part := named[i]) is not None]
         part = max(parts, key=lambda part: len(part.prefix), default=None)
         if part is None:
-            reasons = (reason for naming in names if (reason := naming.refusal(key)) is not None)
+            reasons = (reason for naming, _ in names if (reason := naming.refusal(key)) is not None)
             unplaced[key] = next(reasons, "no naming of LoRA files has such a key")
             continue
         known = groups.setdefault((part.components, part.module, part.adapter), {})

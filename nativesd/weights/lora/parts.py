@@ -39,8 +39,10 @@ def product(parts: Mapping[str, Shape]) -> tuple[str, int, int, int | None]:
     dora = [part for part in DORA if part in parts]
     if len(dora) > 1:
         raise ValueError("it has two DoRA magnitudes")
-    if "alpha" in parts and math.prod(parts["alpha"]) != 1:
-        raise ValueError("its alpha is not one number")
+    if parts.get("alpha", ()) != ():
+        raise ValueError(f"its alpha is not one number but {list(parts['alpha'])}")
+    if empty := next((part for part, shape in parts.items() if 0 in shape), None):
+        raise ValueError(f"its {PARTS[empty]} is {list(parts[empty])}, without a number in it")
     if kind.endswith("difference"):
         if set(parts) & {"alpha", *DORA}:
             raise ValueError(f"a {kind} has no {PARTS[next(iter(set(parts) & {'alpha', *DORA}))]}")
@@ -72,6 +74,8 @@ def _product(
 ) -> tuple[int, int, int]:
     """Rows, columns and rank of a product; `turned`: with a core, the left matrix is transposed. Raises ValueError."""
     (rows, inner), (rank, columns) = _flat(parts, left), _flat(parts, right)
+    if len(parts[left]) != len(parts[right]):
+        raise ValueError(f"its {PARTS[left]} is {list(parts[left])}, its {PARTS[right]} {list(parts[right])}")
     if core not in parts:
         if inner != rank:
             raise ValueError(f"its {PARTS[left]} has {inner} columns, its {PARTS[right]} {rank} rows")
@@ -85,11 +89,11 @@ def _product(
 
 
 def _flat(parts: Mapping[str, Shape], part: str) -> tuple[int, int]:
-    """The shape of a part as a matrix. Raises ValueError where it is missing or none."""
+    """The shape of a part as a matrix: of a linear layer, or a convolution. Raises ValueError where it is neither."""
     if part not in parts:
         raise ValueError(f"its {PARTS[part]} is missing")
     shape = parts[part]
-    if len(shape) < 2:
+    if len(shape) not in (2, 4):
         raise ValueError(f"its {PARTS[part]} is {list(shape)}, no matrix")
     return shape[0], math.prod(shape[1:])
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from nativesd.config import Config, TextEncoderConfig, UNetConfig
 from nativesd.errors import WeightsError
+from nativesd.weights.formats.header import TensorInfo
 from nativesd.weights.lora.file import Group
 from nativesd.weights.lora.parts import BIAS, DORA, dora_axis, product
 from nativesd.weights.maps.keymap import KeyMap
+from nativesd.weights.maps.lora_names import PARTS
+from nativesd.weights.maps.plan import unfit
 from nativesd.weights.maps.rules import Shape, Source
 from nativesd.weights.maps.templates import TableError
 
@@ -31,6 +34,8 @@ class Target:
         return self.source.published_shape(self.shape)
 
 
+MAX_ALPHA = 65504.0
+"""The largest number in half precision, in which most files keep it."""
 Module = Mapping[str, Sequence[Target]]
 """"weight" and "bias" -> what they fill."""
 
@@ -55,12 +60,11 @@ class Place:
             dims = _dims(self.config)
             if table.component != kind or not table.rules or (table.probes and dims is None):
                 continue
-            for prefix in table.prefixes:
-                for name, module in _modules(table, dims or {}, prefix, self.shapes).items():
-                    for spelling in {name, name.replace(".", "_")}:
-                        known = out.setdefault(spelling, module)
-                        if known is not module and _filled(known) != _filled(module):
-                            raise TableError(f"{table.name} and another table call two modules {spelling}")
+            for name, module in _modules(table, dims or {}, self.shapes):
+                for spelling in {name, name.replace(".", "_")}:
+                    known = out.setdefault(spelling, module)
+                    if known is not module and _filled(known) != _filled(module):
+                        raise TableError(f"{table.name} and another table call two modules {spelling}")
         return out
 
 
@@ -73,9 +77,23 @@ def _dims(config: Config) -> Mapping[str, int | tuple[int, ...]] | None:
 
 
 def _modules(
+    table: KeyMap, dims: Mapping[str, int | tuple[int, ...]], shapes: Mapping[str, Shape]
+) -> Iterator[tuple[str, Module]]:
+    """The modules of one layout, in its words: under each of its prefixes."""
+    first, *others = table.prefixes
+    own = _prefixed(table, dims, first, shapes)
+    yield from own.items()
+    for prefix in others:
+        if all(name.startswith(first) for name in own):  # a tenth of the time of looking them all up again
+            yield from ((prefix + name[len(first) :], module) for name, module in own.items())
+        else:  # some stand beside the prefix
+            yield from _prefixed(table, dims, prefix, shapes).items()
+
+
+def _prefixed(
     table: KeyMap, dims: Mapping[str, int | tuple[int, ...]], prefix: str, shapes: Mapping[str, Shape]
 ) -> dict[str, dict[str, list[Target]]]:
-    """The modules of one layout, in its words."""
+    """The modules of one layout under one prefix."""
     bound = table.bind(dims, prefix)
     out: dict[str, dict[str, list[Target]]] = {}
     for name, shape in shapes.items():
@@ -106,28 +124,41 @@ class Change:
     stated: float | None = None
     """The scale by peft's settings"""
 
+    @property
+    def unscaled(self) -> bool:
+        """Whether nothing says its scale, which is 1 then."""
+        return "alpha" not in self.keys and self.stated is None
+
     def scale(self, alpha: float | None) -> float:
-        """What the product of the parts is multiplied with."""
+        """What the product of the parts is multiplied with. Raises WeightsError for an alpha that none can be."""
         if alpha is not None:
-            if self.rank == 0:
-                raise WeightsError(f"{next(iter(self.keys.values()))} of a LoRA has rank 0: get the file again")
+            if not is_alpha(alpha):
+                raise WeightsError(f"{self.keys['alpha']} of a LoRA is {alpha:g}: get the file again")
             return 1.0 if self.rank is None else alpha / self.rank
         return 1.0 if self.stated is None else self.stated
 
 
+def is_alpha(number: float) -> bool:
+    """Whether a number can be an alpha: published ones are of the size of the rank."""
+    return abs(number) <= MAX_ALPHA
+
+
 def place(
-    groups: Iterable[Group], shapes: Mapping[str, Shape], places: Mapping[str, Place]
+    groups: Sequence[Group], tensors: Mapping[str, TensorInfo], places: Mapping[str, Place]
 ) -> tuple[list[Change], dict[str, str]]:
     """The changes that the groups make in a model's components, and the keys without a place, with the reasons."""
     out: list[Change] = []
     unplaced: dict[str, str] = {}
     claimed: dict[tuple[str, str], str] = {}
+    scaled = {group.components for group in groups if "alpha" in group.keys}
     for group in groups:
         try:
-            changes = _changes(group, shapes, places)
+            changes = _changes(group, tensors, places)
             for change in changes:
                 if first := claimed.get((change.component, change.target.parameter)):
                     raise ValueError(f"{first} already changes {change.component} {change.target.parameter}")
+                if change.rank is not None and change.unscaled and group.components in scaled:
+                    raise ValueError("it has no alpha, which others have: its scale is not known")
         except ValueError as error:
             unplaced |= dict.fromkeys(group.keys.values(), str(error))
             continue
@@ -137,7 +168,7 @@ def place(
     return out, unplaced
 
 
-def _changes(group: Group, shapes: Mapping[str, Shape], places: Mapping[str, Place]) -> list[Change]:
+def _changes(group: Group, tensors: Mapping[str, TensorInfo], places: Mapping[str, Place]) -> list[Change]:
     """The changes of one group, in the first component whose module of this name it fits. Raises ValueError."""
     there = [name for name in group.components if name in places]
     if not there:
@@ -148,15 +179,19 @@ def _changes(group: Group, shapes: Mapping[str, Shape], places: Mapping[str, Pla
     faults: list[ValueError] = []
     for name in named:
         try:
-            return _fit(group, shapes, name, places[name].modules[group.module])
+            return _fit(group, tensors, name, places[name].modules[group.module])
         except ValueError as error:
             faults.append(error)
     raise faults[0]
 
 
-def _fit(group: Group, shapes: Mapping[str, Shape], component: str, module: Module) -> list[Change]:
+def _fit(group: Group, tensors: Mapping[str, TensorInfo], component: str, module: Module) -> list[Change]:
     """The changes of one group in its module. Raises ValueError where its parts do not fit it or each other."""
     keys, out = dict(group.keys), []
+    for part, key in keys.items():
+        if (part != "alpha" or tensors[key].dtype == "BOOL") and (reason := unfit(tensors[key].dtype)):
+            raise ValueError(f"its {PARTS[part]} is {tensors[key].dtype}: {reason}")
+    shapes = {key: tensors[key].shape for key in keys.values()}
     for part in [part for part in BIAS if part in keys]:
         key = keys.pop(part)
         if not module.get("bias"):
@@ -195,12 +230,12 @@ def _same(shape: Shape, published: Shape) -> None:
         raise ValueError(f"it is {list(shape)}, the module's tensor is {list(published)}")
 
 
-def context(groups: Iterable[Group], shapes: Mapping[str, Shape]) -> int | None:
+def context(groups: Iterable[Group], tensors: Mapping[str, TensorInfo]) -> int | None:
     """The width of the text's embedding that a LoRA was made for, by its cross-attentions; None where it has none."""
     for group in groups:
         if re.fullmatch(r".*attn2[._]to_[kv]", group.module):
             try:
-                return product({part: shapes[key] for part, key in group.keys.items() if part not in BIAS})[2]
+                return product({part: tensors[key].shape for part, key in group.keys.items() if part not in BIAS})[2]
             except ValueError:
                 continue
     return None

@@ -31,22 +31,22 @@ def resolve(lora: LoraFile, places: Mapping[str, Place], *, partial: bool = Fals
     Raises WeightsError for a LoRA of another family, one of which nothing fits, and, if not `partial`, one of which
     anything does not fit, naming such keys with the reason.
     """
-    shapes, unet = lora.member.shapes, places.get("unet")
-    width = context(lora.groups, shapes)
+    tensors, unet = lora.member.tensors, places.get("unet")
+    width = context(lora.groups, tensors)
     model = unet.config if unet is not None and isinstance(unet.config, UNetConfig) else None
     if width is not None and model is not None and width != model.context:
         theirs, ours = CONTEXTS.get(width, "another model"), FAMILIES[unet_family(model)[0]]
         raise WeightsError(
             f"{lora.path} fits {theirs} (context {width}), but the model is {ours} (context {model.context})"
         )
-    changes, unplaced = place(lora.groups, shapes, places)
+    changes, unplaced = place(lora.groups, tensors, places)
     unplaced = {**lora.unplaced, **unplaced}
     if unplaced and not (partial and changes):
         meant = _meant(lora, places, model) if model is not None and not lora.unplaced else ""
         verdict = f"{meant}: there" if meant else "does not fit the model:"
         rest = "; partial=True applies the others" if changes else ""
         raise WeightsError(
-            f"{lora.path} {verdict} {len(unplaced)} of its {len(shapes)} keys found no place{rest}:\n  "
+            f"{lora.path} {verdict} {len(unplaced)} of its {len(tensors)} keys found no place{rest}:\n  "
             + "\n  ".join(reasons(unplaced))
         )
     return Resolution(tuple(changes), unplaced)
@@ -55,7 +55,7 @@ def resolve(lora: LoraFile, places: Mapping[str, Place], *, partial: bool = Fals
 def _meant(lora: LoraFile, places: Mapping[str, Place], model: UNetConfig) -> str:
     """Which base a LoRA fits as a whole, where that is not the model's, as the beginning of a sentence; else ""."""
     tables = next(iter(places.values())).tables
-    fitting = fits(lora.groups, lora.member.shapes, tables, lambda config: known_parameters(config) or {})
+    fitting = fits(lora.groups, lora.member.tensors, tables, lambda config: known_parameters(config) or {})
     labels = [fit.label for fit in fitting if not fit.unplaced and fit.changes]
     family, variant = unet_family(model)
     own = f"{FAMILIES[family]} {variant}".strip()

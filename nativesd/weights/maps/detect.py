@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import sys
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nativesd.weights.maps.keymap import BoundMap, KeyMap
@@ -68,6 +70,7 @@ def detect(keys: Iterable[str], tables: Mapping[str, KeyMap]) -> Detection:
 
 
 FEW = 20  # names that must fit before a prefix which no table knows is taken for one
+MANY = 20  # such prefixes of one file that are looked at
 
 ORDER = ["text_encoder", "unet", "controlnet", "vae"]
 """Components in the order of the data's way through them."""
@@ -80,12 +83,21 @@ def _take(
 
     Among known prefixes the longest goes first, among foreign ones the shortest: the whole before its parts.
     """
-    for prefix in sorted(candidates, key=len, reverse=not foreign):
+    prefixes = sorted(candidates, key=len, reverse=not foreign)
+    if foreign:  # a file can have as many as keys
+        ordered = sorted(left)
+        prefixes = [prefix for prefix in prefixes if _count(ordered, prefix) >= FEW][:MANY]
+    for prefix in prefixes:
         found = _best(prefix, candidates[prefix], left, foreign)
         if found is not None:
             detection.found.append(found)
             for key in found.keys:
                 del left[key]
+
+
+def _count(ordered: Sequence[str], prefix: str) -> int:
+    """How many of the names, which are in order, begin with a prefix."""
+    return bisect_left(ordered, prefix + chr(sys.maxunicode)) - bisect_left(ordered, prefix)
 
 
 def _known_prefixes(left: Mapping[str, None], tables: Mapping[str, KeyMap]) -> dict[str, list[KeyMap]]:
@@ -104,9 +116,11 @@ def _foreign_prefixes(left: Mapping[str, None], tables: Mapping[str, KeyMap]) ->
     None is what a table itself calls something else by that prefix: CLIP's image tower has the text tower's names.
     """
     out: dict[str, list[KeyMap]] = {}
+    ends = tuple("." + name for table in tables.values() for name in table.detect)
+    few = [key for key in left if key.endswith(ends)]
     for table in tables.values():
         for name in table.detect:
-            for key in left:
+            for key in few:
                 if key.endswith("." + name) and table.reason_to_ignore(key) is None:
                     known = out.setdefault(key.removesuffix(name), [])
                     if table not in known:

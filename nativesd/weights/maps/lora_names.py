@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from nativesd.errors import quote
@@ -34,6 +35,9 @@ PARTS = {
     "lokr_w2_b": "LoKr, second factor, right", "lokr_t2": "LoKr, second core",
 }  # fmt: skip
 """What a tensor can be of the change that a LoRA makes to a module, and what that is."""
+
+
+ADAPTER = "{adapter}"
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,10 @@ class LoraNames:
 
     prefixes: tuple[tuple[str, tuple[str, ...]], ...]
     """The longest first."""
-    suffix: re.Pattern[str]
-    """A group for every one of `suffixes`, in their order."""
-    suffixes: tuple[tuple[str, str], ...]
-    """Each with the part that it means."""
+    suffixes: Mapping[str, str]
+    """Those without {adapter}, with the part that each means; the longest first."""
+    adapted: Mapping[tuple[str, str], str]
+    """Those with it, as what is before and after the adapter's name."""
     endings: Mapping[str, str]
     refused: Mapping[re.Pattern[str], str]
 
@@ -71,46 +75,70 @@ class LoraNames:
             raise ValueError("[lora] needs prefix, and suffix or parts")
         if unknown := set(suffixes.values()) - set(PARTS):
             raise ValueError(f"[lora] has an unknown part {', '.join(sorted(unknown)[:5])}")
-        if wrong := [suffix for suffix in suffixes if suffix.count("{adapter}") > 1]:
-            raise ValueError(f"[lora] has the suffix {quote(wrong[0])} with more than one {{adapter}}")
-        if wrong := [prefix for prefix, components in data["prefix"].items() if not components]:
-            raise ValueError(f"[lora] has the prefix {quote(wrong[0])} of no component")
+        whole = {suffix: part for suffix, part in suffixes.items() if ADAPTER not in suffix}
+        adapted = {tuple(suffix.split(ADAPTER)): part for suffix, part in suffixes.items() if ADAPTER in suffix}
+        if wrong := [parts for parts in adapted if len(parts) > 2]:
+            raise ValueError(f"[lora] has the suffix {quote(ADAPTER.join(wrong[0]))} with more than one {ADAPTER}")
+        if wrong := [parts for parts in adapted if parts[0][-1:] != "." or parts[1][:1] not in ("", ".")]:
+            raise ValueError(f"[lora] has the suffix {quote(ADAPTER.join(wrong[0]))}: dots must be around {ADAPTER}")
+        if empty := [prefix for prefix, components in data["prefix"].items() if not components]:
+            raise ValueError(f"[lora] has the prefix {quote(empty[0])} of no component")
         return cls(
             tuple(sorted(data["prefix"].items(), key=lambda item: -len(item[0]))),
-            re.compile("|".join(f"({_expression(suffix)}\\Z)" for suffix in suffixes)),
-            tuple(suffixes.items()),
+            dict(sorted(whole.items(), key=lambda item: -len(item[0]))),
+            {(before, after): part for (before, after), part in adapted.items()},
             data["ending"],
             {expression(pattern): reason for pattern, reason in data["refused"].items()},
         )
 
     def part(self, key: str) -> Part | None:
         """What a key names, or None where it is not named so."""
-        prefix, components = next(((p, c) for p, c in self.prefixes if key.startswith(p)), ("", ()))
-        match = self.suffix.search(key) if components else None
-        if match is None or match.lastindex is None:
+        suffix, part, adapter = self._suffix(key)
+        if not suffix:
             return None
-        module = key[len(prefix) : match.start()]
+        found = next((each for each in self.prefixes if key.startswith(each[0])), None)
+        if found is None:
+            return None
+        prefix, components = found
+        module = key[len(prefix) : -len(suffix)]
         if self.endings:
             ending = next((ending for ending in self.endings if module.endswith(ending)), None)
             if ending is None:
                 return None
             module = module.removesuffix(ending) + self.endings[ending]
-        suffix, part = self.suffixes[match.lastindex - 1]
-        before, _, after = suffix.partition("{adapter}")
-        adapter = match[0].removeprefix(before).removesuffix(after)
         return Part(components, module, part, prefix, adapter) if module else None
+
+    def _suffix(self, key: str) -> tuple[str, str, str]:
+        """The longest suffix that a key ends with, the part that it means, and the adapter's name; or "" for none."""
+        if not key.endswith(self._ends):
+            return "", "", ""
+        best = meant = adapter = ""
+        for suffix, part in self.suffixes.items():
+            if key.endswith(suffix):
+                best, meant = suffix, part
+                break
+        for (before, after), part in self.adapted.items():
+            head = key.removesuffix(after) if key.endswith(after) else ""
+            name = head.rpartition(".")[2]
+            if name and head.endswith(before + name) and len(before + name + after) > len(best):
+                best, meant, adapter = before + name + after, part, name
+        return best, meant, adapter
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        """What every key ends with that has a part."""
+        return tuple(dict.fromkeys((*self.suffixes, *(after for _, after in self.adapted))))
 
     def refusal(self, key: str) -> str | None:
         """Why what a key holds cannot be merged, or None where nothing says so."""
-        if len(key) > LONGEST or self.part(key) is not None:
+        return None if self.part(key) is not None else self._refused(key)
+
+    def _refused(self, key: str) -> str | None:
+        if len(key) > LONGEST:
             return None
         return next((reason for pattern, reason in self.refused.items() if pattern.fullmatch(key)), None)
 
     def describe(self, key: str) -> str | None:
         """What a key is, in words; None where it is not named so."""
         part = self.part(key)
-        return self.refusal(key) if part is None else f"{part.components[0]} {part.module}: {PARTS[part.part]}"
-
-
-def _expression(suffix: str) -> str:
-    return r"[^.]+".join(map(re.escape, suffix.split("{adapter}")))
+        return self._refused(key) if part is None else f"{part.components[0]} {part.module}: {PARTS[part.part]}"

@@ -55,7 +55,7 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
         counts: Counter[str] = Counter()
         for tags in folders.values():
             counts.update({shown(str(tag)): int(number) for tag, number in tags.items()})
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return (), ""
     return tuple(tag for tag, _ in counts.most_common(3) if tag), "ss_tag_frequency"
 

@@ -25,7 +25,7 @@ class Plan:
     wrong_shape: dict[str, Source] = field(default_factory=dict)
     """parameter -> its source, which gives another shape than the model has"""
     quantised: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """integer key -> the parameters that it would be, were it not a quantised weight whose scale is unknown"""
+    """key -> the parameters that it would be, were its dtype one of weights (`unfit`)"""
 
     @property
     def whole(self) -> bool:
@@ -34,7 +34,15 @@ class Plan:
 
 
 INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
+QUANTISED = INTEGERS | {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 """The dtypes of quantised weights, whose numbers mean nothing without a scale."""
+
+
+def unfit(dtype: str) -> str | None:
+    """Why numbers of a dtype, as the format names it, are no weights; None where they are."""
+    if dtype == "C64":
+        return "complex numbers, which no weight has"
+    return "a quantised weight, whose scale is not known" if dtype in QUANTISED else None
 
 
 def make_plan(
@@ -42,7 +50,7 @@ def make_plan(
 ) -> Plan:
     """Assign a checkpoint's keys to a model's parameters, both given as name -> shape.
 
-    `dtypes` of the keys, by the format's names: integers fill no parameter. Raises TableError.
+    `dtypes` of the keys, by the format's names: those that are `unfit` fill no parameter. Raises TableError.
     """
     plan = Plan()
     claims: dict[str, dict[int, list[tuple[str, Source]]]] = {}
@@ -61,7 +69,7 @@ def make_plan(
     known = dtypes or {}
     for name, source in list(plan.sources.items()):
         for key in source.keys:
-            if known.get(key) in INTEGERS:
+            if key in known and unfit(known[key]):
                 plan.quantised[key] = (*plan.quantised.get(key, ()), name)
                 plan.sources.pop(name, None)
     if any(not source.rule.written for source in plan.sources.values()):  # a file keeps to one spelling
