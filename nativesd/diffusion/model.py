@@ -288,14 +288,14 @@ class Diffusion:
     ) -> Sides:
         """The conditionings that guidance combines, over a pass of `sigmas`, of which `steps` were asked for."""
         unet, pictures = self.config.unet, len(job.seeds)
-        pass_of = (pictures, steps, job.steps_before)
-        texts = prompt_sides(job.prompts, *pass_of, literal=job.literal, second=job.sdxl.prompt_2)
+        of_pass = (pictures, steps, job.steps_before)
+        texts = prompt_sides(job.prompts, *of_pass, literal=job.literal, second=job.sdxl.prompt_2)
         if unet.guidance is None and (job.guidance.scale > 1 or len(texts) > 1):
             editing = unet.in_channels == EDITING and channels is not None and job.guidance.image_scale != 1
             roles: list[Role] = ["picture", "nothing"] if editing else ["negative"]
             second = job.sdxl.negative_prompt_2
             texts = [
-                *(negative_side(job.negatives, *pass_of, role, literal=job.literal, second=second) for role in roles),
+                *(negative_side(job.negatives, *of_pass, role, literal=job.literal, second=second) for role in roles),
                 *texts,
             ]
 

@@ -15,8 +15,9 @@ from nativesd.loading.control import load_control
 from nativesd.loading.modules import build_modules, by_name, fill_modules, speed_up
 from nativesd.loading.placement import find_placement
 from nativesd.loading.settle import settle
-from nativesd.pipeline.arguments import Lora, read_loras
+from nativesd.pipeline.arguments import Lora
 from nativesd.pipeline.pipeline import Pipeline
+from nativesd.pipeline.records import read_loras
 from nativesd.text.tokenizer import DEFAULT, ClipTokenizer, pad_id, pad_token
 from nativesd.tuning.memory import memory_explained
 from nativesd.weights.files.folder import folder_of

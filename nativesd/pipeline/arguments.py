@@ -2,19 +2,17 @@
 
 `CallOptions` is what callers may pass, `Checked` what a call works with; a field of it is a row of the table: name,
 type, default, and the reader that takes a value or says why it cannot be. What depends on the model is checked by the
-pipeline. Over half of this file are tables: they stand together so that a new option is seen in all of them.
+pipeline.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from inspect import Parameter, Signature
-from os import fspath
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -29,9 +27,7 @@ from typing import (
     get_type_hints,
 )
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from nativesd.config import Prediction
@@ -42,8 +38,28 @@ from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.start import MaskFill, StepsAs
 from nativesd.errors import UsageError
 from nativesd.pictures.images import Fit, ImageSource
-from nativesd.pipeline.hires import UPSCALERS, Hires, Upscaler
-from nativesd.pipeline.readers import Reader, flag, is_list, is_path, one_of, pixels, real, shown, text, to_whole, whole
+from nativesd.pipeline.hires import Hires
+from nativesd.pipeline.readers import Reader, flag, is_list, one_of, real, text, whole
+from nativesd.pipeline.records import (
+    MOST_BLUR,
+    MOST_GUIDANCE,
+    MOST_PICTURES,
+    MOST_SIDE,
+    Border,
+    read_border,
+    read_callable,
+    read_control,
+    read_folders,
+    read_hires,
+    read_latents,
+    read_loras,
+    read_picture,
+    read_prompts,
+    read_refiner,
+    read_sdxl,
+    read_seed,
+    read_variation,
+)
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.noise import NoiseKind
 from nativesd.sampling.variation import SEEDS, Variation
@@ -53,20 +69,9 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[str | None] | None
 Lora = str | Path | tuple[str | Path, float] | tuple[str | Path, float, float]
-Border = tuple[int, int, int, int]
 Function = TypeVar("Function", bound=Callable[..., object])
 
 SEEDING = ("seed", "num_images")  # the options that together are a seed for every picture
-MOST_HIRES = 16
-MOST_SIDE = 16_384
-"""Pixels of a picture's width or height."""
-MOST_PICTURES = 1000
-"""Of one call."""
-MOST_GUIDANCE = 1000
-MOST_SCALE = 1000
-"""Of a LoRA or a control, either way."""
-MOST_BLUR = 1000
-"""Pixels."""
 
 
 class LoadOptions(TypedDict, total=False):
@@ -176,7 +181,7 @@ def check(prompt: Prompt, options: CallOptions) -> Checked:
     rows = readers_of(Checked)
     refuse_unknown(options, [*rows, *SEEDING], ELSEWHERE)
     given = {name: value for name, value in options.items() if value is not None}
-    prompts = _prompts("prompt", prompt)
+    prompts = read_prompts("prompt", prompt)
     seeds = _seeds(given.pop("seed", None), given.pop("num_images", None), len(prompts))
     checked = Checked(
         prompts=prompts, one_prompt=not is_list(prompt), seeds=seeds,
@@ -241,180 +246,22 @@ def signed(options: type) -> Callable[[Function], Function]:
     return sign
 
 
-def _picture(name: str, value: Any) -> Any:
-    if not isinstance(value, Image.Image | np.ndarray | torch.Tensor | str | Path):
-        raise UsageError(f"{name} must be a picture (PIL, an array, a tensor) or its file, not {shown(value)}")
-    return value
-
-
-def _latents(name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim != 4 or not value.is_floating_point():
-        raise UsageError(f"{name} must be a tensor (B, C, h, w), as results have them, not {shown(value)}")
-    return value
-
-
-def _prompts(name: str, value: Any) -> list[str]:
-    """One text, or several; None is the empty one."""
-    texts = list(value) if is_list(value) else [value]
-    if not texts:
-        raise UsageError(f"there is no {name}: pass a text, or several")
-    for each in texts:
-        if not isinstance(each, str | None):
-            raise UsageError(f"{name} must be a text, or a list of texts, not {shown(each)}")
-    return [each or "" for each in texts]
-
-
 def _seeds(value: Any, num_images: Any, prompts: int) -> list[int]:
     """Every picture's seed, as they were listed or counting up from the one given; `num_images` of each prompt."""
-    listed = [_seed(each) for each in value] if is_list(value) and getattr(value, "ndim", 1) == 1 else None
+    listed = [read_seed(each) for each in value] if is_list(value) and getattr(value, "ndim", 1) == 1 else None
     if num_images is None:
         num_images = 1 if listed is None else max(len(listed) // prompts, 1)
     total = whole(1, MOST_PICTURES)("num_images", num_images) * prompts
     if total > MOST_PICTURES:
         raise UsageError(f"{total} pictures are over the {MOST_PICTURES} of one call: make them in several")
     if listed is None:
-        first = _seed(value)
+        first = read_seed(value)
         if first + total > SEEDS:
             raise UsageError(f"seeds must be between 0 and 2^64 - 1, not {first + total - 1}")
         return [first + i for i in range(total)]
     if len(listed) != total:
         raise UsageError(f"seed must be one number, or one for each of {total} pictures, not {len(listed)}")
     return listed
-
-
-def _seed(value: Any) -> int:
-    """A seed; None and -1 are a random one."""
-    if isinstance(value, torch.Generator):
-        raise UsageError("seed must be a whole number: pass the one that the generator was seeded with")
-    number = -1 if value is None else to_whole("seed", value)
-    if number == -1:
-        return secrets.randbits(32)
-    if not 0 <= number < SEEDS:
-        raise UsageError(f"seeds must be between 0 and 2^64 - 1, or -1 for a random one, not {shown(value)}")
-    return number
-
-
-def _border(name: str, value: Any) -> Border:
-    sides = [whole(0, MOST_SIDE)(name, side) for side in value] if is_list(value) else []
-    if len(sides) != 4:
-        raise UsageError(f"{name} must be four numbers of pixels (left, top, right, bottom), not {shown(value)}")
-    left, top, right, bottom = sides
-    return left, top, right, bottom
-
-
-def _hires(name: str, value: Any) -> Hires:
-    """A `Hires`, or its scale."""
-    given = value if isinstance(value, Hires) else Hires(value)
-    of = f"{name}.{{}}" if isinstance(value, Hires) else name
-    readers: dict[str, Reader] = {
-        "scale": real(0, MOST_HIRES, above=True), "strength": real(0, 1, above=True), "steps": whole(1, 999),
-        "upscaler": _upscaler, "width": whole(1, MOST_SIDE), "height": whole(1, MOST_SIDE), "sampler": text,
-        "schedule": text, "prompt": text, "negative_prompt": text, "guidance_scale": real(0, MOST_GUIDANCE),
-    }  # fmt: skip
-    values: dict[str, Any] = {field: getattr(given, field) for field in readers}
-    for field, each in values.items():
-        if each is not None:
-            values[field] = readers[field](of.format(field), each)
-    return Hires(**values)
-
-
-def _sdxl(name: str, value: Any) -> SDXL:
-    """An `SDXL`, its fields read."""
-    if not isinstance(value, SDXL):
-        raise UsageError(f"{name} must be an SDXL, not {shown(value)}")
-    size, corner = pixels(1, "a width and a height"), pixels(0, "a left and a top margin")
-    readers: dict[str, Reader] = {
-        "prompt_2": text, "negative_prompt_2": text, "original": size, "crop": corner, "target": size,
-        "negative_original": size, "negative_crop": corner, "negative_target": size,
-        "aesthetic_score": real(0, 10), "negative_aesthetic_score": real(0, 10),
-    }  # fmt: skip
-    given = {field: getattr(value, field) for field in readers}
-    read: dict[str, Any] = {n: v if v is None else readers[n](f"{name}.{n}", v) for n, v in given.items()}
-    return SDXL(**read)
-
-
-def _variation(name: str, value: Any) -> Variation:
-    """A `Variation`, with its seed chosen."""
-    if not isinstance(value, Variation):
-        raise UsageError(f"{name} must be a Variation, not {shown(value)}")
-    strength, size = real(0, 1)(f"{name}.strength", value.strength), value.resize_from
-    if size is not None:
-        size = pixels(1, "a width and a height")(f"{name}.resize_from", size)
-    return Variation(_seed(value.seed) if strength else None, strength, size, to_whole(f"{name}.ensd", value.ensd))
-
-
-def _upscaler(name: str, value: Any) -> Upscaler:
-    """One of `UPSCALERS`, or a function."""
-    if not isinstance(value, str) and callable(value):
-        return cast("Upscaler", value)
-    if not isinstance(value, str) or value.lower() not in UPSCALERS:
-        raise UsageError(f"{name} must be {', '.join(UPSCALERS)} or a function, not {shown(value)}")
-    return value.lower()
-
-
-def read_loras(name: str, value: Any) -> list[tuple[str, float, float]]:
-    """One LoRA or several: (file, scale of the UNet's part, scale of the text encoders')."""
-    numbered = isinstance(value, tuple) and len(value) in (2, 3) and not is_path(value[1])
-    given = [value] if is_path(value) or numbered else value
-    if not is_list(given):
-        raise UsageError(f"{name} must be files, or (file, scale), or (file, scale, scale), not {shown(value)}")
-    out = []
-    for lora in given:
-        file, *scales = (lora,) if is_path(lora) or not is_list(lora) else lora
-        if not is_path(file) or len(scales) > 2:
-            raise UsageError(f"{name} must be files, or (file, scale), or (file, scale, scale), not {shown(lora)}")
-        unet, encoders = [_scale(name, scale) for scale in scales or (1.0,)] * (1 if len(scales) == 2 else 2)
-        out.append((fspath(file), unet, encoders))
-    return out
-
-
-def _folders(name: str, value: Any) -> list[Path]:
-    given = [value] if is_path(value) else value
-    if not is_list(given) or not all(map(is_path, given)):
-        raise UsageError(f"{name} must be folders, not {shown(value)}")
-    return [Path(folder) for folder in given]
-
-
-def _scale(name: str, value: Any) -> float:
-    return float(real(-MOST_SCALE, MOST_SCALE)(f"a scale of {name}", value))
-
-
-def _control(name: str, value: Any) -> list[Control]:
-    """One control or several, each with a picture."""
-    controls = read_controls(name, value)
-    for control in controls:
-        if control.image is None:
-            raise UsageError(f"a {name} steers by a picture: pass nativesd.Control(model, image)")
-    return controls
-
-
-def read_controls(name: str, value: Any) -> list[Control]:
-    """One control or several, each with its numbers in range."""
-    given = list(value) if is_list(value) else [value]
-    for control in given:
-        if not isinstance(control, Control):
-            raise UsageError(f"{name} must be nativesd.Control(model, image), or several, not {shown(control)}")
-    return [
-        dataclasses.replace(
-            control,
-            scale=real(-MOST_SCALE, MOST_SCALE)(f"the scale of a {name}", control.scale),
-            start=real(0, 1)(f"the start of a {name}", control.start),
-            end=real(0, 1)(f"the end of a {name}", control.end),
-        )
-        for control in given
-    ]
-
-
-def _refiner(name: str, value: Any) -> Diffusion:
-    if not isinstance(value, Diffusion):
-        raise UsageError(f"{name} must be a loaded model: pass {name}=nativesd.load(...), not {shown(value)}")
-    return value
-
-
-def _callable(name: str, value: Any) -> Any:
-    if not callable(value):
-        raise UsageError(f"{name} must be a function that takes a Step, not {shown(value)}")
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,41 +276,41 @@ class Checked:
     one_negative: bool
     seeds: Sequence[int]
     """Of every picture: of those of the first prompt, of the second, ..."""
-    negative_prompt: Annotated[Sequence[str], _prompts] = ("",)
+    negative_prompt: Annotated[Sequence[str], read_prompts] = ("",)
     width: Annotated[int | None, whole(1, MOST_SIDE)] = None
     height: Annotated[int | None, whole(1, MOST_SIDE)] = None
     steps: Annotated[int | None, whole(1, 999)] = None  # of the 1000 noise levels that all models are trained on
     guidance_scale: Annotated[float | None, real(0, MOST_GUIDANCE)] = None
     sampler: Annotated[str | None, text] = None
     schedule: Annotated[str | None, text] = None
-    image: Annotated[ImageSource | None, _picture] = None
-    latents: Annotated[Tensor | None, _latents] = None
-    mask: Annotated[ImageSource | None, _picture] = None
+    image: Annotated[ImageSource | None, read_picture] = None
+    latents: Annotated[Tensor | None, read_latents] = None
+    mask: Annotated[ImageSource | None, read_picture] = None
     strength: Annotated[float | None, real(0, 1)] = None
     steps_as: Annotated[StepsAs, one_of(*get_args(StepsAs))] = "diffusers"
     image_guidance_scale: Annotated[float, real(0, MOST_GUIDANCE)] = 1.5
     resize: Annotated[Fit, one_of(*get_args(Fit))] = "resize"
-    outpaint: Annotated[Border | None, _border] = None
+    outpaint: Annotated[Border | None, read_border] = None
     mask_blur: Annotated[int, whole(0, MOST_BLUR)] = 4
     mask_fill: Annotated[MaskFill, one_of(*get_args(MaskFill))] = "original"
     only_masked: Annotated[int | None, whole(0, MOST_SIDE)] = None
-    hires: Annotated[Hires | None, _hires] = None
-    refiner: Annotated[Diffusion | None, _refiner] = None
+    hires: Annotated[Hires | None, read_hires] = None
+    refiner: Annotated[Diffusion | None, read_refiner] = None
     refiner_at: Annotated[float, real(0, 1)] = 0.8
     loras: Annotated[Sequence[tuple[str, float, float]] | None, read_loras] = None
-    lora_dirs: Annotated[Sequence[Path], _folders] = ()
+    lora_dirs: Annotated[Sequence[Path], read_folders] = ()
     partial: Annotated[bool, flag] = False
-    control: Annotated[Sequence[Control], _control] = ()
+    control: Annotated[Sequence[Control], read_control] = ()
     guess_mode: Annotated[bool, flag] = False
     guidance_rescale: Annotated[float, real(0, 1)] = 0.0
     eta: Annotated[float | None, real(0, 1)] = None
     clip_skip: Annotated[int | None, whole(1, 100)] = None
     literal: Annotated[bool, flag] = False
     force: Annotated[bool, flag] = False
-    sdxl: Annotated[SDXL | None, _sdxl] = None
+    sdxl: Annotated[SDXL | None, read_sdxl] = None
     noise: Annotated[NoiseKind, one_of(*get_args(NoiseKind))] = "cpu"
-    variation: Annotated[Variation | None, _variation] = None
-    on_step: Annotated[Callable[[Step], object] | None, _callable] = None
+    variation: Annotated[Variation | None, read_variation] = None
+    on_step: Annotated[Callable[[Step], object] | None, read_callable] = None
 
     @property
     def variation_seeds(self) -> list[int]:

@@ -24,9 +24,10 @@ from nativesd.diffusion.turns import take_turns
 from nativesd.errors import Interrupted, NativesdError, NativesdWarning, UsageError
 from nativesd.pictures import images
 from nativesd.pictures.result import Result
-from nativesd.pipeline.arguments import CallOptions, Checked, Lora, Prompt, check, read_loras, signed
+from nativesd.pipeline.arguments import CallOptions, Checked, Lora, Prompt, check, signed
 from nativesd.pipeline.hires import LATENT, Hires, enlarge_latents, enlarge_picture
 from nativesd.pipeline.inputs import read_inputs, unheeded
+from nativesd.pipeline.records import read_loras
 from nativesd.pipeline.tagged import tagged_prompts
 from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedule
 from nativesd.sampling.published import Kind

@@ -10,16 +10,9 @@ from typing import Annotated, Any, TypedDict, get_args
 
 from nativesd.diffusion.control import Control
 from nativesd.errors import UsageError
-from nativesd.pipeline.arguments import (
-    ELSEWHERE,
-    LoadOptions,
-    Lora,
-    read_controls,
-    read_loras,
-    readers_of,
-    refuse_unknown,
-)
+from nativesd.pipeline.arguments import ELSEWHERE, LoadOptions, Lora, readers_of, refuse_unknown
 from nativesd.pipeline.readers import flag, is_list, one_of, real, shown, to_whole, whole
+from nativesd.pipeline.records import read_controls, read_loras
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.streaming.batch import Residual
 from nativesd.streaming.frames import OUTPUTS, Output

@@ -1,0 +1,198 @@
+"""Options that are more than a number or a word: pictures, prompts, seeds, LoRAs and records, read and in range."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from os import fspath
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nativesd.diffusion.control import Control
+from nativesd.diffusion.model import Diffusion
+from nativesd.diffusion.prompting import SDXL
+from nativesd.errors import UsageError
+from nativesd.pipeline.hires import UPSCALERS, Hires, Upscaler
+from nativesd.pipeline.readers import Reader, is_list, is_path, pixels, real, shown, text, to_whole, whole
+from nativesd.sampling.variation import SEEDS, Variation
+
+Border = tuple[int, int, int, int]
+MOST_HIRES = 16
+MOST_SIDE = 16_384
+"""Pixels of a picture's width or height."""
+MOST_PICTURES = 1000
+"""Of one call."""
+MOST_GUIDANCE = 1000
+MOST_SCALE = 1000
+"""Of a LoRA or a control, either way."""
+MOST_BLUR = 1000
+"""Pixels."""
+
+
+def read_picture(name: str, value: Any) -> Any:
+    """Anything that is a picture, or its file."""
+    if not isinstance(value, Image.Image | np.ndarray | torch.Tensor | str | Path):
+        raise UsageError(f"{name} must be a picture (PIL, an array, a tensor) or its file, not {shown(value)}")
+    return value
+
+
+def read_latents(name: str, value: Any) -> Tensor:
+    """Latents, as results have them."""
+    if not isinstance(value, Tensor) or value.ndim != 4 or not value.is_floating_point():
+        raise UsageError(f"{name} must be a tensor (B, C, h, w), as results have them, not {shown(value)}")
+    return value
+
+
+def read_prompts(name: str, value: Any) -> list[str]:
+    """One text, or several; None is the empty one."""
+    texts = list(value) if is_list(value) else [value]
+    if not texts:
+        raise UsageError(f"there is no {name}: pass a text, or several")
+    for each in texts:
+        if not isinstance(each, str | None):
+            raise UsageError(f"{name} must be a text, or a list of texts, not {shown(each)}")
+    return [each or "" for each in texts]
+
+
+def read_seed(value: Any) -> int:
+    """A seed; None and -1 are a random one."""
+    if isinstance(value, torch.Generator):
+        raise UsageError("seed must be a whole number: pass the one that the generator was seeded with")
+    number = -1 if value is None else to_whole("seed", value)
+    if number == -1:
+        return secrets.randbits(32)
+    if not 0 <= number < SEEDS:
+        raise UsageError(f"seeds must be between 0 and 2^64 - 1, or -1 for a random one, not {shown(value)}")
+    return number
+
+
+def read_border(name: str, value: Any) -> Border:
+    """Left, top, right, bottom."""
+    sides = [whole(0, MOST_SIDE)(name, side) for side in value] if is_list(value) else []
+    if len(sides) != 4:
+        raise UsageError(f"{name} must be four numbers of pixels (left, top, right, bottom), not {shown(value)}")
+    left, top, right, bottom = sides
+    return left, top, right, bottom
+
+
+def read_hires(name: str, value: Any) -> Hires:
+    """A `Hires`, or its scale."""
+    given = value if isinstance(value, Hires) else Hires(value)
+    of = f"{name}.{{}}" if isinstance(value, Hires) else name
+    readers: dict[str, Reader] = {
+        "scale": real(0, MOST_HIRES, above=True), "strength": real(0, 1, above=True), "steps": whole(1, 999),
+        "upscaler": _upscaler, "width": whole(1, MOST_SIDE), "height": whole(1, MOST_SIDE), "sampler": text,
+        "schedule": text, "prompt": text, "negative_prompt": text, "guidance_scale": real(0, MOST_GUIDANCE),
+    }  # fmt: skip
+    values: dict[str, Any] = {field: getattr(given, field) for field in readers}
+    for field, each in values.items():
+        if each is not None:
+            values[field] = readers[field](of.format(field), each)
+    return Hires(**values)
+
+
+def read_sdxl(name: str, value: Any) -> SDXL:
+    """An `SDXL`, its fields read."""
+    if not isinstance(value, SDXL):
+        raise UsageError(f"{name} must be an SDXL, not {shown(value)}")
+    size, corner = pixels(1, "a width and a height"), pixels(0, "a left and a top margin")
+    readers: dict[str, Reader] = {
+        "prompt_2": text, "negative_prompt_2": text, "original": size, "crop": corner, "target": size,
+        "negative_original": size, "negative_crop": corner, "negative_target": size,
+        "aesthetic_score": real(0, 10), "negative_aesthetic_score": real(0, 10),
+    }  # fmt: skip
+    given = {field: getattr(value, field) for field in readers}
+    read: dict[str, Any] = {n: v if v is None else readers[n](f"{name}.{n}", v) for n, v in given.items()}
+    return SDXL(**read)
+
+
+def read_variation(name: str, value: Any) -> Variation:
+    """A `Variation`, with its seed chosen."""
+    if not isinstance(value, Variation):
+        raise UsageError(f"{name} must be a Variation, not {shown(value)}")
+    strength, size = real(0, 1)(f"{name}.strength", value.strength), value.resize_from
+    if size is not None:
+        size = pixels(1, "a width and a height")(f"{name}.resize_from", size)
+    return Variation(read_seed(value.seed) if strength else None, strength, size, to_whole(f"{name}.ensd", value.ensd))
+
+
+def _upscaler(name: str, value: Any) -> Upscaler:
+    """One of `UPSCALERS`, or a function."""
+    if not isinstance(value, str) and callable(value):
+        return cast("Upscaler", value)
+    if not isinstance(value, str) or value.lower() not in UPSCALERS:
+        raise UsageError(f"{name} must be {', '.join(UPSCALERS)} or a function, not {shown(value)}")
+    return value.lower()
+
+
+def read_loras(name: str, value: Any) -> list[tuple[str, float, float]]:
+    """One LoRA or several: (file, scale of the UNet's part, scale of the text encoders')."""
+    numbered = isinstance(value, tuple) and len(value) in (2, 3) and not is_path(value[1])
+    given = [value] if is_path(value) or numbered else value
+    if not is_list(given):
+        raise UsageError(f"{name} must be files, or (file, scale), or (file, scale, scale), not {shown(value)}")
+    out = []
+    for lora in given:
+        file, *scales = (lora,) if is_path(lora) or not is_list(lora) else lora
+        if not is_path(file) or len(scales) > 2:
+            raise UsageError(f"{name} must be files, or (file, scale), or (file, scale, scale), not {shown(lora)}")
+        unet, encoders = [_scale(name, scale) for scale in scales or (1.0,)] * (1 if len(scales) == 2 else 2)
+        out.append((fspath(file), unet, encoders))
+    return out
+
+
+def read_folders(name: str, value: Any) -> list[Path]:
+    """One folder or several."""
+    given = [value] if is_path(value) else value
+    if not is_list(given) or not all(map(is_path, given)):
+        raise UsageError(f"{name} must be folders, not {shown(value)}")
+    return [Path(folder) for folder in given]
+
+
+def _scale(name: str, value: Any) -> float:
+    return float(real(-MOST_SCALE, MOST_SCALE)(f"a scale of {name}", value))
+
+
+def read_control(name: str, value: Any) -> list[Control]:
+    """One control or several, each with a picture."""
+    controls = read_controls(name, value)
+    for control in controls:
+        if control.image is None:
+            raise UsageError(f"a {name} steers by a picture: pass nativesd.Control(model, image)")
+    return controls
+
+
+def read_refiner(name: str, value: Any) -> Diffusion:
+    """A loaded model."""
+    if not isinstance(value, Diffusion):
+        raise UsageError(f"{name} must be a loaded model: pass {name}=nativesd.load(...), not {shown(value)}")
+    return value
+
+
+def read_callable(name: str, value: Any) -> Any:
+    """What takes a `Step`."""
+    if not callable(value):
+        raise UsageError(f"{name} must be a function that takes a Step, not {shown(value)}")
+    return value
+
+
+def read_controls(name: str, value: Any) -> list[Control]:
+    """One control or several, each with its numbers in range."""
+    given = list(value) if is_list(value) else [value]
+    for control in given:
+        if not isinstance(control, Control):
+            raise UsageError(f"{name} must be nativesd.Control(model, image), or several, not {shown(control)}")
+    return [
+        dataclasses.replace(
+            control,
+            scale=real(-MOST_SCALE, MOST_SCALE)(f"the scale of a {name}", control.scale),
+            start=real(0, 1)(f"the start of a {name}", control.start),
+            end=real(0, 1)(f"the end of a {name}", control.end),
+        )
+        for control in given
+    ]
