@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,7 @@ def choose(identified: Identified) -> Model:
     if context != config.context:
         names = " + ".join(wanted[1:])
         raise SourceError(f"{path}: the UNet takes a context {config.context} wide, but {names} gives {context}")
+    parts["vae"] = _with_latents(parts["vae"], unet_member)
     vae = parts["vae"][1].config
     moved = EDM_LATENTS[0] in unet_member.tensors or (isinstance(vae, VAEConfig) and vae.mean is not None)
     _check_latents(path, config, vae, moved=moved)
@@ -244,6 +246,28 @@ def _sigmas(member: Member, predicted: Prediction) -> tuple[float, float]:
                 raise SourceError(f"{key} is not one number but {list(member.tensors[key].shape)}")
             known[i] = float(f"{float(read_tensor(member, key)):.7g}")  # the number that was meant, not float32's
     return known[0], known[1]
+
+
+def _with_latents(part: Part, member: Member) -> Part:
+    """Playground 2.5's VAE with the mean and deviation of its latents that stand in the file itself.
+
+    Raises SourceError for such as cannot be.
+    """
+    config = part[1].config
+    if not isinstance(config, VAEConfig) or config.mean is None or part[0] is not member:
+        return part
+    values = []
+    for key in EDM_LATENTS:
+        if key not in member.tensors:
+            return part
+        numbers = read_tensor(member, key).double().flatten().tolist()
+        if len(numbers) != config.latent_channels or not all(map(math.isfinite, numbers)):
+            shape = list(member.tensors[key].shape)
+            raise SourceError(
+                f"{key} is {shape}, not one number for each of the {config.latent_channels} latent channels"
+            )
+        values.append(tuple(float(f"{number:.7g}") for number in numbers))
+    return part[0], replace(part[1], config=replace(config, mean=values[0], std=values[1]))
 
 
 def _check_latents(path: Path, unet: UNetConfig, vae: Config | None, *, moved: bool) -> None:

@@ -76,7 +76,9 @@ def _make(member: Member, sources: list[Source], target: Source, dtype: torch.dt
 def cast_finite(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     """`tensor` in another dtype. Raises WeightsError where finite numbers would become infinite."""
     out = tensor.to(dtype)
-    if out is not tensor and not out.isfinite().all() and tensor.isfinite().all():
+    if out is tensor or out.sum(dtype=torch.float32).isfinite():  # one pass, and of finite numbers it may be none
+        return out
+    if not out.isfinite().all() and tensor.isfinite().all():
         largest = float(tensor.abs().max())
         raise WeightsError(
             f"{key} has numbers up to {largest:.3g}, which {str(dtype)[6:]} cannot hold: nothing is written; choose "

@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_convert import single as family_file
+from torch import Tensor
 
 import nativesd
 from nativesd.checkpoints.convert import convert
-from nativesd.errors import NativesdWarning
+from nativesd.errors import NativesdWarning, SourceError
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.shipped import TINY
 
@@ -88,3 +91,59 @@ def test_metadata_of_the_source_is_kept(tmp_path: Path) -> None:
     with safe_open(tmp_path / "three.safetensors", "pt") as opened:
         metadata = opened.metadata()
     assert (metadata["modelspec.title"], metadata["modelspec.predict_key"]) == ("Mine", "v")
+
+
+def round_trip(single: Path, tmp_path: Path) -> tuple[list[nativesd.Pipeline], dict[str, Tensor]]:
+    """A single file to a folder and back: the pipelines of all three, and the tensors of the last."""
+    convert(single, tmp_path / "folder", layout="diffusers")
+    convert(tmp_path / "folder", tmp_path / "again.safetensors", layout="ldm")
+    paths = (single, tmp_path / "folder", tmp_path / "again.safetensors")
+    return [nativesd.load(path, device="cpu") for path in paths], load_file(tmp_path / "again.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:.*no published form", "ignore:.*will not say")
+def test_playgrounds_markers_there_and_back(tmp_path: Path) -> None:
+    """Its continuous sigmas, and its latents' mean and deviation: the file's own numbers, not only the published."""
+    mean, std = [-1.5, 1.25, -0.5, 2.0], [8.0, 6.5, 5.25, 4.0]
+    path = family_file("sdxl", tmp_path / "playground.safetensors")
+    marked = {"edm_mean": torch.tensor(mean).reshape(1, 4, 1, 1), "edm_std": torch.tensor(std).reshape(1, 4, 1, 1)}
+    save_file({**load_file(path), **marked}, path)
+    pipes, tensors = round_trip(path, tmp_path)
+    for pipe in pipes:
+        assert pipe.config.scheduler.edm == pipes[0].config.scheduler.edm is not None
+        assert pipe.config.prediction == "epsilon"
+        assert (list(pipe.config.vae.mean), list(pipe.config.vae.std)) == (mean, std)
+        assert pipe.config.vae.scaling == 0.5
+    assert tensors["edm_mean"].tolist() == mean
+    assert tensors["edm_std"].tolist() == std
+    first, *others = (pipe("a fox", steps=2, seed=1, width=64, height=64).latents for pipe in pipes)
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.filterwarnings("ignore:.*no published form", "ignore:.*will not say")
+def test_sd_turbos_markers_there_and_back(tmp_path: Path) -> None:
+    """sgm's layout with `denoiser.sigmas`: Euler a, trailing, and what it predicts is known to be epsilon."""
+    path = family_file("sd2", tmp_path / "model.safetensors")
+    renamed = {
+        key.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): tensor
+        for key, tensor in load_file(path).items()
+    }
+    save_file({**renamed, "denoiser.sigmas": torch.linspace(0.03, 14.6, 1000)}, path)
+    pipes, tensors = round_trip(path, tmp_path)
+    for pipe in pipes:
+        scheduler = pipe.config.scheduler
+        assert (scheduler.class_name, scheduler.spacing) == ("EulerAncestralDiscreteScheduler", "trailing")
+        assert scheduler.prediction == "epsilon"
+        assert "prediction" not in pipe.config.inferred
+    assert tensors["denoiser.sigmas"].shape == (1000,)
+    assert float(tensors["denoiser.sigmas"].max()) == pytest.approx(14.6146, rel=1e-4)
+    first, *others = (pipe("a fox", steps=1, seed=1, width=64, height=64).latents for pipe in pipes)
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.filterwarnings("ignore:.*no published form")
+def test_latents_that_cannot_be(tmp_path: Path) -> None:
+    path = family_file("sdxl", tmp_path / "model.safetensors")
+    save_file({**load_file(path), "edm_mean": torch.zeros(4), "edm_std": torch.zeros(3)}, path)
+    with pytest.raises(SourceError, match=r"edm_std .*\[3\], not one number for each of the 4 latent channels"):
+        nativesd.load(path, device="cpu")

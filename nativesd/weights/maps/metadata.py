@@ -12,6 +12,7 @@ from nativesd.weights.maps.stated import PREDICTIONS, STATED_PREDICTION
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "title": ("modelspec.title", "ss_output_name", "name"),
     "author": ("modelspec.author",),
+    "comment": ("ss_training_comment", "modelspec.usage_hint"),
     "licence": ("modelspec.license", "license"),
     "base by its author": ("ss_sd_model_name", "modelspec.architecture", "ss_base_model_version", "sd_checkpoint_name"),
     "prediction by its author": STATED_PREDICTION,
