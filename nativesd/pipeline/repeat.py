@@ -8,6 +8,7 @@ from typing import Any
 from nativesd.diffusion.prompting import SDXL
 from nativesd.errors import UsageError
 from nativesd.pictures.programs.find import read_recipe
+from nativesd.pictures.programs.recipe import Recipe
 from nativesd.pipeline.hires import UPSCALERS, Hires
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.variation import Variation
@@ -24,7 +25,11 @@ def options_from(picture: str | Path) -> tuple[dict[str, Any], list[str]]:
     instead. `model` among the options is a name, not a path; `strength` says that it was made from a picture, which has
     to be passed. Raises SourceError for a picture without parameters, UsageError for a value that cannot be.
     """
-    recipe = read_recipe(picture)
+    return options_of(read_recipe(picture))
+
+
+def options_of(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
+    """What `options_from` gives, of a recipe that was read already. Raises UsageError for a value that cannot be."""
     options, unheeded = dict(recipe.options), list(recipe.unheeded)
     for name, kind in _NUMBERS.items():
         if name in options:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from nativesd.server.apis import openai, own, state
+from nativesd.server.apis import openai, own, page, state
 from nativesd.server.apis.comfy import routes as comfy
 from nativesd.server.apis.sd import controlnet, extras, generation, lists, options, progress
 from nativesd.server.context import Context
@@ -40,7 +40,7 @@ def make_context(settings: Settings) -> Context:
 
 def make_app(context: Context) -> Starlette:
     """The ASGI application of these parts."""
-    routes: list[BaseRoute] = [*state.routes(), *own.routes()]
+    routes: list[BaseRoute] = [*page.routes(), *state.routes(), *own.routes()]
     for name in context.settings.apis:
         routes += [route for part in APIS.get(name, ()) for route in part()]
     app = Starlette(

@@ -215,3 +215,17 @@ def test_health_metrics_and_the_catalogue(server: Running) -> None:
     assert catalogue["loras"] == ["style"]
     assert catalogue["controls"] == ["tiny"]
     assert "Euler a" in catalogue["samplers"]
+
+
+def test_prompts_are_logged_only_where_that_is_asked_for(
+    server: Running, caplog: pytest.LogCaptureFixture, lora_dir: Path
+) -> None:
+    secret = {"prompt": "a secret <lora:hidden:1>", "steps": 2}
+    with caplog.at_level("INFO", "nativesd.server"):
+        server.finished(server.post("/jobs", secret).json()["poll_url"])
+        assert "failed in" in caplog.text
+        assert "secret" not in caplog.text
+        assert "hidden" not in caplog.text
+        with serving(log_prompts=True) as other:
+            other.finished(other.post("/jobs", secret).json()["poll_url"])
+        assert "secret" in caplog.text

@@ -18,11 +18,15 @@ def read_recipe(path: str | Path) -> Recipe:
 
     Raises UsageError for a value that cannot be.
     """
-    texts = read_texts(path)
+    return recipe_of(read_texts(path))
+
+
+def recipe_of(texts: Texts) -> Recipe:
+    """How a picture with these texts was made. Raises what `read_recipe` raises."""
     for read in READERS:
         if (recipe := read(texts)) is not None:
             return recipe
-    raise SourceError(f"{path} {_what_it_holds(texts)}")
+    raise SourceError(f"{texts.where} {_what_it_holds(texts)}")
 
 
 def _what_it_holds(texts: Texts) -> str:

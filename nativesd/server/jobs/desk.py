@@ -173,8 +173,8 @@ class Desk:
             self._seconds_each += 0.2 * (seconds - self._seconds_each)
             job.end(status, failure)
             self._remember(job)
-        log.info("job %s (%s) %s in %.2f s%s", job.id, job.kind, status, seconds,
-                 f": {failure.message}" if failure else "")  # fmt: skip
+        why = "" if failure is None else f": {failure.message if shelf.log_prompts else failure.kind}"
+        log.info("job %s (%s) %s in %.2f s%s", job.id, job.kind, status, seconds, why)
 
     def _remember(self, job: Job) -> None:
         self.counts[job.status] += 1

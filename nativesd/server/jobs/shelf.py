@@ -74,6 +74,7 @@ class Shelf:
 
     def __init__(self, catalogue: Catalogue, settings: Settings, device: str | None) -> None:
         self.catalogue = catalogue
+        self.log_prompts = settings.log_prompts
         self.device = device
         self.name = ""
         """Of the model that is loaded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 PNG_LEVEL = 4
 """zlib's: against its default of 6 about half the time, and 2 % more bytes for a photo of 1024x1024."""
+
+
+log = logging.getLogger("nativesd.server")
 
 
 class Ended(Exception):  # noqa: N818  # nothing went wrong
@@ -55,6 +59,8 @@ class Turn:
         """
         self.require_wanted()
         self._pipeline = pipeline
+        if self.shelf.log_prompts:
+            log.info("job %s: %s", self.job.id, prompt)
         self.job.step, self.job.steps = 0, 0
         try:
             result = pipeline(prompt, on_step=self._on_step, **options)
