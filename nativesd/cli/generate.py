@@ -136,6 +136,14 @@ NEEDS = {
     click.option("--engines", type=click.Path(path_type=Path), help=ENGINES_HELP),
     click.option("--offload", is_flag=True, default=None, help="Keep what is not in use in main memory."),
     click.option("--fp8", is_flag=True, default=None, help="Transformer blocks in float8 (RTX 40, H100 and newer)."),
+    click.option(
+        "--no-mmap",
+        "mapped",
+        flag_value=False,
+        type=bool,
+        default=None,
+        help="Read the weights, so that their files may change or go while the model is used.",
+    ),
 )
 @click.option("-v", "--verbose", is_flag=True, help="Say what was chosen without being told, and from what.")
 @click.pass_context

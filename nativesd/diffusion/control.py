@@ -187,6 +187,8 @@ class Steering:
     """ControlNets act for the prompt only, and the deeper the stronger ("guess mode" of lllyasviel/ControlNet)."""
     features: Sequence[tuple[Hint, list[Tensor]]]
     """What the T2I-Adapters made of their hints."""
+    broken: dict[str, Tensor] = field(default_factory=dict)
+    """ControlNet -> whether it has made numbers that are not finite of such that are; not waited for"""
 
     @property
     def mixes(self) -> bool:
@@ -208,6 +210,7 @@ class Steering:
             hints = list(group)
             pooled = _is_pooled(hints[0])
             for residuals in _run(hints, latents, time, side, self.batch):
+                self._watch(hints[0].model.name, latents, residuals)
                 if pooled:
                     residuals = [residual * asked for residual in residuals]
                 elif self.guess:
@@ -215,6 +218,11 @@ class Steering:
                     residuals = [residual * (asked * depth) for residual, depth in zip(residuals, depths, strict=True)]
                 total = residuals if total is None else [a + b for a, b in zip(total, residuals, strict=True)]
         return total
+
+    def _watch(self, name: str, latents: Tensor, residuals: Sequence[Tensor]) -> None:
+        sums = torch.stack([residual.sum(dtype=torch.float32) for residual in residuals])
+        wrong = latents.isfinite().all() & ~sums.isfinite().all()
+        self.broken[name] = self.broken[name] | wrong if name in self.broken else wrong
 
     def adapter(self, sigma: float, copies: int) -> list[Tensor]:
         """The sum of all T2I-Adapters' features, `copies` rows of each."""

@@ -38,7 +38,7 @@ from nativesd.sampling.schedule import Schedule
 from nativesd.sampling.table import Call
 from nativesd.sampling.variation import Variation, varied_noise
 from nativesd.text.embedding import Embedding
-from nativesd.text.encode import Text, encode_each, encode_prompts
+from nativesd.text.encode import Text, encode_each, encode_prompts, require_finite
 from nativesd.text.tokenizer import ClipTokenizer
 from nativesd.tuning.memory import free_bytes, memory_explained, unet_bytes
 from nativesd.weights.lora.file import LoraFile
@@ -277,6 +277,8 @@ class Diffusion:
                 x = job.choice.sampler.run(
                     denoise, x, Call(part, noise, job.choice.settings(model.config.scheduler), job.eta)
                 )
+            broken = [] if steering is None else [name for name, flag in steering.broken.items() if flag]
+            require_finite(x, f"ControlNet {broken[0]}" if broken else f"UNet of {model.config.name}", model.dtype)
         return x / plan.end
 
     def _report(self, job: Job, begin: int, total: int, index: int, sigma: float, x: Tensor, denoised: Tensor) -> None:

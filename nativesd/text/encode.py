@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nativesd.config import TextEncoderConfig
-from nativesd.errors import SourceError, UsageError
+from nativesd.errors import NativesdError, SourceError, UsageError
 from nativesd.text.embedding import Embedding
 from nativesd.text.prompt import NO_EMBEDDINGS, Chunk, parse_prompt, split_chunks
 from nativesd.text.tokenizer import ClipTokenizer
@@ -117,11 +117,22 @@ def encode_each(
             )
         tokens = torch.tensor(ids, device=device)
         output = encoder(tokens, embedded=_embedded(encoder, tokens, rows, widths, i), hidden=layer)
+        name = f"text encoder {i + 1}" if len(encoders) > 1 else "text encoder"
+        require_finite(output.hidden, name, output.hidden.dtype)
+        require_finite(output.pooled, name, output.pooled.dtype)
         states.append(_weigh(output.hidden, rows))
     hidden = torch.cat(states, dim=-1)  # (rows, T, C)
     starts = [0, *accumulate(counts[0])][:-1]
     contexts = [chunks.flatten(0, 1) for chunks in torch.split(hidden, counts[0])]  # (k, T, C) -> (k T, C)
     return contexts, output.pooled[starts]
+
+
+def require_finite(tensor: Tensor, what: str, dtype: torch.dtype) -> None:
+    """Raise NativesdError, which names the component `what` that runs in `dtype`, where a number is not finite."""
+    if not tensor.isfinite().all():
+        why = "its weights are broken" if dtype == torch.float32 else f"it may overflow in {str(dtype)[6:]}"
+        hint = "get the file again" if dtype == torch.float32 else "load the model with dtype=float32"
+        raise NativesdError(f"the {what} gives numbers that are not finite: {why}; {hint}")
 
 
 def _bound(counts: Sequence[int], common: int) -> None:

@@ -173,7 +173,10 @@ def best_tuning(dtype: torch.dtype, device: torch.device, threads: int) -> Tunin
         where, probe = torch.cuda.get_device_name(device), partial(_probe_layout, device=device)
     else:
         return Tuning()
-    path = cache_folder() / "tuning.json"
+    try:
+        path = cache_folder() / "tuning.json"
+    except SourceError:  # no home: the probe is made again next time
+        return probe(dtype)
     key = f"{where}, torch {torch.__version__}, {dtype}, probe {PROBE}"
     known = _read(path)
     try:
