@@ -143,6 +143,7 @@ def _survey(sources: Sequence[str], maps: Path | None, *, as_json: bool, missing
     """Print a line for every source and a summary, or JSON lines; leave with 1 where one is not ok."""
     from nativesd.checkpoints.survey import survey
 
+    inside = Path(sources[0]) if len(sources) == 1 and Path(sources[0]).is_dir() else None
     lines = []
     for line in survey(sources, maps=maps):
         lines.append(line)
@@ -151,23 +152,23 @@ def _survey(sources: Sequence[str], maps: Path | None, *, as_json: bool, missing
             continue
         what = ", ".join(filter(None, (line.kind, line.family, line.layout, line.dtype)))
         if line.error:
-            state, style, what = line.error, "red", ""
+            state, style, what = line.error.removeprefix(f"{line.source} "), "red", ""
         elif not line.ok:
             state, style = line.why or "has findings", "red"
         else:
             state, style = line.why or "ok", ""
+        name = line.source if inside is None else str(Path(line.source).relative_to(inside))
         words = f" [{', '.join(line.words)}]" if line.words else ""
         size = f" {size_text(line.bytes)}" if line.bytes else ""
-        print_lines(
-            [Text.assemble((line.source, "bold"), f": {what}{size}{words}: " if what else ": ", (state, style))]
-        )
+        print_lines([Text.assemble((name, "bold"), f": {what}{size}{words}: " if what else ": ", (state, style))])
         if missing and line.lacks:
             print_lines([_lacking(line.lacks)])
     if not as_json:
         good = sum(line.ok for line in lines)
         kinds = by_reason((line.source, line.kind or "unreadable") for line in lines)
         counts = ", ".join(f"{kind} {len(each)}" for kind, each in sorted(kinds.items()))
-        click.echo(f"{len(lines)} files, {good} ok, {size_text(sum(line.bytes for line in lines))}: {counts}")
+        total = size_text(sum(line.bytes for line in lines))
+        print_lines([Text(f"{len(lines)} files, {good} ok, {total}: {counts}")])
     sys.exit(0 if all(line.ok for line in lines) else 1)
 
 

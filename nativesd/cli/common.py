@@ -115,8 +115,10 @@ def print_lines(lines: Iterable[Text | Row]) -> None:
                 console.print(part, soft_wrap=True)
         else:
             first, *others = line.wrap(console, console.width - HANGING) if terminal else [line]
+            first.rstrip()
             console.print(first, soft_wrap=True)
             for part in others:
+                part.rstrip()
                 console.print(Text(" " * HANGING) + part, soft_wrap=True)
 
 
