@@ -47,7 +47,7 @@ from pathlib import Path
 import torch
 from nativesd.models.build import build
 from nativesd.weights.checkpoint import fill
-from nativesd.weights.maps.identify import identify_all
+from nativesd.weights.identity.identify import identify_all
 from nativesd.weights.maps.keymap import load_tables
 from nativesd.weights.files.source import open_source
 before, start = status('VmRSS'), time.perf_counter()

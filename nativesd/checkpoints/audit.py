@@ -13,8 +13,8 @@ from nativesd.shipped import NAMED
 from nativesd.weights.diff import DiffReport, Parameter, compare_parameters, parameters, unmapped
 from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.files.tensors import read_tensor
-from nativesd.weights.maps.believed import parse_believed
-from nativesd.weights.maps.identify import identify_all
+from nativesd.weights.identity.believed import parse_believed
+from nativesd.weights.identity.identify import identify_all
 from nativesd.weights.maps.keymap import load_tables
 from nativesd.weights.report import AuditReport
 

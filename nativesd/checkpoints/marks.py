@@ -9,9 +9,9 @@ import torch
 from nativesd.config import SD_VAE, SDXL_VAE, TextEncoderConfig, UNetConfig, VAEConfig
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.sampling.schedule import trained_sigmas
-from nativesd.weights.maps.describe import unet_config
+from nativesd.weights.identity.describe import unet_config
+from nativesd.weights.identity.stated import EDM_LATENTS, EDM_V, few_steps, prediction
 from nativesd.weights.maps.published import edm_json, scheduler_json
-from nativesd.weights.maps.stated import EDM_LATENTS, EDM_V, few_steps, prediction
 from nativesd.weights.model import Model
 from nativesd.weights.writing import Entry
 

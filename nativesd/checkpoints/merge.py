@@ -21,10 +21,10 @@ from nativesd.weights.checkpoint import apply, revert
 from nativesd.weights.files.locate import locate_model
 from nativesd.weights.files.source import Member, components, open_source
 from nativesd.weights.files.tensors import DTYPES, read_tensor
+from nativesd.weights.identity.identify import Component
 from nativesd.weights.lora.merge import Applied, gather, merged
 from nativesd.weights.lora.place import Place
 from nativesd.weights.lora.resolve import Use, resolve
-from nativesd.weights.maps.identify import Component
 from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.maps.plan import make_plan
 from nativesd.weights.maps.rules import Source

@@ -8,11 +8,11 @@ from dataclasses import replace
 from nativesd.config import Config
 from nativesd.weights.audit import Expected, report_components
 from nativesd.weights.files.source import Member
+from nativesd.weights.identity.identify import Identity
+from nativesd.weights.identity.metadata import metadata_evidence
 from nativesd.weights.lora.audit import report_lora
 from nativesd.weights.lora.place import Place
-from nativesd.weights.maps.identify import Identity
 from nativesd.weights.maps.keymap import KeyMap
-from nativesd.weights.maps.metadata import metadata_evidence
 from nativesd.weights.report import ComponentReport
 
 

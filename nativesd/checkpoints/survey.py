@@ -14,13 +14,13 @@ from nativesd.config import Config
 from nativesd.errors import NativesdError, SourceError, WeightsError
 from nativesd.shipped import NAMED
 from nativesd.weights.files.source import open_source
+from nativesd.weights.identity.identify import identify_all
+from nativesd.weights.identity.metadata import stated_text, trigger_words
+from nativesd.weights.identity.words import TABLE
 from nativesd.weights.lora.place import Place
-from nativesd.weights.maps.identify import identify_all
 from nativesd.weights.maps.keymap import KeyMap, load_tables
-from nativesd.weights.maps.metadata import stated_text, trigger_words
 from nativesd.weights.maps.parameters import known_parameters
 from nativesd.weights.maps.rules import Shape
-from nativesd.weights.maps.words import TABLE
 from nativesd.weights.report import ComponentReport, lacking
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")

@@ -22,7 +22,7 @@ from nativesd.tuning.tune import tune
 from nativesd.weights.checkpoint import fill
 from nativesd.weights.files.locate import locate_part
 from nativesd.weights.files.source import open_source
-from nativesd.weights.maps.identify import identify_all
+from nativesd.weights.identity.identify import identify_all
 from nativesd.weights.maps.keymap import load_tables
 
 

@@ -16,7 +16,7 @@ from nativesd.sampling.published import SchedulerConfig
 from nativesd.shipped import TINY
 from nativesd.text.words import taught_words
 from nativesd.weights.files.locate import Located
-from nativesd.weights.maps.stated import few_steps
+from nativesd.weights.identity.stated import few_steps
 from nativesd.weights.model import Model
 
 LAST_TIMESTEP = 999.0

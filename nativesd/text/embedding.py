@@ -11,8 +11,8 @@ from torch import Tensor
 from nativesd.errors import SourceError, UsageError
 from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.files.tensors import read_tensor
+from nativesd.weights.identity.words import TABLE, Word, find_words
 from nativesd.weights.maps.keymap import load_table
-from nativesd.weights.maps.words import TABLE, Word, find_words
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ def read_embeddings(source: str | Path | Sequence[str | Path], name: str | None 
     """The learnt words of a file, or of two, which are SDXL's: one for each text encoder. A LoRA's file may bring some.
 
     A word's name is what the file says (diffusers' `<cat>`, `string_to_param` of A1111's .pt files with a name), else
-    the file's stem; `name` overrides it, where there is one word. What a file may hold is in `weights.maps.words`.
+    the file's stem; `name` overrides it, where there is one word. What a file may hold is in `weights.identity.words`.
     Raises SourceError for a file that is not that, UsageError for a name that cannot be.
     """
     paths = [Path(source)] if isinstance(source, str | Path) else [Path(path) for path in source]

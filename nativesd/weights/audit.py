@@ -9,12 +9,12 @@ from typing import Any
 
 from nativesd.config import Config
 from nativesd.weights.formats.header import TensorInfo
-from nativesd.weights.maps.describe import Evidence
-from nativesd.weights.maps.identify import Component, Identity
+from nativesd.weights.identity.describe import Evidence
+from nativesd.weights.identity.identify import Component, Identity
+from nativesd.weights.identity.words import TABLE, find_words
 from nativesd.weights.maps.keymap import BoundMap
 from nativesd.weights.maps.plan import make_plan, unfit
 from nativesd.weights.maps.rules import Shape, Source
-from nativesd.weights.maps.words import TABLE, find_words
 from nativesd.weights.names import nearest
 from nativesd.weights.report import (
     ComponentReport,

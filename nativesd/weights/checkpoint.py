@@ -12,7 +12,7 @@ from nativesd.errors import WeightsError
 from nativesd.weights.audit import compare
 from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import DTYPES, map_file, map_tensor, open_tensors, read_as, read_into, read_tensor
-from nativesd.weights.maps.identify import Component
+from nativesd.weights.identity.identify import Component
 from nativesd.weights.maps.keymap import BoundMap
 from nativesd.weights.maps.plan import make_plan
 from nativesd.weights.maps.rules import Shape, Source

@@ -10,7 +10,7 @@ from nativesd.errors import UsageError
 from nativesd.weights.checkpoint import apply
 from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import read_tensor
-from nativesd.weights.maps.identify import Component, Identity
+from nativesd.weights.identity.identify import Component, Identity
 from nativesd.weights.maps.rules import Rule, Shape, Source
 
 SCHEMA = 1

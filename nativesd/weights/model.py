@@ -16,11 +16,11 @@ from nativesd.weights.files.configs import sample_size
 from nativesd.weights.files.locate import TAESD, Located, locate_taesd, other_half
 from nativesd.weights.files.source import Member, join, open_source
 from nativesd.weights.files.tensors import read_tensor
-from nativesd.weights.maps.describe import OWN_FORM, unet_family
-from nativesd.weights.maps.identify import Component, Identity, identify_all
+from nativesd.weights.identity.describe import OWN_FORM, unet_family
+from nativesd.weights.identity.identify import Component, Identity, identify_all
+from nativesd.weights.identity.stated import EDM_LATENTS, EDM_V, prediction
 from nativesd.weights.maps.keymap import KeyMap
 from nativesd.weights.maps.published import edm_json, picture_size, scheduler_json
-from nativesd.weights.maps.stated import EDM_LATENTS, EDM_V, prediction
 from nativesd.weights.names import grouped
 
 Part = tuple[Member, Component]

@@ -165,7 +165,7 @@ from pathlib import Path
 from nativesd.models.build import build
 from nativesd.weights.checkpoint import fill
 from nativesd.weights.files.source import open_source
-from nativesd.weights.maps.identify import identify_all
+from nativesd.weights.identity.identify import identify_all
 from nativesd.weights.maps.keymap import load_tables
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

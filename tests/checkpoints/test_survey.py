@@ -16,7 +16,7 @@ from nativesd.checkpoints.survey import expand, survey
 from nativesd.errors import SourceError
 from nativesd.models.build import expected
 from nativesd.shipped import TINY
-from nativesd.weights.maps.identify import identify
+from nativesd.weights.identity.identify import identify
 from nativesd.weights.maps.keymap import load_tables
 from nativesd.weights.maps.parameters import known_parameters, published
 from oracles import published_manifests, sparse

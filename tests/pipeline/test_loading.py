@@ -141,7 +141,7 @@ MEMORY = """
 import resource, sys, torch, nativesd
 from nativesd.models.build import build
 from nativesd.weights.checkpoint import fill
-from nativesd.weights.maps.identify import identify_all
+from nativesd.weights.identity.identify import identify_all
 from nativesd.weights.maps.keymap import load_tables
 from nativesd.weights.files.source import open_source
 from pathlib import Path

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 import nativesd
 from nativesd.checkpoints.convert import convert
 from nativesd.config import CLIP_L, OPENCLIP_H, PLAYGROUND_VAE, SDXL_BIGG, SDXL_CLIP_L, TextEncoderConfig
-from nativesd.weights.maps.identify import Identity, identify
+from nativesd.weights.identity.identify import Identity, identify
+from nativesd.weights.identity.stated import FewSteps, few_steps
 from nativesd.weights.maps.keymap import load_tables
 from nativesd.weights.maps.rules import Shape
-from nativesd.weights.maps.stated import FewSteps, few_steps
 from oracles import published_manifests
 
 MANIFESTS = published_manifests()

@@ -47,8 +47,8 @@ from nativesd.shipped import TABLES
 from nativesd.weights.audit import report_components
 from nativesd.weights.checkpoint import apply
 from nativesd.weights.formats.header import TensorInfo
-from nativesd.weights.maps.believed import parse_believed
-from nativesd.weights.maps.identify import Identity, identify
+from nativesd.weights.identity.believed import parse_believed
+from nativesd.weights.identity.identify import Identity, identify
 from nativesd.weights.maps.keymap import BoundMap, load_table, load_tables
 from nativesd.weights.maps.rules import Shape
 from nativesd.weights.names import nearest

@@ -14,11 +14,11 @@ import nativesd
 from conftest import Run
 from nativesd.errors import WeightsError
 from nativesd.shipped import TABLES
+from nativesd.weights.identity.identify import identify
+from nativesd.weights.identity.signatures import load_signatures, recognise
 from nativesd.weights.lora.file import read_lora
-from nativesd.weights.maps.identify import identify
 from nativesd.weights.maps.keymap import SIGNATURES, load_tables
 from nativesd.weights.maps.rules import Shape
-from nativesd.weights.maps.signatures import load_signatures, recognise
 from nativesd.weights.maps.templates import TableError
 from nativesd.weights.names import grouped
 from oracles import published_manifests

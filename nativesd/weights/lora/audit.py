@@ -9,13 +9,13 @@ from dataclasses import replace
 from nativesd.config import Config
 from nativesd.weights.audit import Expected
 from nativesd.weights.formats.header import TensorInfo
+from nativesd.weights.identity.describe import FAMILIES, Evidence
+from nativesd.weights.identity.metadata import stated_family
 from nativesd.weights.lora.bases import Fit, fits
 from nativesd.weights.lora.file import group
 from nativesd.weights.lora.place import Change, Place, context, is_alpha
-from nativesd.weights.maps.describe import FAMILIES, Evidence
 from nativesd.weights.maps.keymap import KeyMap
 from nativesd.weights.maps.lora_names import PARTS
-from nativesd.weights.maps.metadata import stated_family
 from nativesd.weights.report import ComponentReport, Mapped, Unexpected
 
 

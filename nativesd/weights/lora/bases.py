@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from nativesd.config import CLIP_L, OPENCLIP_H, SDXL_BIGG, SDXL_CLIP_L, UNETS, Config, UNetConfig
 from nativesd.weights.audit import Expected
 from nativesd.weights.formats.header import TensorInfo
+from nativesd.weights.identity.describe import DISTILLED, FAMILIES, unet_family
 from nativesd.weights.lora.file import Group
 from nativesd.weights.lora.place import Change, Place, context, place
-from nativesd.weights.maps.describe import DISTILLED, FAMILIES, unet_family
 from nativesd.weights.maps.keymap import KeyMap
 
 ENCODERS: Mapping[str, Mapping[str, Config]] = {

@@ -14,10 +14,10 @@ from pathlib import Path
 from nativesd.errors import WeightsError, quote
 from nativesd.shipped import LCM_LORA
 from nativesd.weights.files.source import Member, open_source
+from nativesd.weights.identity.signatures import recognise
+from nativesd.weights.identity.words import BUNDLED
 from nativesd.weights.lora.settings import Stated, stated_by
 from nativesd.weights.maps.keymap import KeyMap, load_tables
-from nativesd.weights.maps.signatures import recognise
-from nativesd.weights.maps.words import BUNDLED
 
 
 @dataclass(frozen=True)

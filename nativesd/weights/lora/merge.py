@@ -23,11 +23,11 @@ from nativesd.errors import SourceError, WeightsError
 from nativesd.weights.checkpoint import apply
 from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import NAMES, read_tensor
+from nativesd.weights.identity.identify import Component
 from nativesd.weights.lora.file import LoraFile
 from nativesd.weights.lora.parts import DORA, dora_axis
 from nativesd.weights.lora.place import Change, Place
 from nativesd.weights.lora.resolve import Resolution, Use, resolve
-from nativesd.weights.maps.identify import Component
 from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.maps.plan import make_plan
 from nativesd.weights.maps.rules import Shape, Source

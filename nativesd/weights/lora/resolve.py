@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from nativesd.config import UNetConfig
 from nativesd.errors import UsageError, WeightsError
+from nativesd.weights.identity.describe import FAMILIES, unet_family
+from nativesd.weights.identity.identify import CONTEXTS
 from nativesd.weights.lora.bases import fits
 from nativesd.weights.lora.file import LoraFile
 from nativesd.weights.lora.place import Change, Place, context, place
-from nativesd.weights.maps.describe import FAMILIES, unet_family
-from nativesd.weights.maps.identify import CONTEXTS
 from nativesd.weights.maps.parameters import known_parameters
 from nativesd.weights.names import grouped
 

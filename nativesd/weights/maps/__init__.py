@@ -1,1 +1,1 @@
-"""Names to names: the tables that read and write every published layout, and what a checkpoint is by them."""
+"""Names to names: the tables that read and write every published layout."""

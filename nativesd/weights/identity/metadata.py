@@ -6,8 +6,8 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 
-from nativesd.weights.maps.describe import Evidence
-from nativesd.weights.maps.stated import PREDICTIONS, STATED_PREDICTION
+from nativesd.weights.identity.describe import Evidence
+from nativesd.weights.identity.stated import PREDICTIONS, STATED_PREDICTION
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "title": ("modelspec.title", "ss_output_name", "name"),

@@ -24,8 +24,8 @@ from nativesd.config import (
 )
 from nativesd.weights.files.beside import Beside
 from nativesd.weights.files.source import UNUSED, Member
-from nativesd.weights.maps.believed import Believed, as_believed
-from nativesd.weights.maps.describe import (
+from nativesd.weights.identity.believed import Believed, as_believed
+from nativesd.weights.identity.describe import (
     FAMILIES,
     TEXT_ENCODERS,
     Evidence,
@@ -37,13 +37,13 @@ from nativesd.weights.maps.describe import (
     unet_family,
     vae_config,
 )
-from nativesd.weights.maps.detect import Detection, Found, detect
+from nativesd.weights.identity.detect import Detection, Found, detect
+from nativesd.weights.identity.metadata import stated_family
+from nativesd.weights.identity.signatures import Signature, recognise
+from nativesd.weights.identity.stated import EDM_LATENTS, prediction, with_beside
+from nativesd.weights.identity.words import TABLE, describe_words, find_words
 from nativesd.weights.maps.keymap import BoundMap, KeyMap
-from nativesd.weights.maps.metadata import stated_family
 from nativesd.weights.maps.rules import Shape
-from nativesd.weights.maps.signatures import Signature, recognise
-from nativesd.weights.maps.stated import EDM_LATENTS, prediction, with_beside
-from nativesd.weights.maps.words import TABLE, describe_words, find_words
 
 STATED = Evidence("configuration", "config.json", "stated beside the weights")
 

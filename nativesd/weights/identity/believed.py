@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from nativesd.config import UNETS, UNetConfig
 from nativesd.errors import UsageError
-from nativesd.weights.maps.describe import FAMILIES, GUIDANCE, INPUTS, unet_family
-from nativesd.weights.maps.detect import Detection, Found
+from nativesd.weights.identity.describe import FAMILIES, GUIDANCE, INPUTS, unet_family
+from nativesd.weights.identity.detect import Detection, Found
 from nativesd.weights.maps.keymap import KeyMap
 from nativesd.weights.maps.rules import Shape
 
