@@ -9,7 +9,7 @@ from typing import Any
 
 from nativesd.config import Config
 from nativesd.weights.formats.header import TensorInfo
-from nativesd.weights.identity.describe import Evidence
+from nativesd.weights.identity.evidence import Evidence
 from nativesd.weights.identity.identify import Component, Identity
 from nativesd.weights.identity.words import TABLE, find_words
 from nativesd.weights.maps.keymap import BoundMap

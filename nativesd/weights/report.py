@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from nativesd.weights.identity.describe import Evidence
+from nativesd.weights.identity.evidence import Evidence
 from nativesd.weights.maps.rules import Shape
 from nativesd.weights.names import grouped
 

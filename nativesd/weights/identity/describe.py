@@ -7,48 +7,24 @@ finding of the audit and not another architecture. What names and shapes cannot 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 from nativesd.config import (
     PLAYGROUND_VAE,
-    SD15_ADAPTER,
-    SD15_LIGHT_ADAPTER,
     SD15_UNET,
     SD_VAE,
-    SDXL_ADAPTER,
     SDXL_VAE,
-    TAESD,
     UNETS,
-    ControlNetConfig,
     Depth,
     Level,
-    T2IAdapterConfig,
     TextEncoderConfig,
     TextTime,
-    TinyVAEConfig,
     UNetConfig,
-    UnionConfig,
     VAEConfig,
 )
-from nativesd.weights.maps.rules import Shape
-
-Parameters = Mapping[str, Shape]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One conclusion about a component and why. `determined` is false for a default that the file neither supports
-    nor contradicts; `override` says how to choose otherwise."""
-
-    what: str
-    value: str
-    why: str
-    determined: bool = True
-    override: str = ""
-
+from nativesd.weights.identity.evidence import Evidence, Parameters, count, most, present, shapes_of
 
 FAMILIES = {"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL", "refiner": "SDXL refiner"}
 """The families by the names that code and `--as` use, and as people write them."""
@@ -60,36 +36,6 @@ other numbers are taken for a fault of that tensor; so are 5 and 7 outside SD2.x
 GUIDANCE = 256  # width of the guidance embedding in every LCM
 VOCABULARY = 49408
 LENGTHS = (77, 248)  # CLIP, and LongCLIP
-
-
-def _most(values: Iterable[int], default: int) -> int:
-    """The commonest value (the first of equals), or `default` where there are none."""
-    counts = Counter(values)
-    return max(counts, key=counts.__getitem__) if counts else default
-
-
-def _present(parameters: Parameters, pattern: str, needed: int) -> set[tuple[int, ...]]:
-    """The numbers that stand for the pattern's groups in at least `needed` names: fewer are a fault, no module."""
-    counts: Counter[tuple[int, ...]] = Counter()
-    compiled = re.compile(pattern)
-    for name in parameters:
-        if match := compiled.match(name):
-            counts[tuple(int(group or 0) for group in match.groups())] += 1
-    return {numbers for numbers, count in counts.items() if count >= needed}
-
-
-def _shapes(parameters: Parameters, pattern: str, rank: int) -> list[Shape]:
-    """The shapes of that rank of all parameters whose name the pattern matches."""
-    compiled = re.compile(pattern)
-    return [shape for name, shape in parameters.items() if len(shape) == rank and compiled.fullmatch(name)]
-
-
-def _count(indices: Iterable[int]) -> int:
-    """How many there are from 0 on without a gap."""
-    present, count = set(indices), 0
-    while count in present:
-        count += 1
-    return count
 
 
 def unet_config(parameters: Parameters, pooled: int = 1280) -> tuple[UNetConfig, list[Evidence]]:
@@ -105,10 +51,10 @@ def unet_config(parameters: Parameters, pooled: int = 1280) -> tuple[UNetConfig,
     projections = [
         len(s) for name, s in parameters.items() if re.search(r"attentions\.\d+\.proj_(in|out)\.weight", name)
     ]
-    linear = _most(projections, 2) == 2
-    context = _most((shape[1] for shape in _shapes(parameters, r".*attn2\.to_[kv]\.weight", 2)), 2048)
+    linear = most(projections, 2) == 2
+    context = most((shape[1] for shape in shapes_of(parameters, r".*attn2\.to_[kv]\.weight", 2)), 2048)
     known = [channels for channels in INPUTS if channels not in (5, 7) or context == 1024]
-    inputs = _most((s[1] for s in _shapes(parameters, r"conv_in\.weight", 4) if s[1] in known), 4)
+    inputs = most((s[1] for s in shapes_of(parameters, r"conv_in\.weight", 4) if s[1] in known), 4)
     conditioned = any(name.startswith("add_embedding.") for name in parameters)
     ids = 5 if context == pooled else 6  # the refiner has one text encoder, SDXL a second beside it
     added = TextTime(pooled, ids) if conditioned else None
@@ -162,23 +108,23 @@ def _stages(parameters: Parameters, path: str) -> list[tuple[Depth, ...]]:
 
     A depth is the number of transformer blocks behind a residual block; None: no attention, 0: its shell alone.
     """
-    resnets = _present(parameters, rf"{path}\.resnets\.(\d+)\.", 5)
-    shells = _present(parameters, rf"{path}\.attentions\.(\d+)\.(?:norm|proj_in|proj_out)\.", 3)
-    blocks = _present(parameters, rf"{path}\.attentions\.(\d+)\.blocks\.(\d+)\.", 10)
+    resnets = present(parameters, rf"{path}\.resnets\.(\d+)\.", 5)
+    shells = present(parameters, rf"{path}\.attentions\.(\d+)\.(?:norm|proj_in|proj_out)\.", 3)
+    blocks = present(parameters, rf"{path}\.attentions\.(\d+)\.blocks\.(\d+)\.", 10)
 
     def depth(i: int, j: int) -> Depth:
-        return _count(n for *place, n in blocks if place == [i, j]) if (i, j) in shells else None
+        return count(n for *place, n in blocks if place == [i, j]) if (i, j) in shells else None
 
     return [
-        tuple(depth(i, j) for j in range(_count(j for stage, j in resnets if stage == i)))
-        for i in range(_count(i for i, _ in resnets))
+        tuple(depth(i, j) for j in range(count(j for stage, j in resnets if stage == i)))
+        for i in range(count(i for i, _ in resnets))
     ]
 
 
 def _width(parameters: Parameters, stage: str) -> int:
     """The width of a stage: what most tensors of its residual blocks put out."""
     compiled = re.compile(rf"{re.escape(stage)}\.resnets\.\d+\.(conv1|conv2|norm2|time_emb_proj)\.(weight|bias)")
-    return _most((shape[0] for name, shape in parameters.items() if shape and compiled.fullmatch(name)), 32)
+    return most((shape[0] for name, shape in parameters.items() if shape and compiled.fullmatch(name)), 32)
 
 
 def _groups(widths: Iterable[int]) -> int:
@@ -217,30 +163,30 @@ DISTILLED = {
 
 def vae_config(parameters: Parameters, family: str, *, playground: bool = False) -> tuple[VAEConfig, list[Evidence]]:
     """An autoencoder's configuration; its scaling factor is the family's, or Playground 2.5's."""
-    blocks = _present(parameters, r"encoder\.down\.(\d+)\.resnets\.(\d+)\.", 4)
+    blocks = present(parameters, r"encoder\.down\.(\d+)\.resnets\.(\d+)\.", 4)
     mirrored = not blocks
     half: Literal["encoder", "decoder"] | None = None
     if mirrored:  # a file with the decoder alone
         half = "decoder"
-        blocks = _present(parameters, r"decoder\.up\.(\d+)\.resnets\.(\d+)\.", 4)
-    elif not _present(parameters, r"decoder\.(?:up\.(\d+)|mid)\.resnets\.(\d+)\.", 4):
+        blocks = present(parameters, r"decoder\.up\.(\d+)\.resnets\.(\d+)\.", 4)
+    elif not present(parameters, r"decoder\.(?:up\.(\d+)|mid)\.resnets\.(\d+)\.", 4):
         half = "encoder"
     if not blocks:  # neither: too little is there to tell
         half = None
-    levels = _count(i for i, _ in blocks)
+    levels = count(i for i, _ in blocks)
     widths = [_width(parameters, f"{'decoder.up' if mirrored else 'encoder.down'}.{i}") for i in range(levels)]
-    layers = _most((_count(j for i, j in blocks if i == level) for level in range(levels)), 2) - mirrored
+    layers = most((count(j for i, j in blocks if i == level) for level in range(levels)), 2) - mirrored
     base = PLAYGROUND_VAE if playground else SDXL_VAE if family in ("sdxl", "refiner") else SD_VAE
     config = replace(
         base,
         widths=tuple(widths[::-1] if mirrored else widths) or base.widths,
         layers=layers,
-        latent_channels=_most(
+        latent_channels=most(
             [
-                *(n for shape in _shapes(parameters, r"post_quant_conv\.weight", 4) for n in shape[:2]),
-                *(shape[0] for shape in _shapes(parameters, r"post_quant_conv\.bias", 1)),
-                *(shape[1] for shape in _shapes(parameters, r"decoder\.conv_in\.weight", 4)),
-                *(shape[0] // 2 for shape in _shapes(parameters, r"(quant_conv|encoder\.conv_out)\.bias", 1)),
+                *(n for shape in shapes_of(parameters, r"post_quant_conv\.weight", 4) for n in shape[:2]),
+                *(shape[0] for shape in shapes_of(parameters, r"post_quant_conv\.bias", 1)),
+                *(shape[1] for shape in shapes_of(parameters, r"decoder\.conv_in\.weight", 4)),
+                *(shape[0] // 2 for shape in shapes_of(parameters, r"(quant_conv|encoder\.conv_out)\.bias", 1)),
             ],
             4,
         ),
@@ -269,8 +215,8 @@ def text_config(parameters: Parameters, family: str, *, fused: bool) -> tuple[Te
     last with it. SD2.x's penultimate layer is the last of 23: its 24th is left out, where the file has one. The
     activation is the width's: ViT-L is OpenAI's, with quick_gelu in either layout, ViT-H and bigG are OpenCLIP's.
     """
-    width = _most((shape[0] for shape in _shapes(parameters, r"layers\.\d+\.norm[12]\.\w+", 1)), 768)
-    layers = _count(n for (n,) in _present(parameters, r"layers\.(\d+)\.", 8))
+    width = most((shape[0] for shape in shapes_of(parameters, r"layers\.\d+\.norm[12]\.\w+", 1)), 768)
+    layers = count(n for (n,) in present(parameters, r"layers\.(\d+)\.", 8))
     sdxl = family in ("sdxl", "refiner")
     openclip = width in (1024, 1280) or (fused and width != 768)  # OpenAI's own ViT-L has the fused names too
     projected = "text_projection.weight" in parameters and openclip and (sdxl or width == 1280)
@@ -279,13 +225,13 @@ def text_config(parameters: Parameters, family: str, *, fused: bool) -> tuple[Te
         width=width,
         layers=layers - left_out,
         heads=max(width // 64, 1),
-        mlp=_most((shape[0] for shape in _shapes(parameters, r"layers\.\d+\.mlp\.fc1\.weight", 2)), 4 * width),
+        mlp=most((shape[0] for shape in shapes_of(parameters, r"layers\.\d+\.mlp\.fc1\.weight", 2)), 4 * width),
         activation="gelu" if openclip else "quick_gelu",
         projection=width if projected else None,
         hidden=-2 if sdxl or projected else -1,
         hidden_norm=not (sdxl or projected),
         vocabulary=VOCABULARY,
-        length=_most((s[0] for s in _shapes(parameters, r"position_embedding\.weight", 2) if s[0] in LENGTHS), 77),
+        length=most((s[0] for s in shapes_of(parameters, r"position_embedding\.weight", 2) if s[0] in LENGTHS), 77),
     )
     which = f"{'penultimate' if config.hidden == -2 or left_out else 'last'}, " + (
         "with the final norm" if config.hidden_norm else "without the final norm"
@@ -297,65 +243,3 @@ def text_config(parameters: Parameters, family: str, *, fused: bool) -> tuple[Te
         Evidence("hidden state", which, FAMILIES.get(family, "as published for this width"), determined=bool(family)),
     ]
     return config, evidence
-
-
-def controlnet_config(parameters: Parameters, pooled: int = 1280) -> tuple[ControlNetConfig, list[Evidence]]:
-    """A ControlNet's configuration: the encoder's, and whether it tells several kinds of hint apart."""
-    unet, evidence = unet_config(parameters, pooled)
-    union = None
-    if any(name.startswith(("task_embedding.", "transformer.", "kinds_embedding.")) for name in parameters):
-        kinds = _most((s[0] for s in _shapes(parameters, r"task_embedding\.weight", 2) if s[0] in UNION_KINDS), 6)
-        union = UnionConfig(kinds=kinds, layers=_count(n for (n,) in _present(parameters, r"transformer\.(\d+)\.", 8)))
-        evidence.append(Evidence("union", f"{kinds} kinds of hint", "shape of task_embedding"))
-    if not any("attn2" in name for name in parameters):
-        context = 2048 if unet.added is not None else 1024 if unet.linear_projection else 768
-        unet = replace(unet, context=context)
-        why = "no cross-attention in the file; the family's"
-        evidence = [e for e in evidence if e.what != "context"]
-        evidence.append(Evidence("context", str(context), why, determined=False))
-    return ControlNetConfig(unet, hint_widths=_hint_widths(parameters), union=union), evidence
-
-
-def _hint_widths(parameters: Parameters) -> tuple[int, ...]:
-    """Widths of a hint's encoder: the published ones, unless more of the file's layers have others."""
-    published, found = ControlNetConfig.hint_widths, []
-    names = ["hint.conv_in.weight", *(f"hint.blocks.{i}.weight" for i in range(1, 16, 2))]  # every second one strides
-    for name in names:
-        found += [shape[0] for shape in _shapes(parameters, re.escape(name), 4)]
-    same = sum(a == b for a, b in zip(found, published, strict=False))
-    return published if same * 2 >= len(found) and len(found) <= len(published) else tuple(found)
-
-
-UNION_KINDS = (6, 8)  # ControlNetUnion as first published, and promax
-
-
-def tiny_vae_config(parameters: Parameters) -> tuple[TinyVAEConfig, list[Evidence]]:
-    """TAESD's configuration: which halves are there, and the latents' channels (4, or 16 for later families)."""
-    halves = {name.partition(".")[0] for name in parameters}
-    half: Literal["encoder", "decoder"] | None = None
-    if halves == {"encoder"}:
-        half = "encoder"
-    elif halves == {"decoder"}:
-        half = "decoder"
-    channels = [s[1] for s in _shapes(parameters, r"decoder\.layers\.0\.weight", 4)]
-    channels += [s[0] for s in _shapes(parameters, r"encoder\.layers\.14\.weight", 4)]
-    latent = _most((n for n in channels if n in (4, 16)), 4)
-    config = replace(TAESD, half=half, latent_channels=latent)
-    return config, [Evidence("halves", half or "encoder and decoder", "which names there are")]
-
-
-def t2i_adapter_config(parameters: Parameters) -> tuple[T2IAdapterConfig, list[Evidence]]:
-    """A T2I-Adapter's configuration. Where it halves the picture, no name tells: as published for its input's width."""
-    stages = _count(i for (i,) in _present(parameters, r"stages\.(\d+)\.", 4))
-    light = any(re.match(r"stages\.\d+\.conv_out\.", name) for name in parameters)
-    inputs = _shapes(parameters, r"stages\.0\.conv_in\.weight" if light else r"conv_in\.weight", 4)
-    wide = any({16 * 16, 3 * 16 * 16} & set(shape) or shape[1] > 2 * 3 * 8 * 8 for shape in inputs)
-    base = SD15_LIGHT_ADAPTER if light else SDXL_ADAPTER if wide else SD15_ADAPTER
-    channels = 1 if any(shape[1] == base.unshuffle**2 for shape in inputs) else 3
-    layers = _most(Counter(i for i, _ in _present(parameters, r"stages\.(\d+)\.resnets\.(\d+)\.", 3)).values(), 2)
-    config = replace(base, stages=base.stages[:stages] or base.stages, layers=layers, image_channels=channels)
-    kind = "light" if light else "full"
-    return config, [
-        Evidence("form", f"{kind}, {stages} stages of {layers} blocks", "numbers of the blocks"),
-        Evidence("downsampling", "SDXL's" if wide else "SD1.x's", "input channels of the first convolution"),
-    ]

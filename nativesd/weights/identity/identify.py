@@ -24,20 +24,18 @@ from nativesd.config import (
 )
 from nativesd.weights.files.beside import Beside
 from nativesd.weights.files.source import UNUSED, Member
+from nativesd.weights.identity.adapters import controlnet_config, t2i_adapter_config, tiny_vae_config
 from nativesd.weights.identity.believed import Believed, as_believed
 from nativesd.weights.identity.describe import (
     FAMILIES,
     TEXT_ENCODERS,
-    Evidence,
-    controlnet_config,
-    t2i_adapter_config,
     text_config,
-    tiny_vae_config,
     unet_config,
     unet_family,
     vae_config,
 )
 from nativesd.weights.identity.detect import Detection, Found, detect
+from nativesd.weights.identity.evidence import Evidence
 from nativesd.weights.identity.metadata import stated_family
 from nativesd.weights.identity.signatures import Signature, recognise
 from nativesd.weights.identity.stated import EDM_LATENTS, prediction, with_beside

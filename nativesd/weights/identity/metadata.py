@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 
-from nativesd.weights.identity.describe import Evidence
+from nativesd.weights.identity.evidence import Evidence
 from nativesd.weights.identity.stated import PREDICTIONS, STATED_PREDICTION
 
 FIELDS: Mapping[str, tuple[str, ...]] = {

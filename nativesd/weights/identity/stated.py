@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from nativesd.config import Prediction, UNetConfig
 from nativesd.weights.files.beside import Beside
-from nativesd.weights.identity.describe import Evidence
+from nativesd.weights.identity.evidence import Evidence
 
 EDM_V = ("edm_vpred.sigma_max", "edm_vpred.sigma_min")
 """CosXL's two numbers: the ends of its continuous sigmas."""

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nativesd.weights.identity.describe import TEXT_ENCODERS, Evidence
+from nativesd.weights.identity.describe import TEXT_ENCODERS
+from nativesd.weights.identity.evidence import Evidence
 from nativesd.weights.maps.keymap import KeyMap
 from nativesd.weights.maps.plan import INTEGERS
 from nativesd.weights.maps.rules import Shape

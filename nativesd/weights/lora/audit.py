@@ -9,7 +9,8 @@ from dataclasses import replace
 from nativesd.config import Config
 from nativesd.weights.audit import Expected
 from nativesd.weights.formats.header import TensorInfo
-from nativesd.weights.identity.describe import FAMILIES, Evidence
+from nativesd.weights.identity.describe import FAMILIES
+from nativesd.weights.identity.evidence import Evidence
 from nativesd.weights.identity.metadata import stated_family
 from nativesd.weights.lora.bases import Fit, fits
 from nativesd.weights.lora.file import group
