@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
 
-from nativesd.diffusion.config import EDITING
-from nativesd.diffusion.control import Control, ControlModel
+from nativesd.diffusion.control import ControlModel
 from nativesd.diffusion.guidance import Guidance
-from nativesd.diffusion.model import Diffusion, Job
+from nativesd.diffusion.model import Job
 from nativesd.diffusion.preview import Step
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.start import Start
 from nativesd.diffusion.turns import take_turns
-from nativesd.errors import Interrupted, NativesdError, NativesdWarning, UsageError
+from nativesd.errors import Interrupted, UsageError
 from nativesd.pictures import images
 from nativesd.pictures.result import Result
-from nativesd.pipeline.arguments import CallOptions, Checked, Lora, Prompt, check, signed
+from nativesd.pipeline.adapted import Adapted
+from nativesd.pipeline.arguments import CallOptions, Checked, Prompt, check, signed
+from nativesd.pipeline.chosen import choose, choose_sampler, recorded
 from nativesd.pipeline.hires import LATENT, Hires, enlarge_latents, enlarge_picture
-from nativesd.pipeline.inputs import read_inputs, unheeded
-from nativesd.pipeline.records import read_loras
+from nativesd.pipeline.inputs import read_inputs
 from nativesd.pipeline.tagged import tagged_prompts
-from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedule
-from nativesd.sampling.published import Kind
-from nativesd.text.embedding import Embedding, read_embeddings, words_of
 from nativesd.text.tags import take_tags
-from nativesd.tuning.fp8 import is_fp8
 from nativesd.tuning.memory import memory_explained
-from nativesd.weights.lora.file import LoraFile, read_lora
-from nativesd.weights.lora.merge import set_loras
-from nativesd.weights.lora.resolve import Use, reasons
 
 if TYPE_CHECKING:
     from nativesd.export.library import BackendName
@@ -47,7 +39,7 @@ if TYPE_CHECKING:
 STRENGTH = 0.8  # of image-to-image where none is asked for, as in diffusers
 
 
-class Pipeline(Diffusion):
+class Pipeline(Adapted):
     """A loaded model that makes pictures when it is called. See `Diffusion` for what it consists of."""
 
     _ending: Event | None = None
@@ -130,18 +122,7 @@ class Pipeline(Diffusion):
     def _make(self, asked: Checked, on_step: Callable[[Step], object]) -> Result:
         """What a call does in its turn."""
         config = self.config
-        inferred = dict(config.inferred)
-        steps, guidance_scale = asked.steps, asked.guidance_scale
-        if steps is None:
-            steps = config.default_steps
-            inferred.setdefault("steps", f"{steps}, the default of {'few-step ' if config.few_steps else ''}models")
-        if guidance_scale is None:
-            guidance_scale = config.default_guidance
-            inferred.setdefault("guidance_scale", f"{guidance_scale:g}, the default of such models")
-        choice, kind = self._choose(asked.sampler, asked.schedule)
-        if asked.sampler is None:
-            inferred.setdefault("sampler", f"{choice.sampler.name}, for the model's {config.scheduler.class_name}")
-
+        chosen = choose(config, asked)
         inputs = read_inputs(config, asked)
         size = (inputs.width, inputs.height)
         larger = () if asked.hires is None else asked.hires.enlarged(*size, config.vae.factor).size(config.vae.factor)
@@ -167,9 +148,11 @@ class Pipeline(Diffusion):
             noise=asked.noise,
             variation=asked.variation,
             variation_seeds=asked.variation_seeds,
-            guidance=Guidance(guidance_scale, asked.guidance_rescale, asked.image_guidance_scale, self.sequential),
-            choice=choice,
-            kind=kind,
+            guidance=Guidance(
+                chosen.guidance_scale, asked.guidance_rescale, asked.image_guidance_scale, self.sequential
+            ),
+            choice=chosen.choice,
+            kind=chosen.kind,
             eta=asked.eta,
             control=[self.loaded(each) for each in asked.control],
             guess=asked.guess_mode,
@@ -195,52 +178,20 @@ class Pipeline(Diffusion):
             start = Start(
                 STRENGTH if asked.strength is None else asked.strength, latents=known, steps_as=asked.steps_as
             )
-        parameters: dict[str, Any] = {
-            "prompt": asked.prompts[0] if asked.one_prompt else asked.each(asked.prompts),
-            "negative_prompt": (asked.negative_prompt[0] if asked.one_negative else asked.each(asked.negative_prompt)),
-            "steps": steps,
-            "sampler": choice.sampler.name,
-            "schedule": kind,
-            "guidance_scale": guidance_scale,
-            "seed": asked.seeds[0],
-            "width": inputs.width,
-            "height": inputs.height,
-            "model": config.name,
-            "noise": asked.noise,
-            "sdxl": None if asked.sdxl is None else asked.sdxl.chosen(),
-            "variation": None if asked.variation is None else asdict(asked.variation),
-            "strength": None if start is None else start.strength,
-            "steps_as": None if start is None or asked.steps_as == "diffusers" else asked.steps_as,
-            "guidance_rescale": asked.guidance_rescale or None,
-            "eta": asked.eta,
-            "clip_skip": asked.clip_skip,
-            "literal": asked.literal or None,
-            "mask_blur": None if inputs.mask is None else asked.mask_blur,
-            "mask_fill": None if asked.mask_fill == "original" else asked.mask_fill,
-            "only_masked": asked.only_masked,
-            "image_guidance_scale": asked.image_guidance_scale if config.unet.in_channels == EDITING else None,
-            "hires": None if asked.hires is None else asked.hires.fields(),
-            "refiner": None if asked.refiner is None else asked.refiner.config.name,
-            "refiner_at": None if asked.refiner is None else asked.refiner_at,
-            "loras": {use.lora.path.stem: (use.unet, use.text_encoder) for use in self._uses()} or None,
-            "control": [str(getattr(each.model, "name", each.model)) for each in asked.control] or None,
-            "inferred": inferred,
-            "notes": [*inputs.notes, *unheeded(config, asked, guidance_scale, self.words)],
-        }
+        parameters = recorded(config, asked, inputs, chosen, start, self.uses(), self.words)
 
         def finish(latents: Tensor, *notes: str) -> Result:
             return Result(
                 images=[inputs.finished(picture) for picture in self.decode(latents)],
                 seeds=list(asked.seeds),
                 latents=latents,
-                parameters={name: value for name, value in parameters.items() if value is not None}
-                | {"notes": [*parameters["notes"], *notes]},
+                parameters=parameters | {"notes": [*parameters["notes"], *notes]},
             )
 
         try:
-            latents = self.run(job, steps, size, start)
+            latents = self.run(job, chosen.steps, size, start)
             if asked.hires is not None:
-                latents = self._enlarge(job, steps, latents, asked.hires)
+                latents = self._enlarge(job, chosen.steps, latents, asked.hires)
         except Interrupted as ended:
             ended.finish = partial(finish, ended.latents, str(ended))
             raise
@@ -319,102 +270,6 @@ class Pipeline(Diffusion):
         with self.turns.wait():
             return 0 if self.acceleration is None else self.acceleration.close()
 
-    def load_embedding(self, path: str | Path | Sequence[str | Path], name: str | None = None) -> str:
-        """Take in a textual inversion; returns what prompts call it by.
-
-        path  a file, or SDXL's two, one for each text encoder; a LoRA's file that brings learnt words is one, too
-        name  the word, where the file has one; default: what the file says (diffusers' `<cat>`), else its own name
-
-        Of a file with several words all are taken, and returned with spaces between them. Raises SourceError for what
-        cannot be read, UsageError where it fits other text encoders.
-        """
-        found = read_embeddings(path, name)
-        for embedding in found:
-            embedding.fit(self._widths())
-        with self.turns.wait():
-            self.embeddings |= {embedding.name: embedding for embedding in found}
-        return " ".join(embedding.name for embedding in found)
-
-    def _widths(self) -> list[int]:
-        return [encoder.config.width for encoder in self.text_encoders]
-
-    def set_loras(self, loras: Lora | Sequence[Lora], *, partial: bool = False) -> None:
-        """Make these the LoRAs in the weights. Raises WeightsError where one does not fit, or not as a whole.
-
-        With `partial` one of which a part fits is applied so far, and a NativesdWarning names the rest.
-        """
-        with self.turns.call():
-            self.merge(read_loras("loras", loras), partial=partial)
-
-    def merge(self, wanted: Sequence[tuple[str, float, float]], *, partial: bool) -> None:
-        """`set_loras` in a turn that has been taken, of what has been read: file, the UNet's scale, the encoders'."""
-        if self.lora_state is None:
-            if wanted:
-                raise UsageError("LoRAs are merged from the model's files: load it with nativesd.load()")
-            return
-        if wanted and is_fp8(self.unet):
-            raise UsageError("LoRAs cannot be merged into float8 weights: load the model without fp8=True")
-        for file, _, _ in wanted:
-            if file not in self._loras:
-                self._loras[file] = read_lora(file)
-        uses = [Use(self._loras[file], unet, text_encoder) for file, unet, text_encoder in wanted]
-        before = self.lora_state.resolutions
-        resolutions = set_loras(self.lora_state, uses, partial=partial)
-        if resolutions is before:
-            return
-        self._lora_words = {word.name: word for use in uses if use.lora.words for word in self._brought(use.lora)}
-        for use, resolution in zip(uses, resolutions, strict=True):
-            if resolution.unplaced:
-                what = f"{len(resolution.unplaced)} of its {len(use.lora.member.tensors)} keys found no place"
-                warnings.warn(
-                    f"{use.lora.path} is applied in part, as {what}:\n  " + "\n  ".join(reasons(resolution.unplaced)),
-                    NativesdWarning,
-                    stacklevel=4,
-                )
-
-    def _brought(self, lora: LoraFile) -> list[Embedding]:
-        """The learnt words in a LoRA's file, as far as they fit: they are no reason to refuse it."""
-        try:
-            words = words_of(lora.member, lora.path)
-            for word in words:
-                word.fit(self._widths())
-        except NativesdError as error:
-            warnings.warn(f"the learnt words in {lora.path} are not used: {error}", NativesdWarning, stacklevel=5)
-            return []
-        return list(words)
-
-    def _uses(self) -> tuple[Use, ...]:
-        return () if self.lora_state is None else self.lora_state.uses
-
-    def loaded(self, control: Control) -> Control:
-        """The control with its model, which is loaded once for all calls."""
-        if isinstance(control.model, ControlModel):
-            return control
-        key = str(control.model)
-        if key not in self._controls:
-            if self.load_control is None:
-                raise UsageError(f"{key}: load it first, with nativesd.load_control()")
-            self._controls[key] = self.load_control(control.model)
-        return replace(control, model=self._controls[key])
-
-    def _choose(self, name: str | None, schedule: str | None) -> tuple[Choice, Kind]:
-        """The sampler and the schedule: as asked for, else the model's own."""
-        own = self.config.scheduler
-        kind = None if schedule is None else find_schedule(schedule)
-        published = find_own(own)
-        if name is None and published is None:
-            raise UsageError(
-                f"{self.config.name} names the scheduler {own.class_name}, which is not supported: pass sampler="
-            )
-        choice = find_sampler(name or own.class_name, schedule)
-        if choice.by_class and published is not None and choice.sampler is published.sampler and own.unsupported:
-            raise UsageError(
-                f"{self.config.name}: its scheduler_config.json has {', '.join(own.unsupported)}, with which "
-                f"{own.class_name} cannot be run here: pass another sampler="
-            )
-        kind = choice.kind or kind or own.kind
-        return choice, own.kind if kind == "automatic" else kind
-
     def _enlarge(self, job: Job, steps: int, latents: Tensor, hires: Hires) -> Tensor:
         """The second pass: latents of the larger size."""
         factor = self.config.vae.factor
@@ -432,7 +287,7 @@ class Pipeline(Diffusion):
         """What the second pass is asked for: as the first, but for what `hires` says."""
         if hires.sampler is not None or hires.schedule is not None:
             kind = hires.schedule or (None if hires.sampler is not None else job.kind)
-            choice, kind = self._choose(hires.sampler or job.choice.name, kind)
+            choice, kind = choose_sampler(self.config, hires.sampler or job.choice.name, kind)
             job = replace(job, choice=choice, kind=kind)
         if hires.guidance_scale is not None:
             job = replace(job, guidance=replace(job.guidance, scale=hires.guidance_scale))

@@ -1,0 +1,105 @@
+"""What a call leaves open, chosen by the model; and all of it, as a picture's parameters keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nativesd.diffusion.config import EDITING, PipelineConfig
+from nativesd.diffusion.start import Start
+from nativesd.errors import UsageError
+from nativesd.pipeline.arguments import Checked
+from nativesd.pipeline.inputs import Inputs, unheeded
+from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedule
+from nativesd.sampling.published import Kind
+from nativesd.weights.lora.resolve import Use
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Steps, guidance, sampler and schedule of a call; `inferred` says of what was not asked for why it is so."""
+
+    steps: int
+    guidance_scale: float
+    choice: Choice
+    kind: Kind
+    inferred: Mapping[str, str]
+
+
+def choose(config: PipelineConfig, asked: Checked) -> Chosen:
+    """What was asked for, and else what the model is used with. Raises UsageError where it names no known sampler."""
+    inferred = dict(config.inferred)
+    steps, guidance_scale = asked.steps, asked.guidance_scale
+    if steps is None:
+        steps = config.default_steps
+        inferred.setdefault("steps", f"{steps}, the default of {'few-step ' if config.few_steps else ''}models")
+    if guidance_scale is None:
+        guidance_scale = config.default_guidance
+        inferred.setdefault("guidance_scale", f"{guidance_scale:g}, the default of such models")
+    choice, kind = choose_sampler(config, asked.sampler, asked.schedule)
+    if asked.sampler is None:
+        inferred.setdefault("sampler", f"{choice.sampler.name}, for the model's {config.scheduler.class_name}")
+    return Chosen(steps, guidance_scale, choice, kind, inferred)
+
+
+def choose_sampler(config: PipelineConfig, name: str | None, schedule: str | None) -> tuple[Choice, Kind]:
+    """The sampler and the schedule: as asked for, else the model's own."""
+    own = config.scheduler
+    kind = None if schedule is None else find_schedule(schedule)
+    published = find_own(own)
+    if name is None and published is None:
+        raise UsageError(f"{config.name} names the scheduler {own.class_name}, which is not supported: pass sampler=")
+    choice = find_sampler(name or own.class_name, schedule)
+    if choice.by_class and published is not None and choice.sampler is published.sampler and own.unsupported:
+        raise UsageError(
+            f"{config.name}: its scheduler_config.json has {', '.join(own.unsupported)}, with which "
+            f"{own.class_name} cannot be run here: pass another sampler="
+        )
+    kind = choice.kind or kind or own.kind
+    return choice, own.kind if kind == "automatic" else kind
+
+
+def recorded(
+    config: PipelineConfig,
+    asked: Checked,
+    inputs: Inputs,
+    chosen: Chosen,
+    start: Start | None,
+    loras: Sequence[Use],
+    words: Collection[str],
+) -> dict[str, Any]:
+    """A result's parameters: what made its pictures, as far as it is not None, and the notes on it."""
+    parameters = {
+        "prompt": asked.prompts[0] if asked.one_prompt else asked.each(asked.prompts),
+        "negative_prompt": (asked.negative_prompt[0] if asked.one_negative else asked.each(asked.negative_prompt)),
+        "steps": chosen.steps,
+        "sampler": chosen.choice.sampler.name,
+        "schedule": chosen.kind,
+        "guidance_scale": chosen.guidance_scale,
+        "seed": asked.seeds[0],
+        "width": inputs.width,
+        "height": inputs.height,
+        "model": config.name,
+        "noise": asked.noise,
+        "sdxl": None if asked.sdxl is None else asked.sdxl.chosen(),
+        "variation": None if asked.variation is None else asdict(asked.variation),
+        "strength": None if start is None else start.strength,
+        "steps_as": None if start is None or asked.steps_as == "diffusers" else asked.steps_as,
+        "guidance_rescale": asked.guidance_rescale or None,
+        "eta": asked.eta,
+        "clip_skip": asked.clip_skip,
+        "literal": asked.literal or None,
+        "mask_blur": None if inputs.mask is None else asked.mask_blur,
+        "mask_fill": None if asked.mask_fill == "original" else asked.mask_fill,
+        "only_masked": asked.only_masked,
+        "image_guidance_scale": asked.image_guidance_scale if config.unet.in_channels == EDITING else None,
+        "hires": None if asked.hires is None else asked.hires.fields(),
+        "refiner": None if asked.refiner is None else asked.refiner.config.name,
+        "refiner_at": None if asked.refiner is None else asked.refiner_at,
+        "loras": {use.lora.path.stem: (use.unet, use.text_encoder) for use in loras} or None,
+        "control": [str(getattr(each.model, "name", each.model)) for each in asked.control] or None,
+        "inferred": dict(chosen.inferred),
+        "notes": [*inputs.notes, *unheeded(config, asked, chosen.guidance_scale, words)],
+    }
+    return {name: value for name, value in parameters.items() if value is not None}
