@@ -196,9 +196,11 @@ def _lock(folder: Path, identity: str, wait: float, held: str) -> Iterator[None]
     path = folder / f".nativesd-{identity}.lock"
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=wait, poll_interval=POLL)
-    except Timeout:
-        raise UsageError(held) from None
+        try:
+            lock.acquire(timeout=wait, poll_interval=POLL)
+        except Timeout:  # which some reasons end in that have nothing to do with another process
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT))
+            raise UsageError(held) from None
     except OSError as error:
         raise SourceError(f"{folder} cannot be written: {error.strerror or error}") from error
     try:

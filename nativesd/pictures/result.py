@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from base64 import b64encode
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
@@ -15,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from nativesd.destination import fresh
+from nativesd.destination import fresh, hold
 from nativesd.errors import SourceError, UsageError
 from nativesd.pictures.embedded import user_comment_exif
 from nativesd.pictures.infotext import MASKED_CONTENT, ONLY_MASKED, SDXL_FIELDS, shown_schedule, write_infotext
@@ -187,12 +188,20 @@ def check_target(path: Path) -> str:
     Raises UsageError for a suffix that is no picture format, SourceError where the folder is missing or not writable.
     """
     kind = picture_format(path)
-    if path.is_dir():
-        raise SourceError(f"{path} cannot be written: it is a folder")
-    if not path.parent.is_dir():
-        raise SourceError(f"{path} cannot be written: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise SourceError(f"{path} cannot be written: the folder {path.parent} is not writable")
+    try:
+        if path.is_dir():
+            raise SourceError(f"{path} cannot be written: it is a folder")
+        if not path.parent.is_dir():
+            raise SourceError(f"{path} cannot be written: there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise SourceError(f"{path} cannot be written: the folder {path.parent} is not writable")
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # ValueError: no name that a file can have
+        raise SourceError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    with suppress(UsageError), hold(path):  # the system's word on it; another process that writes there will be done
+        return kind
     return kind
 
 
