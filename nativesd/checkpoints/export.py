@@ -14,16 +14,15 @@ from nativesd.destination import fresh
 from nativesd.diffusion.control import check_controlnet
 from nativesd.errors import UsageError
 from nativesd.export.engines import Wish, build
-from nativesd.export.graphs import FILE
+from nativesd.export.graphs import FILE, vae_parts
 from nativesd.export.library import Part, default_store, numbered, write_onnx
-from nativesd.export.slots import CHUNK, Component, Convention, Request
+from nativesd.export.slots import CHUNK, Convention, Request
 from nativesd.export.store import Store
 from nativesd.export.tensorrt.build import Progress
 from nativesd.export.tensorrt.product import Backend, device_target, parse_target
 from nativesd.export.tensorrt.profiles import ready_profile
 from nativesd.loading.load import load
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
-from nativesd.models.vae import VAE
 from nativesd.pipeline.arguments import Lora
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.tuning.memory import memory_explained
@@ -154,7 +153,7 @@ def export_tensorrt(
     targets   compute capabilities, such as "sm120", "SM_120" or "12.0", also several in one with commas; TensorRT-RTX
               builds for GPUs that are elsewhere, without any here. Each gets an engine of its own, and "sm86+sm89" one
               for both. Default: the GPU's own
-    profiles  SIZE[-bIMAGES][-cCHUNKS] with a SIZE such as 512, 768x512, 512to1024 or dynamic: `ready_profile`
+    profiles  SIZE[-bIMAGES][-sSLOTS][-cCHUNKS] with a SIZE such as 512, 768x512, 512to1024 or dynamic: `ready_profile`
     check     run the graphs against PyTorch, and the engines whose GPU is here; `tolerance` as in `export_onnx`, on
               the GPU by default 1e-4 in float32 (the VAE, in TF32: 3e-3), 1e-2 in float16, 4e-2 in bfloat16
     again     build in place of engines that are there; without, they are left, so that what was interrupted goes on
@@ -217,12 +216,11 @@ def _parts(pipeline: Pipeline, components: Sequence[str], control: Sequence[str 
                 raise UsageError(f"{each} is a T2I-Adapter, which has no exported form")
             check_controlnet(model.name, model.module, pipeline.config.unet)
             out.append(Part(numbered("controlnet", i), "controlnet", model.module, family, model.name))
-    parts: tuple[Component, ...] = ("vae_encoder", "vae_decoder")
-    for component in parts:
-        if component in components:
-            if not isinstance(pipeline.vae, VAE):
-                raise UsageError("TAESD has no exported form: leave vae_encoder and vae_decoder out")
-            out.append(Part(component, component, pipeline.vae, family, source))
+    out += [
+        Part(component, component, pipeline.vae, family, source)
+        for component in vae_parts(pipeline.vae)
+        if component in components
+    ]
     if not out:
         raise UsageError("there is nothing to export: name a component, and ControlNets with control (--control)")
     return out

@@ -83,11 +83,14 @@ def export_onnx(
               help="Such as sm120; sm86,sm89: one each; sm86+sm89: one for both [default: this GPU].")  # fmt: skip
 @click.option("--profile", "profiles", multiple=True, metavar="SIZE[-bIMAGES][-cCHUNKS]",
               help="SIZE: 512, 768x512, 512to1024 or dynamic; repeatable [default: dynamic].")  # fmt: skip
+@click.option("--stream", "slots", type=click.IntRange(1, 8), help="Rows of a stream of so many slots.")
 @click.option("--dtype", default="float16", show_default=True, help="float16, bfloat16 or float32.")
 @click.option("--weight-streaming", is_flag=True, help="The weights may stay in main memory.")
 @click.option("--again", is_flag=True, help="Build in place of an engine that is there.")
-def export_tensorrt(source: str, no_slots: bool, no_check: bool, **given: Any) -> None:
+def export_tensorrt(source: str, no_slots: bool, no_check: bool, slots: int | None, **given: Any) -> None:
     """See the command's help."""
+    if slots is not None:
+        given["profiles"] = [_streamed(profile, slots) for profile in given["profiles"] or ("dynamic",)]
     from nativesd.checkpoints.export import export_tensorrt as run_export
 
     with _progress() as on_progress:
@@ -212,3 +215,11 @@ def _progress() -> Iterator[Callable[[Any], None]]:
                 bar.refresh()
 
         yield show
+
+
+def _streamed(profile: str, slots: int) -> str:
+    """A profile for a stream of so many slots."""
+    size, chunks = profile.partition("-c")[::2]
+    if "-b" in size or "-s" in size:
+        raise click.UsageError(f"--stream says the rows, and the profile {profile} too: pass either")
+    return f"{size}-s{slots}" + (f"-c{chunks}" if chunks else "")

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from nativesd.errors import NativesdWarning, UsageError
 from nativesd.export.runner import Runner
+from nativesd.export.slots import Request
 from nativesd.models.clip import TextEncoder, TextOutput
 from nativesd.models.controlnet import ControlNet
 from nativesd.models.layers import CachedContext, Context, repeat_to
+from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import CachedTime, Time, UNet
 from nativesd.models.vae import VAE
 
@@ -45,17 +47,26 @@ class Delegate:
         self.renew = renew
         self.fallbacks: set[str] = set()
 
+    def refusal(self, request: Request) -> str | None:
+        """Why the graph cannot answer a request with the weights as they are now; None where it can."""
+        return self._outdated() or self.runner.refusal(request)
+
+    def _outdated(self) -> str | None:
+        """Why the graph is not of the weights as they are now, after another was asked for; None where it is."""
+        reason = self.stale()
+        runner = None if reason is None or self.renew is None else self.renew()
+        if runner is None:
+            return reason
+        self.runner.close()
+        self.runner = runner
+        return None
+
     def run(self, given: Mapping[str, Tensor | None], *, unfit: str | None = None) -> dict[str, Tensor] | None:
         """The graph's answer for what is given, or None, after a warning that says why, where PyTorch has to answer.
 
         unfit  what of the call the graph has no input for
         """
-        reason = unfit or self.stale()
-        if reason is not None and unfit is None and self.renew is not None:
-            runner = self.renew()
-            if runner is not None:
-                self.runner.close()
-                self.runner, reason = runner, None
+        reason = unfit or self._outdated()
         schema = self.runner.schema
         kinds = {slot.name: slot.kind for slot in schema.inputs}
         tensors = {
@@ -186,6 +197,23 @@ class AcceleratedVAE(VAE):
         return super().decode(latents) if answer is None else answer["sample"].to(latents)
 
 
+class AcceleratedTinyVAE(TinyVAE):
+    """A TAESD whose whole pictures exported graphs encode and decode."""
+
+    encoding: Delegate | None
+    decoding: Delegate | None
+
+    def encode(self, images: Tensor) -> Tensor:
+        """As `TinyVAE.encode`."""
+        answer = None if self.encoding is None else self.encoding.run({"sample": images})
+        return super().encode(images) if answer is None else answer["latent_sample"].to(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As `TinyVAE.decode`."""
+        answer = None if self.decoding is None else self.decoding.run({"latent_sample": latents})
+        return super().decode(latents) if answer is None else answer["sample"].to(latents)
+
+
 def accelerate_module(module: Module, delegates: Mapping[str, Delegate]) -> Module:
     """A module with its graphs' runners, by component; it shares the parameters of the given one.
 
@@ -200,8 +228,8 @@ def accelerate_module(module: Module, delegates: Mapping[str, Delegate]) -> Modu
             kind, parts["delegate"] = AcceleratedControlNet, delegates["controlnet"]
         case TextEncoder():
             kind, parts["delegate"] = AcceleratedTextEncoder, delegates["text_encoder"]
-        case VAE():
-            kind = AcceleratedVAE
+        case VAE() | TinyVAE():
+            kind = AcceleratedVAE if isinstance(module, VAE) else AcceleratedTinyVAE
             parts["encoding"], parts["decoding"] = delegates.get("vae_encoder"), delegates.get("vae_decoder")
         case _:
             raise UsageError(f"a {type(module).__name__} has no exported form")

@@ -21,6 +21,7 @@ from nativesd.export.slots import (
 )
 from nativesd.models.clip import TextEncoder
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
+from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
 
@@ -91,9 +92,15 @@ def graph_of(module: nn.Module, component: Component, *, control: bool = True) -
             return Graph(module, controlnet_schema(module.control_config))  # which says why not
         case TextEncoder():
             return Graph(module, text_encoder_schema(module.config))
-        case VAE() if component in ("vae_decoder", "vae_encoder"):
+        case VAE() | TinyVAE() if component in ("vae_decoder", "vae_encoder"):
             return Graph(module, vae_schema(module.config, component))
     raise UsageError(f"a {type(module).__name__} has no exported form")
+
+
+def vae_parts(vae: VAE | TinyVAE) -> list[Component]:
+    """The graphs of a VAE: of both its halves, or of the one that there is."""
+    parts: dict[Component, str] = {"vae_encoder": "encoder", "vae_decoder": "decoder"}
+    return [part for part, half in parts.items() if vae.config.half in (None, half)]
 
 
 def typical(schema: Schema) -> Request:
@@ -120,11 +127,12 @@ def _controlnet(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Tens
 
 
 def _vae_decoder(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Tensor]:
-    return (cast("VAE", module).decode(given["latent_sample"]),)
+    return (cast("VAE | TinyVAE", module).decode(given["latent_sample"]),)
 
 
 def _vae_encoder(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Tensor]:
-    return (torch.cat(cast("VAE", module).encode(given["sample"]), dim=1),)
+    encoded = cast("VAE | TinyVAE", module).encode(given["sample"])
+    return (encoded if isinstance(encoded, Tensor) else torch.cat(encoded, dim=1),)
 
 
 def _text_encoder(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Tensor]:

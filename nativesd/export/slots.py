@@ -11,7 +11,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from nativesd.config import ControlNetConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from nativesd.config import ControlNetConfig, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from nativesd.errors import UsageError
 
 CHUNK = 77  # tokens of one chunk of a prompt, begin and end included
@@ -179,13 +179,18 @@ def controlnet_schema(config: ControlNetConfig) -> Schema:
     return Schema("controlnet", (*_unet_inputs(config.unet), hint), _residuals(config.unet, "control_"))
 
 
-def vae_schema(config: VAEConfig, part: Literal["vae_decoder", "vae_encoder"]) -> Schema:
-    """Of the VAE's decoder, unscaled latents to [-1, 1], or its encoder, to mean and log-variance side by side."""
+def vae_schema(config: VAEConfig | TinyVAEConfig, part: Literal["vae_decoder", "vae_encoder"]) -> Schema:
+    """Of the VAE's decoder, unscaled latents to [-1, 1], or its encoder, to mean and log-variance side by side.
+
+    TAESD's encoder gives latents, which are no distribution.
+    """
     channels, factor = config.latent_channels, config.factor
     pixels: tuple[Axis, ...] = ("batch", config.image_channels, Side("h", factor), Side("w", factor))
+    latents = Slot("latent_sample", ("batch", channels, Side("h"), Side("w")))
     if part == "vae_decoder":
-        latents = Slot("latent_sample", ("batch", channels, Side("h"), Side("w")))
         return Schema(part, (latents,), (Slot("sample", pixels),))
+    if isinstance(config, TinyVAEConfig):
+        return Schema(part, (Slot("sample", pixels),), (latents,))
     moments = Slot("latent_parameters", ("batch", 2 * channels, Side("h"), Side("w")))
     return Schema(part, (Slot("sample", pixels),), (moments,))
 

@@ -19,13 +19,13 @@ from nativesd.export import library
 from nativesd.export.accelerate import Delegate, accelerate_module
 from nativesd.export.capture import CapturedRunner, CudaQueue
 from nativesd.export.engines import engine_runner
+from nativesd.export.graphs import vae_parts
 from nativesd.export.library import BACKENDS, BackendName, Part, default_store
 from nativesd.export.runner import Runner
 from nativesd.export.slots import Component
 from nativesd.export.store import Store
 from nativesd.export.tensorrt.engine import Arena
 from nativesd.models.controlnet import ControlNet
-from nativesd.models.vae import VAE
 from nativesd.tuning.fp8 import is_fp8
 from nativesd.weights.lora.file import LoraFile
 from nativesd.weights.lora.merge import Merged, writes
@@ -229,8 +229,8 @@ def accelerate(
         )
     if "unet" in components:
         unet = graphs.module("unet", unet, ["unet"], away=away)
-    if "vae" in components and isinstance(vae, VAE):
-        vae = graphs.module("vae", vae, ["vae_encoder", "vae_decoder"])
+    if "vae" in components:
+        vae = graphs.module("vae", vae, vae_parts(vae))
     if "controlnet" in components and load is not None:
         load = partial(_load_control, load, graphs)
     return replace(

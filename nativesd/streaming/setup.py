@@ -11,11 +11,13 @@ from torch import Tensor
 
 from nativesd.diffusion.config import PLAIN, PipelineConfig
 from nativesd.errors import UsageError
+from nativesd.export.slots import Request
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.pipeline.tagged import LoraUse, tagged_prompts
 from nativesd.streaming.batch import Plan, extra_rows, make_plan
 from nativesd.streaming.ladder import Ladder
 from nativesd.streaming.options import Asked, Seeds
+from nativesd.streaming.rows import require_rows
 from nativesd.streaming.told import Told, tell
 
 
@@ -129,4 +131,6 @@ def make_setup(pipeline: Pipeline, asked: Asked, size: tuple[int, int], before: 
         ladder, noise, config.prediction, guidance_scale=asked.guidance_scale, residual=residual, delta=asked.delta,
         renoise=asked.renoise, device=pipeline.device,
     )  # fmt: skip
+    request = Request(plan.rows, noise.shape[2], noise.shape[3], told.context.states.shape[1])
+    require_rows(pipeline, asked.control, plan.slots, request, size)
     return Setup(asked, ladder, loras, noises, told, told_of, plan)

@@ -28,25 +28,27 @@ class Profile:
 
 
 def ready_profile(name: str, component: Component, *, native: int, factor: int = 8) -> Profile:
-    """A profile by a name that says everything: SIZE[-bIMAGES][-cCHUNKS], such as "512", "768x512-b2", "dynamic-c4".
+    """A profile by a name that says everything: SIZE[-bIMAGES][-sSLOTS][-cCHUNKS], such as "512", "768x512-b2".
 
     SIZE     pixels: one size ("1024" is square, "768x512" width and height), any sides in a range ("512to1024"), or
              "dynamic", which is half to one and a half times the native size
     IMAGES   how many pictures at once, 1 by default; UNets and ControlNets take as many rows, or twice as many for
              guidance
+    SLOTS    of a stream instead of pictures: a UNet and ControlNets take from as many rows to twice as many, for every
+             way of guidance, and are fastest at as many; the VAE takes one picture
     CHUNKS   of a prompt, 3 by default
     native   the side in pixels that the model was trained on, for which ranges are fastest
     factor   pixels per latent cell along one side
 
     Raises UsageError for a name that says nothing, and sizes that have no whole number of cells.
     """
-    found = re.fullmatch(r"(?:dynamic|(\d+)(?:(x|to)(\d+))?)(?:-b(\d+))?(?:-c(\d+))?", name)
+    found = re.fullmatch(r"(?:dynamic|(\d+)(?:(x|to)(\d+))?)(?:-b(\d+)|-s(\d+))?(?:-c(\d+))?", name)
     if found is None:
         raise UsageError(
-            f"{name!r} is not a profile: such as 512, 768x512, 512to1024 or dynamic, then -b2 for 2 pictures and "
-            "-c4 for 4 chunks of a prompt"
+            f"{name!r} is not a profile: such as 512, 768x512, 512to1024 or dynamic, then -b2 for 2 pictures or -s2 "
+            "for a stream of 2 slots, and -c4 for 4 chunks of a prompt"
         )
-    first, kind, second, images, chunks = found.groups()
+    first, kind, second, images, slots, chunks = found.groups()
     least, most = (int(first or native // 2),) * 2, (int(second or first or native * 3 // 2),) * 2
     best = (min(max(native, least[0]), most[0]),) * 2
     if kind == "x":
@@ -56,7 +58,7 @@ def ready_profile(name: str, component: Component, *, native: int, factor: int =
     for pixels in (*least, *best, *most):
         if pixels < factor or pixels % factor:
             raise UsageError(f"profile {name}: sides are multiples of {factor} pixels, and {pixels} is not")
-    count, longest = int(images or 1), int(chunks or CHUNKS)
+    count, longest = int(images or slots or 1), int(chunks or CHUNKS)
     if count < 1 or longest < 1:
         raise UsageError(f"profile {name}: at least one picture and one chunk")
     rows = {"unet": 2, "controlnet": 2, "text_encoder": 2 * longest}.get(component, 1)
@@ -65,6 +67,13 @@ def ready_profile(name: str, component: Component, *, native: int, factor: int =
     def request(batch: int, sides: tuple[int, int], length: int) -> Request:
         return Request(batch, sides[1] // factor, sides[0] // factor, length)
 
+    if slots is not None:
+        streamed = component in ("unet", "controlnet")
+        fewest = count if streamed else 1
+        most_rows = rows * count if streamed else rows
+        return Profile(
+            name, request(fewest, least, CHUNK), request(fewest, best, CHUNK), request(most_rows, most, tokens)
+        )
     return Profile(
         name,
         request(1, least, CHUNK),
