@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import nativesd
-from nativesd.diffusion import model as diffusion
+from nativesd.diffusion import loaded
 from nativesd.diffusion.start import Start
 from nativesd.errors import NoMemoryError, UsageError
 from nativesd.pipeline.hires import UPSCALERS
@@ -416,14 +416,14 @@ def test_what_does_not_fit_is_said_before_the_first_step(
     ours = nativesd.load(folders["sd15"], device="cpu")
     expected = ours("a cat", steps=2, seed=1, num_images=2).latents
     needed = memory.unet_bytes(ours.config.unet, 2, 8, 8, torch.float32)
-    monkeypatch.setattr(diffusion, "free_bytes", lambda device: needed + 1)
+    monkeypatch.setattr(loaded, "free_bytes", lambda device: needed + 1)
     batches: list[int] = []
     ours.unet.register_forward_pre_hook(lambda module, arguments: batches.append(len(arguments[0])))
     found = ours("a cat", steps=2, seed=1, num_images=2).latents
     assert set(batches) == {2}, "guidance one by one"
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     batches.clear()
-    monkeypatch.setattr(diffusion, "free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(loaded, "free_bytes", lambda device: needed - 1)
     with pytest.raises(NoMemoryError, match=r"2 pictures of 64x64 cannot fit: .*--force"):
         ours("a cat", steps=2, seed=1, num_images=2)
     assert not batches
