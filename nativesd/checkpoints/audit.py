@@ -11,6 +11,7 @@ from nativesd.errors import SourceError
 from nativesd.models.build import expected
 from nativesd.shipped import NAMED
 from nativesd.weights.diff import DiffReport, Parameter, compare_parameters, parameters, unmapped
+from nativesd.weights.files.locate import is_missing_file
 from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.files.tensors import read_tensor
 from nativesd.weights.identity.believed import parse_believed
@@ -80,7 +81,7 @@ def find(source: str | Path, *, revision: str | None = None) -> list[Member]:
     path = NAMED.get(str(source), Path(source))
     if path.exists():
         return open_source(path)
-    if isinstance(source, Path) or not REMOTE.fullmatch(source):
+    if isinstance(source, Path) or not REMOTE.fullmatch(source) or is_missing_file(source):
         raise SourceError(f"{source} does not exist; a source is a file, a folder, a URL, or a hub id such as org/name")
     from nativesd.weights.files.remote import open_remote  # the hub's client is not needed for local files
 

@@ -81,9 +81,11 @@ def _loose(folder: Path) -> Iterator[Path]:
         yield folder
         return
     for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and not entry.name.startswith("."):
+        if entry.name.startswith("."):  # such as ._model.safetensors, which a Mac leaves beside a file
+            continue
+        if entry.is_dir():
             yield from _loose(entry)
-        elif entry.is_file() and entry.suffix.lower() in SUFFIXES:
+        elif entry.suffix.lower() in SUFFIXES:  # a link to nothing, too: that is a line
             yield entry
 
 

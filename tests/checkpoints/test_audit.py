@@ -275,6 +275,11 @@ def test_what_cannot_be_audited(run: Run, tmp_path: Path) -> None:
         assert words in done.stderr
     with pytest.raises(SourceError):
         nativesd.audit(tmp_path / "nothing")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for missing in ("folder/x.safetensors", "a/b/x.safetensors", "a/x.ckpt", "a/model_index.json"):
+        for call in (run("audit", missing), run("generate", "a fox", "--model", missing)):
+            assert call.returncode == 3  # not 4: nothing is asked of the hub
+            assert f"{missing} does not exist" in call.stderr
     with pytest.raises(UsageError):
         nativesd.audit("tiny", believed="sdxl")
 

@@ -99,6 +99,13 @@ def test_what_paths_mean(folder: Path) -> None:
         expand([folder / "none*.safetensors"])
 
 
+def test_a_link_to_nothing_is_a_line_and_a_hidden_file_none(tmp_path: Path) -> None:
+    (tmp_path / "._model.safetensors").write_bytes(b"what a Mac leaves beside a file")
+    (tmp_path / "gone.safetensors").symlink_to("nowhere")
+    [line] = survey([tmp_path])
+    assert "gone.safetensors is missing: it is a link to nothing" in line.error
+
+
 def test_it_needs_no_torch(folder: Path) -> None:
     code = (
         "import sys; from nativesd import cli; sys.argv = ['nativesd', 'audit', *sys.argv[1:]]\n"

@@ -11,6 +11,7 @@ from nativesd import shipped
 from nativesd.errors import SourceError
 from nativesd.shipped import TINY
 from nativesd.weights.files.folder import folder_of
+from nativesd.weights.formats.container import SUFFIXES
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TAESD = "taesd"
@@ -101,4 +102,10 @@ def other_half(path: Path) -> Path | None:
 
 
 def _on_hub(source: str | Path) -> bool:
-    return isinstance(source, str) and HUB_ID.fullmatch(source) is not None
+    return isinstance(source, str) and HUB_ID.fullmatch(source) is not None and not is_missing_file(source)
+
+
+def is_missing_file(source: str) -> bool:
+    """Whether a name that is nothing here means a local file, though it looks like one on the hub: `org/name` with a
+    file's suffix is no repository, and what would lie in a folder that is here is no file of one."""
+    return source.endswith((*SUFFIXES, ".json")) and (source.count("/") == 1 or Path(source).parent.is_dir())
