@@ -64,7 +64,8 @@ def fresh(dest: str | Path, *, replace: bool = False, parents: bool = True, wait
         for path in leftovers(place.parent):
             remove(path)
     except OSError as error:
-        raise SourceError(f"{dest} cannot be written: {_reason(error, place, temporary)}") from error
+        shown = str(dest) if len(str(dest)) <= 500 else f"{str(dest)[:500]}..."
+        raise SourceError(f"{shown} cannot be written: {_reason(error, place, temporary)}") from error
     finally:
         for folder in made:
             with suppress(OSError):  # somebody else has written there

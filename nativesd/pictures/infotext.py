@@ -128,7 +128,7 @@ def _value_at(line: str, start: int) -> tuple[str, int]:
         try:
             _, end = json.JSONDecoder().raw_decode(line, start)
         except (ValueError, RecursionError):
-            end = -1
+            end = len(line) + 1  # no end: not -1, which would be before a comma at the end
         if end == len(line) or line.startswith(",", end):
             return line[start:end], end + 1
     if end_match := _VALUE_END.search(line, start):

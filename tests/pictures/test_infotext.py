@@ -691,3 +691,8 @@ def test_broken_pictures_are_read_or_refused(
     path.write_bytes(broken[: data.draw(st.integers(0, len(broken)))])
     with contextlib.suppress(SourceError):  # and no other error
         parse_infotext(text_of(path))
+
+
+def test_brackets_that_are_no_json_before_a_comma_at_the_end() -> None:
+    """Which were looked for from the end, and then read again from the beginning, without an end."""
+    assert parse_infotext("Steps: 1, ab: {x, cd: [y,").fields == {"Steps": "1", "ab": "{x", "cd": "[y"}

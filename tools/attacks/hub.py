@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import random
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote
+
+from huggingface_hub import constants
+
+from nativesd.weights.files import asking
+from nativesd.weights.files.hub import fetch, fetch_file
+from nativesd.weights.files.remote import open_remote
 
 COMMIT = "c0ffee" * 6 + "c0de"
 MODEL = {
@@ -230,3 +240,49 @@ def serve(hub: Hub) -> Iterator[Hub]:
     finally:
         listener.shutdown()
         listener.server_close()
+
+
+PATIENCE = 0.4
+"""Seconds that are waited for the server here, so that many can be tried; users wait for 8."""
+
+
+def hub(rng: random.Random, folder: Path) -> None:
+    """A model fetched, a file of it, or its headers audited; nothing may be written outside of the cache."""
+    place = rng.choice(PLACES)
+    fault = rng.choice(list(API) if place == "api" else list(HEADERS)) if rng.random() < 0.6 else None
+    if fault is None:
+        fault = rng.choice((*BODIES, *STATUSES))
+    served = _served()
+    served.place, served.fault, served.files = place, fault, dict(MODEL)
+    served.asked.clear()
+    constants.HF_HUB_CACHE = str(folder / "home" / "hub")
+    (folder / "x").write_bytes(b"mine")
+    try:
+        match rng.randrange(3):
+            case 0:
+                fetch("org/name", half=False)
+            case 1:
+                fetch_file("org/name", rng.choice(("model_index.json", "absent")))
+            case _:
+                open_remote("org/name")
+    finally:
+        if (folder / "x").read_bytes() != b"mine" or {path.name for path in folder.iterdir()} - {"home", "x"}:
+            raise AssertionError("something was written outside of the cache")
+        if (folder / "home").exists() and [path.name for path in (folder / "home").iterdir()] != ["hub"]:
+            raise AssertionError("something was written beside the cache")
+
+
+@cache
+def _served() -> Hub:
+    """A server that lives as long as the process."""
+    made = serve(Hub())
+    _kept.append(made)
+    served = made.__enter__()
+    constants.ENDPOINT = served.address
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = served.address + "/{repo_id}/resolve/{revision}/{filename}"
+    asking.PATIENCE = PATIENCE
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    return served
+
+
+_kept: list[object] = []
