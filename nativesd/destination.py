@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nativesd.errors import NativesdError, SourceError, UsageError
-from nativesd.reading import open_regular
+from nativesd.reading import MAX_JSON, read_bounded
 
 LEFTOVER = re.compile(r"\.nativesd-([0-9a-f]{16})(?:-[0-9a-f]{16}\.partial|\.lock)")
 POLL = 0.05
@@ -129,7 +129,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def copy_file(source: Path, name: str, dest: Path) -> bool:
-    """Copy the file `name` of the folder `source` into the folder `dest`; False where there is none.
+    """Copy the file `name` of the folder `source`, no weights, into the folder `dest`; False where there is none.
 
     It must be a regular file in that folder, or, as in the hub's cache, a link to the store beside it. Raises
     SourceError.
@@ -142,10 +142,10 @@ def copy_file(source: Path, name: str, dest: Path) -> bool:
     if not any(real.is_relative_to(allowed) for allowed in (root, *store)):
         raise SourceError(f"{path} leads out of {source}, to {real}, and is not copied: put the file itself there")
     out = inside(dest, name)
-    with open_regular(real) as file:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("xb") as copy:
-            shutil.copyfileobj(file, copy)
+    data = read_bounded(real, MAX_JSON, "file beside the weights")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("xb") as copy:
+        copy.write(data)
     return True
 
 

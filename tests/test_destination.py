@@ -297,6 +297,10 @@ def test_regular_files_of_the_folder_are_copied(tmp_path: Path) -> None:
     assert copy_file(model, "vocab.json", tmp_path / "out")
     assert copy_file(model, "same.json", tmp_path / "out")
     assert not copy_file(model, "absent.json", tmp_path / "out")
+    with (model / "merges.txt").open("wb") as file:
+        file.truncate(8 << 30)
+    with pytest.raises(SourceError, match="has 8589934592 bytes, more than the 32000000"):
+        copy_file(model, "merges.txt", tmp_path / "out")
     for name in ("link.json", "gone.json", "folder.json", "pipe.json"):
         with pytest.raises(SourceError):
             copy_file(model, name, tmp_path / "out")

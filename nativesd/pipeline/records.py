@@ -138,7 +138,7 @@ def read_loras(name: str, value: Any) -> list[tuple[str, float, float]]:
         raise UsageError(f"{name} must be files, or (file, scale), or (file, scale, scale), not {shown(value)}")
     out = []
     for lora in given:
-        file, *scales = (lora,) if is_path(lora) or not is_list(lora) else lora
+        file, *scales = (lora,) if is_path(lora) or not is_list(lora) or not len(lora) else lora
         if not is_path(file) or len(scales) > 2:
             raise UsageError(f"{name} must be files, or (file, scale), or (file, scale, scale), not {shown(lora)}")
         unet, encoders = [_scale(name, scale) for scale in scales or (1.0,)] * (1 if len(scales) == 2 else 2)

@@ -121,6 +121,7 @@ def test_what_plainly_means_something_is_taken(options: dict[str, Any], name: st
         ({"hires": 10**6}, "hires must be above 0 and at most 16, not 1000000"),
         ({"hires": math.inf}, "hires must be above 0 and at most 16, not inf"),
         ({"hires": Hires(2, width=10**9)}, "hires.width must be between 1 and 16384"),
+        ({"loras": [()]}, "loras must be files"),
         ({"loras": [("x", 1e38)]}, "a scale of loras must be between -1000 and 1000"),
         ({"hires": 0}, "hires must be above 0 and at most 16, not 0"),
         ({"hires": -2}, "hires must be above 0"),

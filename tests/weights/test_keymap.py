@@ -679,6 +679,7 @@ BOUNDED: dict[str, tuple[str, str]] = {
     "a deep expression": (rule("a.{" + "(" * 5000 + "1" + ")" * 5000 + "}", "b"), "rule 1: theirs = .* 200 characters"),
     "a long expression": (rule("a.{" + "1+" * 60 + "1}", "b"), "rule 1: .*has 121 characters, over 100"),
     "a large number": (rule("a.{" + "*".join(["999999999"] * 9) + "}", "b"), "rule 1: .*beyond 1000000000"),
+    "a prefix with a hole": (HEAD + 'prefix = "{i+1}"\n' + rule("a", "b"), r"\[map\]: prefix = .* without \{"),
     "captures side by side": (rule("a.{x}{y}{z}", "b.{x}.{y}.{z}"), "rule 1: .*more than two captures"),
     "captures by the hundred": (
         rule("a.{x}_{i}", "b.{x}_{i}", "for = { i = 99 }"), "rule 1: .*one of over 64 captures at its place",

@@ -35,17 +35,17 @@ def _variable() -> Kind:
     return Kind("a name of letters, digits and _", read)
 
 
-def _texts(most: int) -> Kind:
-    """One text, or a list of them, as a tuple."""
+def _texts(most: int, *, plain: bool = False) -> Kind:
+    """One text, or a list of them, as a tuple; `plain` ones have no holes."""
     one, several = text(), many(text(), most, 0)
 
     def read(value: Any) -> tuple[str, ...]:
-        if isinstance(value, str):
-            return (one.read(value),)
-        out: tuple[str, ...] = several.read(value)
+        out: tuple[str, ...] = (one.read(value),) if isinstance(value, str) else several.read(value)
+        if plain and any("{" in each for each in out):
+            raise ValueError
         return out
 
-    return Kind(f"a text, or a list of at most {most}, each of at most 200 characters", read)
+    return Kind(f"a text, or a list of at most {most}, each of at most 200 characters{' without {' * plain}", read)
 
 
 _REASONS = mapping(text(MAX_SENTENCE), MAX_EXPRESSIONS)
@@ -62,7 +62,7 @@ TABLE = (
 HEAD = (
     Field("component", _NAME, REQUIRED),
     Field("layout", _NAME, REQUIRED),
-    Field("prefix", _texts(20), ("",)),
+    Field("prefix", _texts(20, plain=True), ("",)),
     Field("detect", _texts(50), ()),
     Field("ignore", _REASONS, {}),
 )
