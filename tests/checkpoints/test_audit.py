@@ -191,7 +191,7 @@ def test_believed(run: Run, sdxl: Path) -> None:
     assert "--all lists them" in done.stdout
     for same in ("SDXL/sgm", "sdxl/ldm"):
         assert run("audit", str(sdxl), "--as", same).returncode == 0
-    for wrong in ("sdxl", "nothing/ldm", "sdxl/nothing"):
+    for wrong in ("sdxl", "nothing/ldm", "sdxl/nothing", "SDXL of its own form/sgm"):
         assert run("audit", str(sdxl), "--as", wrong).returncode == 2
 
 

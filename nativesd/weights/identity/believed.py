@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from nativesd.config import UNETS, UNetConfig
 from nativesd.errors import UsageError
-from nativesd.weights.identity.describe import FAMILIES, GUIDANCE, INPUTS, unet_family
+from nativesd.weights.identity.describe import FAMILIES, GUIDANCE, INPUTS, OWN_FORM, unet_family
 from nativesd.weights.identity.detect import Detection, Found
 from nativesd.weights.maps.keymap import KeyMap
 from nativesd.weights.maps.rules import Shape
@@ -34,6 +34,8 @@ def parse_believed(text: str) -> Believed:
         raise UsageError(f"{text!r} is not FAMILY/LAYOUT, such as SDXL/sgm")
     name = family.strip().casefold()
     unet = UNETS.get(USUAL.get(name, name)) or _labelled().get(name)
+    if unet is None and name.endswith(OWN_FORM):
+        raise UsageError(f"{family!r} is no published form, so there is nothing to compare with")
     if unet is None:
         known = dict.fromkeys([*(label for label in FAMILIES.values()), *UNETS])
         raise UsageError(f"{family!r} is not a family: it is one of {', '.join(known)}")
