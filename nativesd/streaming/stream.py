@@ -78,6 +78,7 @@ class Stream:
         self._closed = False
         with take_turns({pipeline.turns}, self._turns):
             self._begin(make_setup(pipeline, asked, self.size))
+            self._merged = pipeline.uses()
 
     def _begin(self, setup: Setup) -> None:
         """With empty slots, at the first frame and the first of the seed's noise."""
@@ -169,7 +170,7 @@ class Stream:
                 self._count += 1
                 return last
             with take_turns({self.pipeline.turns}, self._turns), self._emptied_by_failure():
-                self.pipeline.merge(self._now.loras, partial=self.pipeline.own_partial)
+                self._merge_again()
                 newest = self._newest(incoming)
                 self._clock.mark("input")
                 self._steering.push(partial(self._hint, incoming, pictures))
@@ -177,6 +178,12 @@ class Stream:
                 made = self._advance(newest, self._count)
                 self._count += 1
                 return made
+
+    def _merge_again(self) -> None:
+        """Have this stream's LoRAs in the weights, where another call has put others there."""
+        if self.pipeline.uses() is not self._merged:
+            self.pipeline.merge(self._now.loras, partial=self.pipeline.own_partial)
+            self._merged = self.pipeline.uses()
 
     @contextmanager
     def _emptied_by_failure(self) -> Iterator[None]:
@@ -277,7 +284,7 @@ class Stream:
         with self._lock:
             self._require_open()
             with take_turns({self.pipeline.turns}, self._turns), self._emptied_by_failure():
-                self.pipeline.merge(self._now.loras, partial=self.pipeline.own_partial)
+                self._merge_again()
                 nothing = torch.zeros_like(self._now.plan.noise[:1])
                 while any(index is not None for index in self._inside):
                     self._clock.start()
@@ -302,7 +309,7 @@ class Stream:
             asked = check_update(self._now.asked, changes)
             with take_turns({self.pipeline.turns}, self._turns):
                 setup = make_setup(self.pipeline, asked, self.size, self._now)
-                before, self._now = self._now, setup
+                before, self._now, self._merged = self._now, setup, self.pipeline.uses()
                 if asked.skip_similar != before.asked.skip_similar:
                     self._filter = None if asked.skip_similar is None else SimilarFilter(asked.skip_similar)
                 if setup.plan.slots != before.plan.slots:

@@ -243,6 +243,19 @@ def test_two_streams_at_once_are_two_streams(models: dict[str, nativesd.Pipeline
         assert all(map(torch.equal, pictures, expected))
 
 
+def test_a_call_between_frames_leaves_the_stream_its_loras(models: dict[str, nativesd.Pipeline]) -> None:
+    pipe, frames = nativesd.load("tiny", device="cpu"), clip(3)
+    stream = pipe.stream("a fox", loras=[LCM], output="tensor")
+    expected = run(stream, frames)
+    stream.reset()
+    for again in (stream.reset, lambda: None):
+        pipe("a cactus", steps=1, seed=1)
+        assert pipe.uses() == ()
+        again()
+        assert all(map(torch.equal, expected, run(stream, frames)))
+        stream.reset()
+
+
 UPDATES: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": "a blue tree"},
     "prompts": {"prompts": [("a blue tree", 1), ("a house", 2)], "blend": "slerp"},
