@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from nativesd.checkpoints.export import export_onnx as export_onnx
     from nativesd.checkpoints.export import export_tensorrt as export_tensorrt
     from nativesd.diffusion.control import Control as Control
-    from nativesd.diffusion.preview import Step as Step
     from nativesd.diffusion.prompting import SDXL as SDXL
+    from nativesd.latents.preview import Step as Step
     from nativesd.loading.control import load_control as load_control
     from nativesd.loading.load import load as load
     from nativesd.pictures.preprocess import canny as canny
@@ -48,7 +48,7 @@ _HOMES = {
     "loading.control": ("load_control",),
     "loading.load": ("load",),
     "pipeline.hires": ("Hires",),
-    "diffusion.preview": ("Step",),
+    "latents.preview": ("Step",),
     "diffusion.prompting": ("SDXL",),
     "pipeline.pipeline": ("Pipeline",),
     "pipeline.repeat": ("options_from",),

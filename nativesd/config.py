@@ -1,7 +1,8 @@
 """The architectures as data: frozen records, and the published families as named presets.
 
 Nothing here knows about tensors or files. A model module is built from one of these records alone, and everything
-that exporters and ControlNets need to know about shapes (`UNetConfig.residual_shapes`) is answered by the record.
+that exporters and ControlNets need to know about shapes (`UNetConfig.residual_shapes`) is answered by the record. The
+presets stand below the records in one file, as each is read beside what its fields mean.
 """
 
 from __future__ import annotations

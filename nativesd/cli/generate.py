@@ -175,7 +175,7 @@ def generate(
 
     import nativesd
     from nativesd.cli.progress import listening, progress
-    from nativesd.diffusion.preview import Step
+    from nativesd.latents.preview import Step
     from nativesd.pictures.result import check_target, write_picture
     from nativesd.pipeline.arguments import check, split
 

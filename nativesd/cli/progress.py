@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from nativesd.cli.common import say, size_text
-from nativesd.diffusion.preview import Step
+from nativesd.latents.preview import Step
 
 EVERY = 5.0  # seconds between plain lines
 

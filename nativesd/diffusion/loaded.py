@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nativesd.diffusion import autoencoder
 from nativesd.diffusion.config import PipelineConfig
 from nativesd.diffusion.control import ControlModel
-from nativesd.diffusion.preview import LatentPreview
 from nativesd.diffusion.turns import Turns
 from nativesd.errors import NoMemoryError
+from nativesd.latents import autoencoder
+from nativesd.latents.preview import LatentPreview
 from nativesd.models.clip import TextEncoder
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet

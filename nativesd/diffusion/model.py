@@ -15,9 +15,9 @@ from nativesd.diffusion.control import Control, make_hint, steer
 from nativesd.diffusion.denoiser import guidance_embedding, keep_known, make_denoiser, watch
 from nativesd.diffusion.guidance import Guidance
 from nativesd.diffusion.loaded import Loaded
-from nativesd.diffusion.preview import Step
 from nativesd.diffusion.prompting import SDXL, Frame, Sides, negative_side, over_steps, prompt_sides
 from nativesd.diffusion.start import Start
+from nativesd.latents.preview import Step
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.pictures.masks import mask_to_latents, mask_to_tensor
 from nativesd.sampling.names import Choice

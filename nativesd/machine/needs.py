@@ -85,8 +85,8 @@ def estimate(name: str, family: Family, dtype: str) -> Need:
     """
     import torch
 
-    from nativesd.diffusion.autoencoder import decode_bytes
-    from nativesd.diffusion.strips import MAPS
+    from nativesd.latents.autoencoder import decode_bytes
+    from nativesd.latents.strips import MAPS
     from nativesd.tuning.memory import unet_bytes
 
     kind: torch.dtype = getattr(torch, dtype)

@@ -33,10 +33,10 @@ from torch import Tensor
 from nativesd.config import Prediction
 from nativesd.diffusion.control import Control
 from nativesd.diffusion.model import Diffusion
-from nativesd.diffusion.preview import Step
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.start import MaskFill, StepsAs
 from nativesd.errors import UsageError
+from nativesd.latents.preview import Step
 from nativesd.pictures.images import Fit, ImageSource
 from nativesd.pipeline.hires import Hires
 from nativesd.pipeline.readers import Reader, flag, is_list, one_of, real, text, whole

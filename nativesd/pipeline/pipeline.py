@@ -15,11 +15,11 @@ from torch import Tensor
 from nativesd.diffusion.control import ControlModel
 from nativesd.diffusion.guidance import Guidance
 from nativesd.diffusion.model import Job
-from nativesd.diffusion.preview import Step
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.start import Start
 from nativesd.diffusion.turns import take_turns
 from nativesd.errors import Interrupted, UsageError
+from nativesd.latents.preview import Step
 from nativesd.pictures import images
 from nativesd.pictures.result import Result
 from nativesd.pipeline.adapted import Adapted

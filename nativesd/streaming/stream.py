@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nativesd.diffusion import autoencoder
 from nativesd.diffusion.control import ControlModel, hint_pixels
 from nativesd.diffusion.turns import take_turns
 from nativesd.errors import UsageError
+from nativesd.latents import autoencoder
 from nativesd.pictures.images import ImageSource, read_image
 from nativesd.pictures.preprocess import preprocess
 from nativesd.pipeline.arguments import signed

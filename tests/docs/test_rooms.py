@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+
 import rooms
+
+LONG = 350
 
 
 def test_the_drawing_is_that_of_the_code() -> None:
@@ -15,3 +19,11 @@ def test_every_room_is_drawn() -> None:
     package = rooms.ROOT / rooms.PACKAGE
     there = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert {name for floor in rooms.floors() for name in floor} == {name for name in there if name[0] != "_"}
+
+
+def test_a_long_file_says_why_it_is_one() -> None:
+    for path in sorted((rooms.ROOT / rooms.PACKAGE).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > LONG:
+            said = " ".join((ast.get_docstring(ast.parse(text)) or "").split())
+            assert "one file" in said, f"{path} has over {LONG} lines: split it, or let its docstring say why not"

@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import nativesd
-from nativesd.diffusion.preview import Step
 from nativesd.errors import UsageError
+from nativesd.latents.preview import Step
 from nativesd.sampling import noise
 from nativesd.sampling.names import Choice, find_sampler
 from nativesd.sampling.table import SAMPLERS

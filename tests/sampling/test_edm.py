@@ -11,9 +11,9 @@ from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from torch import Tensor
 
 from nativesd.config import PLAYGROUND_VAE, SD_VAE, Prediction
-from nativesd.diffusion.autoencoder import decode, encode
 from nativesd.diffusion.denoiser import to_clean
 from nativesd.errors import SourceError, UsageError
+from nativesd.latents.autoencoder import decode, encode
 from nativesd.models.vae import VAE
 from nativesd.sampling.names import find_sampler
 from nativesd.sampling.published import SchedulerConfig

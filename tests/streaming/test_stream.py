@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 import nativesd
-from nativesd.diffusion import autoencoder
 from nativesd.diffusion.control import ControlModel
 from nativesd.errors import NativesdError, UsageError
+from nativesd.latents import autoencoder
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.pictures.images import to_tensor

@@ -13,7 +13,7 @@ from nativesd.pictures.result import Result
 from nativesd.server.jobs.job import Job, Made
 
 if TYPE_CHECKING:
-    from nativesd.diffusion.preview import Step
+    from nativesd.latents.preview import Step
     from nativesd.pipeline.pipeline import Pipeline
     from nativesd.server.jobs.shelf import Shelf
 

@@ -3,7 +3,7 @@
 A pickle is a program for a stack machine (pickletools, "A pickle is a program"). The loader in Python imports and calls
 whatever it names. Here names stay names: what the program would call becomes an `Inert` with its name and arguments,
 but for the few functions of torch by which tensors are written (torch/_utils.py, `_rebuild_*`), which become `Stored`.
-Nothing is imported, called, compared or hashed but by this module's own lines.
+Nothing is imported, called, compared or hashed but by this module's own lines, which are one file for that reason.
 
 Refused are opcodes beyond the list below, over MAX_BYTES bytes or MAX_OPCODES opcodes (the checkpoint of SDXL with its
 training average and optimizer has some 400 000), and marks within marks beyond MAX_MARKS.

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import nativesd
 import tiny_scenes as scenes
 from nativesd.config import SD_VAE, SDXL_VAE, TAESD, TinyVAEConfig, VAEConfig
-from nativesd.diffusion.autoencoder import decode, decode_bytes, encode, tile_size
-from nativesd.diffusion.preview import LatentPreview
 from nativesd.errors import NativesdError, UsageError
+from nativesd.latents.autoencoder import decode, decode_bytes, encode, tile_size
+from nativesd.latents.preview import LatentPreview
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.vae import VAE
 
@@ -104,7 +104,7 @@ def measured(config: VAEConfig | TinyVAEConfig, run: str, **environment: str) ->
     """Seconds that `run` takes in a process of its own, bytes it adds at its peak, and the process's peak."""
     code = f"""
 import time, torch
-from nativesd.diffusion.autoencoder import decode, encode
+from nativesd.latents.autoencoder import decode, encode
 from nativesd.config import TinyVAEConfig, VAEConfig
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.vae import VAE
@@ -179,7 +179,7 @@ def test_estimate_of_a_plain_decode(
 ])  # fmt: skip
 def test_2048_pixels_in_strips(run: str, limit: float) -> None:
     """The published VAE in float32, all of the process counted."""
-    seconds, added, peak = measured(SD_VAE, f"from nativesd.diffusion.autoencoder import tile_size\n{run}")
+    seconds, added, peak = measured(SD_VAE, f"from nativesd.latents.autoencoder import tile_size\n{run}")
     print(
         f"\n{run.split('(')[0]} of 2048x2048: peak {peak / 1e9:.2f} GB, {added / 1e9:.2f} of it added, {seconds:.0f} s"
     )

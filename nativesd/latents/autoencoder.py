@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nativesd.config import TinyVAEConfig, VAEConfig
-from nativesd.diffusion.strips import MAPS, decode_strips, encode_strips, tiny_strips
 from nativesd.errors import NativesdError, NativesdWarning, UsageError
+from nativesd.latents.strips import MAPS, decode_strips, encode_strips, tiny_strips
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.vae import VAE
 from nativesd.tuning.tune import untune

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from nativesd.config import SD_VAE, SDXL_VAE
-from nativesd.diffusion.autoencoder import decode, decode_bytes
+from nativesd.latents.autoencoder import decode, decode_bytes
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.vae import VAE
 
