@@ -42,7 +42,8 @@ from nativesd import cli
 from nativesd.checkpoints import convert, export, merge  # noqa: F401
 from nativesd.destination import leftovers, remove
 from nativesd.diffusion import model  # noqa: F401
-from nativesd.export.store import Store, verify
+from nativesd.export.kept.entries import verify
+from nativesd.export.kept.store import Store
 
 OPERATIONS = {
     "open", "os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.scandir",

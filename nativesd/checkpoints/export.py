@@ -13,12 +13,12 @@ from nativesd.checkpoints.manifest import write_manifest
 from nativesd.destination import fresh
 from nativesd.diffusion.control import check_controlnet
 from nativesd.errors import UsageError
-from nativesd.export.engines import Wish, build
 from nativesd.export.graphs import FILE, vae_parts
+from nativesd.export.kept.store import Store
 from nativesd.export.library import Part, default_store, numbered, write_onnx
 from nativesd.export.slots import CHUNK, Convention, Request
-from nativesd.export.store import Store
 from nativesd.export.tensorrt.build import Progress
+from nativesd.export.tensorrt.engines import Wish, build
 from nativesd.export.tensorrt.product import Backend, device_target, parse_target
 from nativesd.export.tensorrt.profiles import ready_profile
 from nativesd.loading.load import load

@@ -13,8 +13,8 @@ from typing import Any
 
 from nativesd.config import TinyVAEConfig, VAEConfig
 from nativesd.diffusion.config import EDITING, INPAINTING, PipelineConfig
+from nativesd.export.kept.entries import MANIFEST, files_in
 from nativesd.export.library import numbered
-from nativesd.export.store import MANIFEST, files_in
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.sampling.published import EDM_CLASSES, PREDICTIONS, SchedulerConfig
 from nativesd.sampling.schedule import trained_sigmas

@@ -142,14 +142,14 @@ def prune_engines(root: Path | None, dry_run: bool) -> None:
 
 
 def _store(root: Path | None) -> Any:
+    from nativesd.export.kept.store import Store
     from nativesd.export.library import default_store
-    from nativesd.export.store import Store
 
     return Store(root or default_store())
 
 
 def _show(root: Path | None, *, deep: bool) -> None:
-    from nativesd.export.store import verify
+    from nativesd.export.kept.entries import verify
 
     store = _store(root)
     table = Table(

@@ -20,11 +20,12 @@ from nativesd.cache import cache_folder
 from nativesd.errors import SourceError, UsageError
 from nativesd.export.check import SIZES, TOLERANCES, compare, require
 from nativesd.export.graphs import FILE, OPSETS, Graph, graph_of
+from nativesd.export.kept.entries import Entry, Key, verify
+from nativesd.export.kept.store import Building, Store
 from nativesd.export.runner import Runner
 from nativesd.export.sessions import OnnxRunner, OpenVinoRunner
 from nativesd.export.sessions import backend as package
 from nativesd.export.slots import Component, Convention, Request
-from nativesd.export.store import Building, Entry, Key, Store, verify
 from nativesd.tuning.tune import untuned
 from nativesd.version import __version__
 from nativesd.weights.lora.file import LoraFile

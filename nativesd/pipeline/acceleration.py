@@ -18,13 +18,13 @@ from nativesd.errors import NativesdWarning, UsageError
 from nativesd.export import library
 from nativesd.export.accelerate import Delegate, accelerate_module
 from nativesd.export.capture import CapturedRunner, CudaQueue
-from nativesd.export.engines import engine_runner
 from nativesd.export.graphs import vae_parts
+from nativesd.export.kept.store import Store
 from nativesd.export.library import BACKENDS, BackendName, Part, default_store
 from nativesd.export.runner import Runner
 from nativesd.export.slots import Component
-from nativesd.export.store import Store
 from nativesd.export.tensorrt.engine import Arena
+from nativesd.export.tensorrt.engines import engine_runner
 from nativesd.models.controlnet import ControlNet
 from nativesd.tuning.fp8 import is_fp8
 from nativesd.weights.lora.file import LoraFile

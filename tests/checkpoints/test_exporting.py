@@ -26,7 +26,8 @@ from nativesd.config import ControlNetConfig, Level, UNetConfig
 from nativesd.diffusion.control import ControlModel
 from nativesd.errors import NativesdError, UsageError
 from nativesd.export import check, library
-from nativesd.export.store import MANIFEST, Store
+from nativesd.export.kept.entries import MANIFEST
+from nativesd.export.kept.store import Store
 from nativesd.models.build import build
 from nativesd.sampling.published import EDM, SchedulerConfig
 from nativesd.text.tokenizer import ClipTokenizer, pad_id

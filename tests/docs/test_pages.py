@@ -28,9 +28,9 @@ from conftest import Done, Run
 from nativesd.cli.common import main
 from nativesd.export import library
 from nativesd.export.graphs import FILE
+from nativesd.export.kept.store import Store
 from nativesd.export.library import Part
 from nativesd.export.sessions import OnnxRunner
-from nativesd.export.store import Store
 from nativesd.streaming.options import StreamOptions
 from oracles import published_manifests, sparse
 from pipeline.test_pipeline import save_model

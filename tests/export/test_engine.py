@@ -23,8 +23,9 @@ from torch import Tensor
 from nativesd.config import Level, UNetConfig
 from nativesd.errors import SourceError, UsageError
 from nativesd.export.capture import CudaQueue
+from nativesd.export.kept.entries import RUNTIME_CACHE, Entry, Key
+from nativesd.export.kept.store import Store
 from nativesd.export.slots import Request, Schema, unet_schema
-from nativesd.export.store import RUNTIME_CACHE, Entry, Key, Store
 from nativesd.export.tensorrt import loading as module
 from nativesd.export.tensorrt.engine import Arena, EngineRunner
 from nativesd.export.tensorrt.loading import RuntimeCache, load_engine

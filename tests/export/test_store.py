@@ -18,8 +18,10 @@ import pytest
 
 from nativesd.destination import LEFTOVER
 from nativesd.errors import SourceError, UsageError
-from nativesd.export import store as module
-from nativesd.export.store import MANIFEST, Building, Entry, Key, Store, read_entry, verify, why_not
+from nativesd.export import kept
+from nativesd.export.kept import entries
+from nativesd.export.kept.entries import MANIFEST, Entry, Key, read_entry, verify, why_not
+from nativesd.export.kept.store import Building, Store
 
 KEY = Key(
     "text_encoder", "sdxl", "0123456789ab", "tensorrt-rtx", "1.7.1.116", "sm86+sm120", "fp16", ("512", "768x512-b2"),
@@ -271,7 +273,8 @@ def test_an_engine_of_another_system_does_not_serve_and_a_graph_does(
 ) -> None:
     build(store)
     build(store, replace(KEY, backend="onnx"))
-    monkeypatch.setattr(module, "this_platform", lambda: "windows-amd64")
+    for module in (entries, kept.store):
+        monkeypatch.setattr(module, "this_platform", lambda: "windows-amd64")
     reasons = {entry.key.backend: why_not(entry, entry.key) for entry in store.entries() if entry.key}
     assert reasons["onnx"] is None
     assert "and this is windows-amd64" in str(reasons["tensorrt-rtx"])

@@ -27,15 +27,16 @@ from nativesd.config import (
 )
 from nativesd.errors import SourceError, UsageError
 from nativesd.export.capture import CudaQueue
-from nativesd.export.engines import opset_for
 from nativesd.export.graphs import graph_of
+from nativesd.export.kept.entries import Key
+from nativesd.export.kept.store import Store
 from nativesd.export.onnx import export_onnx
 from nativesd.export.slots import Component, Request, Schema, unet_schema
-from nativesd.export.store import Key, Store
 from nativesd.export.tensorrt import build as building_module
 from nativesd.export.tensorrt import loading, product
 from nativesd.export.tensorrt.build import Built, Progress, build_engine
 from nativesd.export.tensorrt.engine import Arena
+from nativesd.export.tensorrt.engines import opset_for
 from nativesd.export.tensorrt.loading import load_engine
 from nativesd.export.tensorrt.product import (
     DTYPES,

@@ -22,8 +22,8 @@ from nativesd.diffusion.control import ControlModel
 from nativesd.errors import SourceError, UsageError
 from nativesd.export import library
 from nativesd.export.accelerate import AcceleratedUNet, Delegate, accelerate_module, fetch
+from nativesd.export.kept.store import Store
 from nativesd.export.slots import Request, Schema, unet_schema
-from nativesd.export.store import Store
 from nativesd.models.clip import TextEncoder
 from nativesd.models.controlnet import ControlNet
 from nativesd.models.t2i_adapter import T2IAdapter

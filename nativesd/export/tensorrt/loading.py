@@ -13,8 +13,8 @@ import torch
 from nativesd.cache import keep
 from nativesd.errors import SourceError, UsageError
 from nativesd.export.capture import GRAPHS
+from nativesd.export.kept.entries import RUNTIME_CACHE, Entry, verify, why_not
 from nativesd.export.slots import Schema
-from nativesd.export.store import RUNTIME_CACHE, Entry, verify, why_not
 from nativesd.export.tensorrt.engine import Arena, Context, EngineRunner
 from nativesd.export.tensorrt.product import (
     ENGINE,

@@ -17,9 +17,10 @@ from nativesd.errors import UsageError
 from nativesd.export.capture import CudaQueue
 from nativesd.export.check import judge, references, require
 from nativesd.export.graphs import FILE, OPSETS, Graph
+from nativesd.export.kept.entries import Entry, Key
+from nativesd.export.kept.store import Building, Store, unfinished
 from nativesd.export.library import Part, make_key, write_onnx
 from nativesd.export.runner import Runner
-from nativesd.export.store import Building, Entry, Key, Store, unfinished
 from nativesd.export.tensorrt.build import Progress, build_engine
 from nativesd.export.tensorrt.engine import Arena, NoRoomError
 from nativesd.export.tensorrt.loading import load_engine
