@@ -111,11 +111,24 @@ def contents(path: Path) -> str:
     if path.is_symlink() or path.is_dir():
         return "folder" if not path.is_symlink() else os.readlink(path)
     if path.name == "manifest.json":  # which says how long it took
-        return " ".join(sorted(json.loads(path.read_bytes())))
+        return listing(path)
+    if path.suffix == ".onnx":  # the exporter's order of nodes may differ; the manifest beside it says if it is whole
+        return "a graph"
     if path.stem == "preview":  # of any step
         Image.open(path).load()
         return "a picture"
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def listing(manifest: Path) -> str:
+    """What a manifest says in general, and whether the files that it lists are what was written."""
+    data = json.loads(manifest.read_bytes())
+    wrong = [
+        name
+        for name, file in data["files"].items()
+        if hashlib.sha256((manifest.parent / name).read_bytes()).hexdigest() != file["sha256"]
+    ]
+    return f"{', '.join(sorted(data))}; not as written: {', '.join(wrong) or 'nothing'}"
 
 
 def written(kind: Kind, folder: Path) -> list[Path]:

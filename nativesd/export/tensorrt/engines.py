@@ -33,6 +33,9 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """max|difference| / max|float32's| on a GPU, as `nativesd.machine.smoke` has them."""
 TF32_TOLERANCE = 3e-3
 
+GPU = torch.device("cuda")
+"""Where engines are compared with PyTorch."""
+
 
 @dataclass(frozen=True)
 class Made:
@@ -178,16 +181,15 @@ def _check_engine(
     PyTorch computes first, and its copy of the module is gone when the engine is loaded. Where the memory does not do
     for either, that is what is said: {"not_run": ...}. Raises NativesdError where the difference is too large.
     """
-    device = torch.device("cuda")
     runner: Runner | None = None
     try:
         with untuned(graph.module):
-            there = Graph(copy.deepcopy(graph.module).to(device), graph.schema)
+            there = Graph(copy.deepcopy(graph.module).to(GPU), graph.schema)
         wanted = references(there, [profile.opt for profile in profiles])
         del there
         torch.cuda.empty_cache()
-        runner = load_engine(entry, graph.schema, dtype=graph.dtype, arena=Arena(CudaQueue(device)))
-        comparisons = judge(wanted, runner, device)
+        runner = load_engine(entry, graph.schema, dtype=graph.dtype, arena=Arena(CudaQueue(GPU)))
+        comparisons = judge(wanted, runner, GPU)
     except (torch.OutOfMemoryError, NoRoomError):
         return {"not_run": "there is too little memory on the GPU to compare it with PyTorch"}
     finally:
