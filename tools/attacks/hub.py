@@ -243,7 +243,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
 
 
 PATIENCE = 0.4
-"""Seconds that are waited for the server here, so that many can be tried; users wait for 8."""
+"""Seconds that are waited for the server here, so that many can be tried; users wait for 5."""
 
 
 def hub(rng: random.Random, folder: Path) -> None:

@@ -28,7 +28,7 @@ from nativesd.reading import MAX_JSON, is_name
 
 T = TypeVar("T")
 
-PATIENCE = constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else 8.0
+PATIENCE = constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else 5.0
 """Seconds for which a server may keep us waiting, over all requests of one call."""
 SLOWEST = 20_000
 """Bytes that buy a second more."""
