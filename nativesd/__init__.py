@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from nativesd.pipeline.pipeline import Pipeline as Pipeline
     from nativesd.pipeline.repeat import options_from as options_from
     from nativesd.sampling.variation import Variation as Variation
+    from nativesd.streaming.frames import Frame as Frame
     from nativesd.streaming.options import OpenOptions
     from nativesd.streaming.similar import Similar as Similar
-    from nativesd.streaming.stream import Frame as Frame
     from nativesd.streaming.stream import Stream as Stream
 
 _HOMES = {
@@ -54,7 +54,8 @@ _HOMES = {
     "pipeline.repeat": ("options_from",),
     "sampling.variation": ("Variation",),
     "streaming.similar": ("Similar",),
-    "streaming.stream": ("Frame", "Stream"),
+    "streaming.frames": ("Frame",),
+    "streaming.stream": ("Stream",),
 }
 _LAZY = {name: f"nativesd.{module}" for module, names in _HOMES.items() for name in names}
 __all__ = [

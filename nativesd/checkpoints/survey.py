@@ -131,6 +131,7 @@ def _line(path: Path, tables: Mapping[str, KeyMap], places: dict[Config, Place])
     infos = [info for member, _ in found for info in member.tensors.values()]
     layouts = dict.fromkeys(c.layout for _, identity in found for c in identity.components)
     problems = [problem for report in reports for problem in report.short_problems(1)]
+    said = [unsupported.says if unsupported else "", *problems[:1], note, *(report.unused for report in reports)]
     return Line(
         source=str(path),
         kind=unsupported.name if unsupported else _kind(names),
@@ -145,7 +146,7 @@ def _line(path: Path, tables: Mapping[str, KeyMap], places: dict[Config, Place])
         prediction=next((e.value for r in reports for e in r.evidence if e.what.startswith("prediction")), ""),
         lacks=lacking(names, family),
         ok=bool(names) and all(report.ok for report in reports),
-        why=(unsupported.says if unsupported else "") or (problems[0] if problems else note),
+        why=next(filter(None, said), ""),
     )
 
 

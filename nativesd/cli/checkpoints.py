@@ -191,6 +191,8 @@ def _audit_lines(report: AuditReport, *, keys: bool, shown: int) -> Iterator[Tex
             "tensors",
             f"{component.tensors}, {count(component.parameters)} parameters, {dtypes}, {size_text(component.bytes)}",
         )
+        if component.unused:
+            yield Row("not used", component.unused, "yellow")
         for entry in component.evidence:
             override = f"; to choose otherwise: {entry.override}" if entry.override else ""
             if entry.determined:

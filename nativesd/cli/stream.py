@@ -20,7 +20,8 @@ from nativesd.cli.help import section, with_flags
 if TYPE_CHECKING:
     from PIL import Image
 
-    from nativesd.streaming.stream import Frame, Stream
+    from nativesd.streaming.frames import Frame
+    from nativesd.streaming.stream import Stream
 
 EVERY = 5.0  # seconds between lines where there is no terminal
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -91,3 +92,22 @@ def outgoing(pixels: Tensor, output: Output) -> Picture:
         return pixels[0]
     picture = to_pictures(pixels)[0]
     return picture if output == "pil" else np.asarray(picture)
+
+
+@dataclass(frozen=True, repr=False)
+class Frame:
+    """What a stream gives for a frame.
+
+    image    the picture: PIL, an array (H, W, 3) of uint8, or a tensor (3, H, W) float32 in [0, 1], as was asked for
+    index    of the frame that it was made of, in the order in which they came, from 0
+    age      how many frames came after that one: the slots less one, and the frames that were skipped since
+    skipped  whether the frame that came was skipped, so that the picture is the last one again
+    """
+
+    image: Picture
+    index: int
+    age: int
+    skipped: bool = False
+
+    def __repr__(self) -> str:
+        return f"<Frame {self.index}, {self.age} frames old{', skipped' if self.skipped else ''}>"

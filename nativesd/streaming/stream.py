@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from threading import RLock
 from types import TracebackType
@@ -25,7 +25,7 @@ from nativesd.pipeline.arguments import signed
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.sampling.noise import move_noise
 from nativesd.streaming.batch import Batch
-from nativesd.streaming.frames import FrameSource, Incoming, Picture, check_frame, outgoing
+from nativesd.streaming.frames import Frame, FrameSource, Incoming, check_frame, outgoing
 from nativesd.streaming.latency import Clock, Latency
 from nativesd.streaming.options import Asked, UpdateOptions, check_update
 from nativesd.streaming.setup import Setup, make_setup, require_streamable, stream_size
@@ -33,25 +33,6 @@ from nativesd.streaming.similar import SimilarFilter
 from nativesd.streaming.steering import Steering
 from nativesd.text.words import unknown_words
 from nativesd.tuning.memory import memory_explained
-
-
-@dataclass(frozen=True, repr=False)
-class Frame:
-    """What a stream gives for a frame.
-
-    image    the picture: PIL, an array (H, W, 3) of uint8, or a tensor (3, H, W) float32 in [0, 1], as was asked for
-    index    of the frame that it was made of, in the order in which they came, from 0
-    age      how many frames came after that one: the slots less one, and the frames that were skipped since
-    skipped  whether the frame that came was skipped, so that the picture is the last one again
-    """
-
-    image: Picture
-    index: int
-    age: int
-    skipped: bool = False
-
-    def __repr__(self) -> str:
-        return f"<Frame {self.index}, {self.age} frames old{', skipped' if self.skipped else ''}>"
 
 
 class Stream:

@@ -86,7 +86,7 @@ def _report(component: Component, tensors: Mapping[str, TensorInfo], expected: E
     if component.config is None:
         return _named(component, tensors, ComponentReport(
             *head, **sums, expected=0, mapped=(), ignored=(), missing=(), unexpected=(), wrong_shape=(), duplicate=(),
-            evidence=component.evidence,
+            evidence=component.evidence, unused=table.keymap.unused,
         ))  # fmt: skip
     return compare(
         table, {key: tensors[key] for key in found.keys}, expected(component.config), head, component.evidence

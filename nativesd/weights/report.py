@@ -100,6 +100,8 @@ class ComponentReport:
     wrong_shape: tuple[WrongShape, ...]
     duplicate: tuple[Duplicate, ...]
     evidence: tuple[Evidence, ...] = ()
+    unused: str = ""
+    """What is said where nothing loads it yet."""
     unsupported: str = ""
     """What it is, where it is recognised and not supported: a phrase behind "this is"."""
 

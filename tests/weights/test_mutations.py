@@ -216,3 +216,12 @@ def test_many_odd_names_take_linear_time(name: str, tmp_path: Path) -> None:
         nativesd.load("tiny", device="cpu").set_loras([str(path)])
     assert time.process_time() - began < 5
     assert len(str(refused.value)) < 30_000
+
+
+@pytest.mark.parametrize("stem", NAMED)
+def test_what_nothing_loads_is_said_to_be_unused(stem: str, run: Run, tmp_path: Path) -> None:
+    path = write(header(stem), tmp_path / "adapter.safetensors")
+    words = "its tensors are explained, and nothing here loads an IP-Adapter yet"
+    assert f"not used            {words}" in run("audit", str(path)).stdout
+    [line] = survey([path])
+    assert (line.ok, line.why) == (True, words)

@@ -65,6 +65,7 @@ HEAD = (
     Field("prefix", _texts(20, plain=True), ("",)),
     Field("detect", _texts(50), ()),
     Field("ignore", _REASONS, {}),
+    Field("unused", text(MAX_SENTENCE), ""),
 )
 RULE = (
     Field("theirs", _texts(8), REQUIRED),

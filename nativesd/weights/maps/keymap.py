@@ -93,6 +93,8 @@ class KeyMap:
     ignore: Mapping[str, str]
     names: Mapping[str, str]
     """pattern -> what such a key is, for layouts that are recognised and have no parameters of ours"""
+    unused: str
+    """What is said of such a file where nothing loads it yet; empty: something does"""
     probes: tuple[Probe, ...]
     rules: tuple[LoopedRule, ...]
     lora: LoraNames | None = None
@@ -144,6 +146,7 @@ class KeyMap:
             detect=head["detect"],
             ignore=head["ignore"],
             names=data["names"],
+            unused=head["unused"],
             probes=tuple(_probe(name, dim, probe) for dim, probe in data["dims"].items()),
             rules=tuple(
                 entry for number, rule in enumerate(data["rule"], 1) for entry in _fill_leaf(name, number, rule, data)
