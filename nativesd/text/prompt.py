@@ -134,6 +134,7 @@ class _Open:
     """Whether a | stands directly inside."""
 
 
+@np.errstate(over="ignore")  # what is not finite is refused
 def _parse_weights(prompt: str) -> list[list[Piece]]:
     texts: list[str | None] = []  # None: BREAK
     weights = np.ones(len(prompt) + 1)  # more than there are texts
@@ -145,8 +146,7 @@ def _parse_weights(prompt: str) -> list[list[Piece]]:
         return opened.pop(places[bracket].pop()) if places[bracket] else None
 
     def weigh(first: int, factor: float) -> None:
-        with np.errstate(over="ignore"):  # what is not finite is refused below
-            weights[first : len(texts)] *= factor
+        weights[first : len(texts)] *= factor
 
     add = texts.append
 
@@ -269,7 +269,9 @@ def _find_embeddings(
             embedding = next(e for i, e in enumerate(invoked) if match[f"e{i}"] is not None)
             yield Piece(match[0], piece.weight, embedding)
             end = match.end()
-        if rest := piece.text[end:]:
+        if not end:
+            yield piece
+        elif rest := piece.text[end:]:
             yield Piece(rest, piece.weight)
 
 
