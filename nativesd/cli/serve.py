@@ -43,6 +43,7 @@ FOLDER = click.Path(path_type=Path)
     click.option("--max-side", "side", type=click.IntRange(64), default=2048, show_default=True, help="Pixels."),
     click.option("--max-batch", "batch", type=click.IntRange(1), default=16, show_default=True, help="Pictures a job."),
     click.option("--max-steps", "steps", type=click.IntRange(1), default=150, show_default=True, help="Of a picture."),
+    click.option("--max-streams", "streams", type=click.IntRange(1), default=4, show_default=True, help="At once."),
     click.option("--max-body", "body", type=click.IntRange(1), default=64, show_default=True, help="MB of a request."),
 )
 @section(
@@ -60,6 +61,7 @@ def serve(
     side: int,
     batch: int,
     steps: int,
+    streams: int,
     body: int,
     devices: Sequence[str],
     dtype: str | None,
@@ -81,7 +83,7 @@ def serve(
         devices=tuple(devices) or (None,),
         apis=APIS if apis is None else tuple(filter(None, map(str.strip, apis.split(",")))),
         users=_users(api_auth),
-        limits=Limits(side=side, batch=batch, steps=steps, body=body * MEGABYTE),
+        limits=Limits(side=side, batch=batch, steps=steps, streams=streams, body=body * MEGABYTE),
         **given,
     )
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)

@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute
 from nativesd.server.apis import openai, own, page, state
 from nativesd.server.apis.comfy import routes as comfy
 from nativesd.server.apis.sd import controlnet, extras, generation, lists, options, progress
+from nativesd.server.apis.streams import routes as streams
 from nativesd.server.context import Context
 from nativesd.server.jobs.desk import Desk
 from nativesd.server.jobs.shelf import Catalogue, Shelf
@@ -25,6 +26,7 @@ APIS: Mapping[str, Sequence[Callable[[], Sequence[BaseRoute]]]] = {
     "sd": (generation.routes, progress.routes, lists.routes, options.routes, extras.routes, controlnet.routes),
     "openai": (openai.routes,),
     "comfy": (comfy.routes,),
+    "stream": (streams.routes,),
 }
 """The addresses of each API by its name."""
 
@@ -42,7 +44,7 @@ def make_app(context: Context) -> Starlette:
     """The ASGI application of these parts."""
     routes: list[BaseRoute] = [*page.routes(), *state.routes(), *own.routes()]
     for name in context.settings.apis:
-        routes += [route for part in APIS.get(name, ()) for route in part()]
+        routes += [route for part in APIS[name] for route in part()]
     app = Starlette(
         routes=routes,
         middleware=[Middleware(Guard, settings=context.settings)],

@@ -27,6 +27,8 @@ class Limits:
     batch: int = 16
     """Pictures of one request."""
     steps: int = 150
+    streams: int = 4
+    """Open at once."""
     pixels: int = 50_000_000
     """Of a picture that comes in, looked at before it is decoded."""
 

@@ -81,7 +81,7 @@ def read_order(body: Mapping[str, Any], context: Context) -> Order:
     if "variation" in given:
         given["variation"] = Variation(**_known("variation", _object("variation", given["variation"]), VARIATION))
     if "loras" in given:
-        given["loras"] = [_lora(value, context) for value in _several("loras", given["loras"])]
+        given["loras"] = [named_lora(value, context) for value in _several("loras", given["loras"])]
     if "control" in given:
         given["control"] = [_control(value, context, intake) for value in _several("control", given["control"])]
     if isinstance(given.get("seed"), list) and len(given["seed"]) > context.settings.limits.batch:
@@ -115,7 +115,7 @@ def _known(name: str, value: Mapping[str, Any], known: tuple[str, ...]) -> dict[
     return dict(value)
 
 
-def _lora(value: Any, context: Context) -> tuple[str, float, float]:
+def named_lora(value: Any, context: Context) -> tuple[str, float, float]:
     """A name, or [name, scale], or [name, scale of the UNet's part, scale of the text encoders']."""
     name, *scales = value if isinstance(value, list) and value else [value]
     if len(scales) > 2:

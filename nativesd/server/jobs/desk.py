@@ -98,6 +98,11 @@ class Desk:
         with self._changed:
             return list(self._ended.values())
 
+    def busy(self, shelf: Shelf) -> bool:
+        """Whether a job has a shelf, or is the next one that gets it."""
+        with self._changed:
+            return shelf in self._running
+
     def position(self, job: Job) -> int | None:
         """How many jobs are before a waiting one; None: it does not wait."""
         with self._changed:
@@ -146,7 +151,8 @@ class Desk:
                     return
                 job = self._waiting.popleft()
                 self._running[shelf] = job
-            self._run(job, shelf)
+            with shelf.line.turn():
+                self._run(job, shelf)
             del job  # an idle worker holds nothing
 
     def _run(self, job: Job, shelf: Shelf) -> None:
@@ -157,13 +163,8 @@ class Desk:
             job.value = job.work(Turn(job, shelf))
         except (Ended, Interrupted):
             job.interrupted = True
-        except NativesdError as error:
-            failure = Failure(str(error), type(error).__name__)
-        except MemoryError:
-            failure = Failure("this takes more memory than there is: ask for smaller pictures", NoMemoryError.__name__)
         except Exception as error:
-            log.exception("job %s failed, which is a fault of nativesd", job.id)
-            failure = Failure(f"a fault of nativesd: {type(error).__name__}", "InternalError", ours=True)
+            failure = failure_of(error, f"job {job.id}")
         seconds = time.perf_counter() - begun
         cancelled = job.interrupted and not job.pictures
         status: Status = "failed" if failure else "cancelled" if cancelled else "done"
@@ -189,6 +190,16 @@ class Desk:
                 return
             held -= _bytes(first)
             del self._ended[first.id]
+
+
+def failure_of(error: Exception, what: str) -> Failure:
+    """What went wrong, for the client; a fault of the program is logged, as one of `what`."""
+    if isinstance(error, NativesdError):
+        return Failure(str(error), type(error).__name__)
+    if isinstance(error, MemoryError):
+        return Failure("this takes more memory than there is: ask for smaller pictures", NoMemoryError.__name__)
+    log.error("%s failed, which is a fault of nativesd", what, exc_info=error)
+    return Failure(f"a fault of nativesd: {type(error).__name__}", "InternalError", ours=True)
 
 
 def _bytes(job: Job) -> int:

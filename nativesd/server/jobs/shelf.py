@@ -11,6 +11,7 @@ from pathlib import Path
 import nativesd
 from nativesd.errors import NativesdError, UsageError
 from nativesd.pipeline.pipeline import Pipeline
+from nativesd.server.jobs.line import Line
 from nativesd.server.settings import Settings
 from nativesd.shipped import TINY
 
@@ -76,6 +77,8 @@ class Shelf:
         self.catalogue = catalogue
         self.log_prompts = settings.log_prompts
         self.device = device
+        self.line = Line()
+        """Held by who works with the models."""
         self.name = ""
         """Of the model that is loaded."""
         self.refused: dict[str, str] = {}

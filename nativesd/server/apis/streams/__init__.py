@@ -1,0 +1,1 @@
+"""The stream over a WebSocket, in the protocol of StreamDiffusion's webcam demo."""
