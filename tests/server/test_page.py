@@ -16,7 +16,7 @@ import requests
 from PIL import Image
 
 import nativesd
-from server.fixtures import PROMPT, SLOW, Running, encoded, pixels, until
+from server.fixtures import PROMPT, SLOW, Running, encoded, pixels, serving, until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DROP = """
@@ -80,6 +80,12 @@ def page(browser: Any, server: Running) -> Iterator[Any]:
     yield page
     context.close()
     assert faults == []
+
+
+def open_streams(server: Running) -> int:
+    found = re.search(r"^nativesd_streams_open (\d+)$", server.get("/metrics").text, re.MULTILINE)
+    assert found is not None
+    return int(found[1])
 
 
 def paint(page: Any, **fields: Any) -> None:
@@ -179,6 +185,44 @@ def test_a_model_is_explained_by_the_keyboard(page: Any) -> None:
     page.wait_for_selector("#audit table")
     assert "326 of 326" in page.inner_text("#audit")
     assert "Every tensor is accounted for" in page.inner_text("#audit-status")
+
+
+SHOWN = """
+() => {
+  const seen = document.createElement("canvas");
+  seen.getContext("2d").drawImage(document.querySelector("#webcam-image"), 0, 0);
+  return seen.toDataURL();
+}
+"""
+
+
+def test_the_camera_streams(page: Any, server: Running) -> None:
+    page.focus("#tab-explain")
+    page.keyboard.press("ArrowRight")
+    assert page.is_visible("#webcam")
+    page.click("#webcam-go")
+    until(lambda: page.evaluate("document.querySelector('#webcam-image').naturalWidth === 64"))
+    assert open_streams(server) == 1
+    assert page.inner_text("#webcam-status") == "Streaming."
+    first = page.evaluate(SHOWN)
+    until(lambda: page.evaluate(SHOWN) != first)  # as the camera's do
+    page.click("#webcam-stop")
+    assert page.inner_text("#webcam-status") == "Stopped."
+    assert page.evaluate("document.querySelector('#webcam-video').srcObject") is None
+    until(lambda: not open_streams(server))
+    page.click("#webcam-go")  # and again
+    until(lambda: page.evaluate("document.querySelector('#webcam-image').naturalWidth === 64"))
+    page.click("#webcam-stop")
+    until(lambda: not open_streams(server))
+
+
+def test_without_the_stream_there_is_no_tab_for_it(browser: Any) -> None:
+    with serving(apis=("sd",)) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        until(lambda: page.evaluate("document.querySelectorAll('#sampler option').length > 5"))
+        assert not page.is_visible("#tab-webcam")
+        page.close()
 
 
 @pytest.mark.parametrize("width", [400, 1000, 1600])

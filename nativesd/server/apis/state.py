@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from nativesd.server.apis.streams.routes import sessions_of
 from nativesd.server.context import Context, context_of
 from nativesd.server.wire.answers import json_answer
 from nativesd.version import __version__
@@ -38,11 +39,13 @@ async def health(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """Jobs, the queue, seconds and memory (https://prometheus.io/docs/instrumenting/exposition_formats)."""
-    return PlainTextResponse("".join(_lines(context_of(request))), media_type="text/plain; version=0.0.4")
+    """Jobs, the queue, streams, seconds and memory (https://prometheus.io/docs/instrumenting/exposition_formats)."""
+    return PlainTextResponse(
+        "".join(_lines(context_of(request), len(sessions_of(request)))), media_type="text/plain; version=0.0.4"
+    )
 
 
-def _lines(context: Context) -> list[str]:
+def _lines(context: Context, streams: int) -> list[str]:
     desk = context.desk
     lines = [
         _metric("nativesd_jobs_total", "counter", "Jobs by how they ended; refused: the queue was full.",
@@ -50,6 +53,7 @@ def _lines(context: Context) -> list[str]:
         _metric("nativesd_jobs_waiting", "gauge", "Jobs in the queue.", {"": len(desk.waiting)}),
         _metric("nativesd_jobs_running", "gauge", "Jobs that a worker has.", {"": len(desk.running)}),
         _metric("nativesd_job_seconds_total", "counter", "Seconds that jobs ran.", {"": round(desk.seconds, 6)}),
+        _metric("nativesd_streams_open", "gauge", "Streams that clients are connected to.", {"": streams}),
         _metric("nativesd_uptime_seconds", "gauge", "Seconds since the start.",
                 {"": round(time.time() - context.started, 3)}),
     ]  # fmt: skip
