@@ -174,6 +174,26 @@ def test_a_client_that_goes_while_it_waits_for_a_job_frees_its_place(server: Run
     server.finished("/jobs/" + job["id"])
 
 
+def test_a_job_with_another_model_ends_it() -> None:
+    file = frames(1)[0]
+    with serving(models={"one": "tiny", "two": "tiny"}) as server, connected(server) as client:
+        shown = Pictures(client)
+        client.send({**OPTIONS, "steps": 1}, file)
+        shown.next()
+        client.until_asked()
+        job = server.post("/jobs", {"prompt": PROMPT, "steps": 1, "model": "two"}).json()
+        assert server.finished("/jobs/" + job["id"])["status"] == "done"
+        client.send({**OPTIONS, "steps": 1}, file)
+        assert client.ended().startswith("a job has loaded another model")
+        with connected(server) as again:
+            shown = Pictures(again)
+            again.send({**OPTIONS, "steps": 1, "model": "one"}, file)
+            shown.next()
+            again.until_asked()
+            again.send({**OPTIONS, "steps": 1, "model": "two"}, file)
+            assert again.ended().startswith("model is what a stream begins with")
+
+
 BOMB = file_of(Image.new("1", (5000, 5000)))
 
 
@@ -223,6 +243,7 @@ def test_streams_are_bounded(pipe: nativesd.Pipeline) -> None:
         with connected(server):
             pass
         last = Client(server)
+        assert last.heard()["status"] == "connected"
         shown = Pictures(last)
     assert shown.rest() == b"--frame\r\n"  # the server has ended, and the stream with it
 
