@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nativesd
+from nativesd import Control
 from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.loading.control import load_control
 from nativesd.models.controlnet import ControlNet
-from nativesd.pipeline.pipeline import Control
 from nativesd.weights.checkpoint import unmap
 from nativesd.weights.maps.keymap import load_table
 from pipeline.test_image_modes import compare, hole, photo, theirs

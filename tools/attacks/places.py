@@ -10,11 +10,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from nativesd.export.store import MANIFEST, Key, Store, verify
-
 from attacks.values import NAMES, deeply_changed, odd_file, put
 from nativesd import convert
 from nativesd.destination import fresh
+from nativesd.export.kept.entries import MANIFEST, Key, verify
+from nativesd.export.kept.store import Store
 from nativesd.shipped import TINY
 from nativesd.tuning import tune
 

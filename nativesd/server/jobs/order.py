@@ -68,7 +68,11 @@ def require_bounded(order: Order, limits: Limits, size: int | None, names: Mappi
     says = {name: name for name in ("width", "height", "steps", "num_images")} | dict(names or {})
     pictures = 0
     for call in order.calls:
-        asked = check(call.prompt, dict(call.options))  # type: ignore[arg-type]  # its errors say what is no option
+        try:
+            asked = check(call.prompt, dict(call.options))  # type: ignore[arg-type]  # its errors say what is no option
+        except UsageError as error:
+            name, _, rest = str(error).partition(" ")
+            raise UsageError(f"{says.get(name, name)} {rest}") from None
         pictures += len(asked.seeds)
         steps = max(asked.steps or 0, asked.hires.steps or 0 if asked.hires else 0)
         if steps > limits.steps:
