@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +85,8 @@ def serve(
         limits=Limits(side=side, batch=batch, steps=steps, streams=streams, body=body * MEGABYTE),
         **given,
     )
+    import logging
+
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("nativesd").setLevel(logging.INFO)
     run(settings, ready=lambda address: say(f"listening on {address}"))

@@ -11,7 +11,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
 
 from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, lora_use, main, say
 from nativesd.cli.generate import BACKENDS
@@ -167,6 +166,8 @@ class _Told:
     def __init__(self) -> None:
         self._start = self._said = perf_counter()
         self._count = self._skipped = 0
+        from tqdm import tqdm  # a tenth of what --help takes
+
         self._bar = tqdm(file=sys.stderr, unit="frame", leave=False, disable=None)
 
     def __call__(self, stream: Stream, frame: Frame) -> None:
