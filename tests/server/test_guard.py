@@ -116,6 +116,20 @@ def test_a_body_is_bounded_whatever_it_says(guarded: Running) -> None:
     assert requests.post(guarded.url + "/jobs", data=pieces, headers=headers, timeout=60).status_code == 413
 
 
+@pytest.mark.parametrize("path", ["/jobs", "/sdapi/v1/txt2img", "/v1/images/generations", "/prompt"])
+@pytest.mark.parametrize(
+    "body", [{"prompt": "a \ud800"}, {"prompt": PROMPT, "x": {"\udfff": 1}}, {"\ud83d": [1], "prompt": PROMPT}]
+)
+def test_half_of_a_character_is_refused(server: Running, path: str, body: dict[str, object]) -> None:
+    answer = server.post(path, body)
+    assert answer.status_code in (400, 422)
+    assert "half of a character" in answer.text or "surrogates not allowed" in answer.text
+
+
+def test_characters_in_two_halves_are_whole(server: Running) -> None:
+    assert server.post("/jobs", {**HERE, "prompt": "a \U0001f353"}).status_code == 202
+
+
 @pytest.mark.parametrize("length", ["-1", "9" * 30, "x"])
 def test_a_length_that_is_none(server: Running, length: str) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:

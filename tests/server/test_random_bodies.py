@@ -36,6 +36,7 @@ def encoded_with_text(text: str) -> str:
     return base64.b64encode(data.getvalue()).decode()
 
 
+pytestmark = pytest.mark.filterwarnings("default::nativesd.NativesdWarning")  # as outside of tests: it is no error
 BODIES = int(os.environ.get("NATIVESD_RANDOM_BODIES", "12"))
 SMALL = Image.new("RGB", (48, 40), (200, 90, 20))
 PICTURE = encoded(SMALL)

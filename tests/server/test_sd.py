@@ -297,3 +297,12 @@ def test_pictures_as_data_uris_and_gradios_masks(server: Running, picture: Image
     drawn = server.post("/sdapi/v1/img2img", {**body, "mask": base64.b64encode(
         base64.b64decode(encoded(strokes))).decode()}).json()  # fmt: skip
     assert plain["images"] == drawn["images"]
+
+
+@pytest.mark.parametrize("side", [100_000, 10**30])
+def test_hints_are_not_made_larger_than_pictures_may_be(server: Running, picture: Image.Image, side: int) -> None:
+    unit = {"model": "tiny", "image": encoded(picture), "module": "canny", "resize_mode": 1}
+    body = {"prompt": PROMPT, "width": side, "height": side, "alwayson_scripts": {"controlnet": {"args": [unit]}}}
+    answer = server.post("/sdapi/v1/txt2img", body)
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"] == ["body", "width"]

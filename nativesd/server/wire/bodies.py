@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
 import warnings
 from io import BytesIO
@@ -18,6 +19,7 @@ from nativesd.server.settings import Limits
 from nativesd.server.wire.answers import Refusal
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _DATA_URI = re.compile(r"data:[\w./+-]*(?:;[\w=.-]+)*;base64,", re.IGNORECASE)
 
 
@@ -27,9 +29,23 @@ async def read_object(request: Request, *, empty: bool = False) -> dict[str, Any
     if empty and not raw.strip():
         return {}
     try:
-        return parse_json(raw, "the body")
+        body = parse_json(raw, "the body")
     except (SourceError, UnicodeEncodeError) as error:
         raise Refusal(422, str(error), code="json") from None
+    if _SURROGATE.search(raw):
+        _require_whole_characters(body)
+    return body
+
+
+def _require_whole_characters(body: dict[str, Any]) -> None:
+    """Raise Refusal where a text has half of a surrogate pair, which JSON can say and no answer or file can hold."""
+    for name, value in body.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            said = ascii(name)[1:-1][:100]
+            message = f"{said} is not a text: it has half of a character, a surrogate without its other one"
+            raise Refusal(422, message, field=said, code="json") from None
 
 
 class Intake:

@@ -117,20 +117,19 @@ def read_request(body: Mapping[str, Any], context: Context, *, from_text: bool) 
         options["refiner_at"] = fields.get("refiner_switch_at", 0.8)
     if any(fields.get("styles", ())):
         unheeded.append("styles")
+    options["lora_dirs"] = list(context.settings.lora_dirs)
+    varied = _variation(fields, options.pop("ensd", 0))
+    prompt = fields.get("prompt", "")
+    context.require_bounded(Order(model, [Call(prompt, options)], refiner), NAMES)  # hints are made in the size next
     size = (options.get("width"), options.get("height"))
     options |= read_controls(_scripts(fields), context, intake, size, unheeded)
-    options["lora_dirs"] = list(context.settings.lora_dirs)
 
     seed = fields.get("seed", -1)
     seed = secrets.randbits(32) if seed == -1 else seed
     batch, rounds = fields.get("batch_size", 1), fields.get("n_iter", 1)
     if batch * rounds > context.settings.limits.batch:
         raise UsageError(f"batch_size times n_iter must be at most {context.settings.limits.batch} on this server")
-    varied = _variation(fields, options.pop("ensd", 0))
-    calls = [
-        Call(fields.get("prompt", ""), {**options, **_seeds(seed, varied, i * batch), "num_images": batch})
-        for i in range(rounds)
-    ]
+    calls = [Call(prompt, {**options, **_seeds(seed, varied, i * batch), "num_images": batch}) for i in range(rounds)]
     order = Order(model, calls, refiner)
     context.require_bounded(order, NAMES)
     return Asked(fields, order, unheeded)
