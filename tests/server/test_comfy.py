@@ -272,3 +272,9 @@ def test_the_lists(server: Running) -> None:
     assert server.get("/models/loras").json() == ["style"]
     for path in ("/models", "/extensions", "/features", "/api/system_stats", "/embeddings"):
         assert server.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("odd", [["x"], {"x": 1}, 7, None])
+def test_a_client_and_extra_data_that_are_none(server: Running, odd: object) -> None:
+    answer = server.post("/prompt", {"prompt": workflow(steps=1), "client_id": odd, "extra_data": odd})
+    assert answer.status_code == 200, answer.text

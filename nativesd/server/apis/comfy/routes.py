@@ -64,14 +64,16 @@ async def post_prompt(request: Request) -> Response:
         checked = await run_in_threadpool(check_graph, body.get("prompt"), lists, context.settings.limits)
     except GraphError as error:
         return json_answer(error.answer, 400)
-    client, name, extra = body.get("client_id"), body.get("prompt_id"), body.get("extra_data")
+    client = said if isinstance(said := body.get("client_id"), str) else ""
+    extra = given if isinstance(given := body.get("extra_data"), dict) else {}
+    name = body.get("prompt_id")
     if name is not None and (not isinstance(name, str) or not is_name(name)):
         raise UsageError("prompt_id must be a name")
     prompt = Prompt(
         number=studio.next_number(),
         checked=checked,
-        client=client if isinstance(client, str) else "",
-        extra=extra if isinstance(extra, dict) else {},
+        client=client,
+        extra=extra,
         files=studio.files,
         previews=studio.wants_previews(client, extra),
     )

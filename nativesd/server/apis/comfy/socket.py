@@ -11,7 +11,7 @@ import asyncio
 import struct
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -63,9 +63,9 @@ class Studio:
         desk = self.context.desk
         return sum(job.kind == "comfy" and not job.over for job in (*desk.running, *desk.waiting))
 
-    def wants_previews(self, client: object, extra: object) -> bool:
+    def wants_previews(self, client: str, extra: Mapping[str, Any]) -> bool:
         """Whether the steps of a prompt are to be shown to its client."""
-        method = extra.get("preview_method") if isinstance(extra, dict) else None
+        method = extra.get("preview_method")
         return method != "none" and (method is not None or client in self._boxes)
 
     def enter(self, client: str) -> tuple[Mailbox, Callable[[], None]]:
