@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, T2IAdapter, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -374,3 +374,28 @@ def sparse(manifest: Manifest, path: Path) -> Path:
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(8 + len(raw) + at)
     return path
+
+
+def randomise(module: nn.Module, seed: int) -> None:
+    """Zero convolutions too, so that they matter."""
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.05)
+
+
+def save_union_and_adapter(unet: UNet2DConditionModel, root: Path) -> None:
+    """A ControlNetUnion that fits an SDXL UNet, and a T2I-Adapter of two levels, in folders `union` and `adapter`."""
+    shared = {name: unet.config[name] for name in (
+        "block_out_channels", "down_block_types", "layers_per_block", "norm_num_groups", "attention_head_dim",
+        "cross_attention_dim", "use_linear_projection", "transformer_layers_per_block", "addition_embed_type",
+        "addition_time_embed_dim", "projection_class_embeddings_input_dim",
+    )}  # fmt: skip
+    union = ControlNetUnionModel(
+        **shared, conditioning_embedding_out_channels=(8, 8, 16, 16), num_control_type=6, num_trans_channel=32,
+        num_trans_head=4, num_proj_channel=32,
+    )  # fmt: skip
+    randomise(union, 3)
+    union.save_pretrained(root / "union")
+    adapter = T2IAdapter(channels=[32, 64], num_res_blocks=2, downscale_factor=8, adapter_type="full_adapter")
+    randomise(adapter, 4)
+    adapter.save_pretrained(root / "adapter")

@@ -19,6 +19,7 @@ from nativesd.loading.control import load_control
 from nativesd.models.controlnet import ControlNet
 from nativesd.weights.checkpoint import unmap
 from nativesd.weights.maps.keymap import load_table
+from oracles import randomise, save_union_and_adapter
 from pipeline.test_image_modes import compare, hole, photo, theirs
 from pipeline.test_pipeline import save_model
 
@@ -33,13 +34,6 @@ def stripes(width: int = 64, height: int = 64, *, down: bool = False) -> Image.I
     return Image.fromarray(array)
 
 
-def randomise(module: torch.nn.Module, seed: int) -> None:
-    """Zero convolutions too, so that they matter."""
-    torch.manual_seed(seed)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.05)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("control")
@@ -51,20 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             randomise(control, number)
             control.save_pretrained(root / f"{form}-control-{number}")
     unet = diffusers.UNet2DConditionModel.from_pretrained(root / "sdxl" / "unet")
-    shared = {name: unet.config[name] for name in (
-        "block_out_channels", "down_block_types", "layers_per_block", "norm_num_groups", "attention_head_dim",
-        "cross_attention_dim", "use_linear_projection", "transformer_layers_per_block", "addition_embed_type",
-        "addition_time_embed_dim", "projection_class_embeddings_input_dim",
-    )}  # fmt: skip
-    union = diffusers.ControlNetUnionModel(
-        **shared, conditioning_embedding_out_channels=(8, 8, 16, 16), num_control_type=6, num_trans_channel=32,
-        num_trans_head=4, num_proj_channel=32,
-    )  # fmt: skip
-    randomise(union, 3)
-    union.save_pretrained(root / "union")
-    adapter = diffusers.T2IAdapter(channels=[32, 64], num_res_blocks=2, downscale_factor=8, adapter_type="full_adapter")
-    randomise(adapter, 4)
-    adapter.save_pretrained(root / "adapter")
+    save_union_and_adapter(unet, root)
     return {path.name: path for path in root.iterdir()}
 
 

@@ -24,7 +24,7 @@ from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.pictures.images import to_tensor
 from nativesd.sampling.schedule import alphas_cumprod
-from oracles import TOLERANCE, difference
+from oracles import TOLERANCE, difference, randomise, save_union_and_adapter
 from pipeline.test_pipeline import save_model
 from streaming.clips import clip
 
@@ -32,13 +32,6 @@ PROMPT, NEGATIVE = "a red cat", "a dog, blue"
 STEPS = [499, 259, 19]
 LCM = "tiny-lcm"
 FORMS = {"epsilon": "sd15", "v": "sd21-v", "sample": "sd15", "sdxl": "sdxl"}
-
-
-def randomise(module: torch.nn.Module, seed: int) -> None:
-    """Zero convolutions too, so that they matter."""
-    torch.manual_seed(seed)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         control = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
         randomise(control, 1)
         control.save_pretrained(root / f"{form}-control")
-    shared = {name: unet.config[name] for name in (
-        "block_out_channels", "down_block_types", "layers_per_block", "norm_num_groups", "attention_head_dim",
-        "cross_attention_dim", "use_linear_projection", "transformer_layers_per_block", "addition_embed_type",
-        "addition_time_embed_dim", "projection_class_embeddings_input_dim",
-    )}  # fmt: skip
-    union = diffusers.ControlNetUnionModel(
-        **shared, conditioning_embedding_out_channels=(8, 8, 16, 16), num_control_type=6, num_trans_channel=32,
-        num_trans_head=4, num_proj_channel=32,
-    )  # fmt: skip
-    randomise(union, 3)
-    union.save_pretrained(root / "union")
-    adapter = diffusers.T2IAdapter(channels=[32, 64], num_res_blocks=2, downscale_factor=8, adapter_type="full_adapter")
-    randomise(adapter, 4)
-    adapter.save_pretrained(root / "adapter")
+    save_union_and_adapter(unet, root)
     return {path.name: path for path in root.iterdir()}
 
 

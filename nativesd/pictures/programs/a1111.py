@@ -115,6 +115,9 @@ _VARIATION: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "ensd": ("ensd", integer),
 }
 
+_RECORDS = {"hires": _HIRES, "variation": _VARIATION, "sdxl": _SDXL}
+"""Fields that belong together, by the option that they are."""
+
 _HARMLESS = frozenset(
     {
         "app", "aspect ratio", "lora hashes", "pipeline", "backend", "operations", "parser", "comment",
@@ -172,9 +175,8 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
     """
     fields = {name.lower(): (name, value.strip()) for name, value in info.fields.items()}
     options: dict[str, Any] = {}
-    hires: dict[str, object] = {}
-    variation: dict[str, object] = {}
-    sdxl: dict[str, object] = {}
+    records: dict[str, dict[str, object]] = {name: {} for name in _RECORDS}
+    hires, variation, sdxl = records["hires"], records["variation"], records["sdxl"]
     unheeded: list[str] = []
     schedule: str | None = None
     for key, (name, value) in fields.items():
@@ -184,15 +186,9 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
             if key in _OPTIONS:
                 option, convert = _OPTIONS[key]
                 options[option] = convert(name, value)
-            elif key in _HIRES:
-                option, convert = _HIRES[key]
-                hires[option] = convert(name, value)
-            elif key in _SDXL:
-                option, convert = _SDXL[key]
-                sdxl[option] = convert(name, value)
-            elif key in _VARIATION:
-                option, convert = _VARIATION[key]
-                variation[option] = convert(name, value)
+            elif (record := next((r for r, known in _RECORDS.items() if key in known), None)) is not None:
+                option, convert = _RECORDS[record][key]
+                records[record][option] = convert(name, value)
             elif key == "hires upscale":
                 hires |= _hires_upscale(value)
             elif key == "size":

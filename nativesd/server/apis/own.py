@@ -24,6 +24,7 @@ from nativesd.server.jobs.job import Event, Job
 from nativesd.server.jobs.order import Call, Order
 from nativesd.server.wire.answers import Refusal, answering, json_answer, plain
 from nativesd.server.wire.bodies import Intake, data_of, read_object
+from nativesd.server.wire.fields import listed, mapping
 from nativesd.server.wire.waiting import events_of, sent, server_sent
 
 NOT_OVER_HTTP = ("on_step", "lora_dirs")
@@ -79,11 +80,11 @@ def read_order(body: Mapping[str, Any], context: Context) -> Order:
     if "hires" in given and isinstance(given["hires"], dict):
         given["hires"] = Hires(**_known("hires", given["hires"], HIRES))
     if "variation" in given:
-        given["variation"] = Variation(**_known("variation", _object("variation", given["variation"]), VARIATION))
+        given["variation"] = Variation(**_known("variation", mapping("variation", given["variation"]), VARIATION))
     if "loras" in given:
-        given["loras"] = [named_lora(value, context) for value in _several("loras", given["loras"])]
+        given["loras"] = [named_lora(value, context) for value in listed("loras", given["loras"])]
     if "control" in given:
-        given["control"] = [_control(value, context, intake) for value in _several("control", given["control"])]
+        given["control"] = [_control(value, context, intake) for value in listed("control", given["control"])]
     if isinstance(given.get("seed"), list) and len(given["seed"]) > context.settings.limits.batch:
         raise UsageError(f"seed must be at most {context.settings.limits.batch} numbers on this server")
     order = Order(model, [Call(prompt, {**given, **with_loras(context)})], refiner)
@@ -94,18 +95,6 @@ def read_order(body: Mapping[str, Any], context: Context) -> Order:
 def with_loras(context: Context) -> CallOptions:
     """The options of every call: where LoRAs are that prompts name."""
     return {"lora_dirs": list(context.settings.lora_dirs)}
-
-
-def _several(name: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise UsageError(f"{name} must be a list, not {type(value).__name__}")
-    return value
-
-
-def _object(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UsageError(f"{name} must be an object, not {type(value).__name__}")
-    return value
 
 
 def _known(name: str, value: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
@@ -125,7 +114,7 @@ def named_lora(value: Any, context: Context) -> tuple[str, float, float]:
 
 
 def _control(value: Any, context: Context, intake: Intake) -> Control:
-    given = _object("control", value)
+    given = mapping("control", value)
     fields = _known("control", {name: each for name, each in given.items() if each is not None}, CONTROL)
     if "image" not in fields or "model" not in fields:
         raise UsageError("control must have a model and an image")

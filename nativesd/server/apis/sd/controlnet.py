@@ -21,11 +21,11 @@ from nativesd.errors import UsageError
 from nativesd.pictures.images import Fit, fit, read_image
 from nativesd.pictures.preprocess import canny
 from nativesd.pipeline.readers import flag, real, shown, whole
-from nativesd.server.apis.sd.fields import listed, mapping, words
 from nativesd.server.apis.sd.style import answered
 from nativesd.server.context import Context, context_of
 from nativesd.server.wire.answers import answering, json_answer
 from nativesd.server.wire.bodies import Intake, data_of, read_object
+from nativesd.server.wire.fields import listed, mapping, words
 
 MODULES = ("none", "canny")
 VERSION = 3

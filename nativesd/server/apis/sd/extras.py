@@ -18,12 +18,12 @@ from nativesd.pictures.images import fit, read_image
 from nativesd.pictures.infotext import parse_infotext
 from nativesd.pipeline.hires import PIXELS
 from nativesd.pipeline.readers import flag, real, whole
-from nativesd.server.apis.sd.fields import listed, mapping, words
 from nativesd.server.apis.sd.style import answered
 from nativesd.server.context import context_of
 from nativesd.server.settings import Limits
 from nativesd.server.wire.answers import answering, json_answer
 from nativesd.server.wire.bodies import Intake, data_of, read_object
+from nativesd.server.wire.fields import listed, mapping, words
 
 FACES = ("gfpgan_visibility", "codeformer_visibility", "extras_upscaler_2_visibility")
 

@@ -10,31 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nativesd.errors import UsageError
-from nativesd.pipeline.readers import Reader, flag, real, shown, whole
+from nativesd.pipeline.readers import Reader, flag, real, whole
+from nativesd.server.wire.fields import listed, mapping, words
 
 SEED = whole(-1, (1 << 64) - 1)
-
-
-def words(name: str, value: Any) -> str:
-    """A text."""
-    if not isinstance(value, str):
-        raise UsageError(f"{name} must be a text, not {shown(value)}")
-    return value
-
-
-def mapping(name: str, value: Any) -> dict[str, Any]:
-    """An object."""
-    if not isinstance(value, dict):
-        raise UsageError(f"{name} must be an object, not {shown(value)}")
-    return value
-
-
-def listed(name: str, value: Any) -> list[Any]:
-    """A list."""
-    if not isinstance(value, list):
-        raise UsageError(f"{name} must be a list, not {shown(value)}")
-    return value
 
 
 def anything(_name: str, value: Any) -> Any:
