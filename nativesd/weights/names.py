@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from itertools import islice
+
+DEEPEST = 7
+"""Pieces of a name by which it is put with others; a stranger's may have hundreds."""
 
 
 def grouped(keys: Iterable[str], limit: int = 5) -> list[str]:
@@ -12,8 +16,8 @@ def grouped(keys: Iterable[str], limit: int = 5) -> list[str]:
     keys = list(keys)
     if len(keys) <= limit:
         return keys
-    pieces = {key: _PIECE.findall(key) for key in keys}
-    for depth in range(1, 8):
+    pieces = {key: [match[0] for match in islice(_PIECE.finditer(key), DEEPEST)] for key in keys}
+    for depth in range(1, DEEPEST + 1):
         finer: dict[str, list[str]] = {}
         for key in keys:
             finer.setdefault("".join(pieces[key][:depth]), []).append(key)

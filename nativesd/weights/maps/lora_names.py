@@ -96,10 +96,11 @@ class LoraNames:
         suffix, part, adapter = self._suffix(key)
         if not suffix:
             return None
-        found = next((each for each in self.prefixes if key.startswith(each[0])), None)
+        found = self._beginning.match(key)
         if found is None:
             return None
-        prefix, components = found
+        prefix = found[0]
+        components = self._components[prefix]
         module = key[len(prefix) : -len(suffix)]
         if self.endings:
             ending = next((ending for ending in self.endings if module.endswith(ending)), None)
@@ -113,11 +114,13 @@ class LoraNames:
         if not key.endswith(self._ends):
             return "", "", ""
         best = meant = adapter = ""
-        for suffix, part in self.suffixes.items():
-            if key.endswith(suffix):
-                best, meant = suffix, part
+        for length in self._lengths:
+            if (part := self.suffixes.get(key[-length:])) is not None:
+                best, meant = key[-length:], part
                 break
         for (before, after), part in self.adapted.items():
+            if before not in key:
+                continue
             head = key.removesuffix(after) if key.endswith(after) else ""
             name = head.rpartition(".")[2]
             if name and head.endswith(before + name) and len(before + name + after) > len(best):
@@ -129,11 +132,22 @@ class LoraNames:
         """What every key ends with that has a part."""
         return tuple(dict.fromkeys((*self.suffixes, *(after for _, after in self.adapted))))
 
-    def refusal(self, key: str) -> str | None:
-        """Why what a key holds cannot be merged, or None where nothing says so."""
-        return None if self.part(key) is not None else self._refused(key)
+    @cached_property
+    def _beginning(self) -> re.Pattern[str]:
+        """What a key begins with, the longest first."""
+        return re.compile("|".join(re.escape(prefix) for prefix, _ in self.prefixes))
 
-    def _refused(self, key: str) -> str | None:
+    @cached_property
+    def _components(self) -> Mapping[str, tuple[str, ...]]:
+        return dict(self.prefixes)
+
+    @cached_property
+    def _lengths(self) -> tuple[int, ...]:
+        """Of the suffixes, the longest first: names from strangers are looked up, and not compared with every one."""
+        return tuple(dict.fromkeys(map(len, self.suffixes)))
+
+    def refusal(self, key: str) -> str | None:
+        """Why what a key without a part holds cannot be merged, or None where nothing says so."""
         if len(key) > LONGEST:
             return None
         return next((reason for pattern, reason in self.refused.items() if pattern.fullmatch(key)), None)
@@ -141,4 +155,4 @@ class LoraNames:
     def describe(self, key: str) -> str | None:
         """What a key is, in words; None where it is not named so."""
         part = self.part(key)
-        return self._refused(key) if part is None else f"{part.components[0]} {part.module}: {PARTS[part.part]}"
+        return self.refusal(key) if part is None else f"{part.components[0]} {part.module}: {PARTS[part.part]}"
