@@ -82,12 +82,19 @@ class Load:
 
     def ask(self, seed: int, *, slow: bool = False) -> str:
         """ "right", the status where it is not 200, or what is wrong with the picture."""
+        return self.judge(seed, *self.answer(seed, slow=slow))
+
+    def answer(self, seed: int, *, slow: bool = False) -> tuple[int, bytes]:
+        """The status and the body of an answer."""
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=LONGEST)) as connection:
             connection.request("POST", PATH, self.body(seed))
             answer = connection.getresponse()
-            data = slowly(answer) if slow else answer.read()
-        if answer.status != 200:
-            return str(answer.status)
+            return answer.status, slowly(answer) if slow else answer.read()
+
+    def judge(self, seed: int, status: int, data: bytes) -> str:
+        """What `ask` says of an answer."""
+        if status != 200:
+            return str(status)
         found = np.asarray(Image.open(BytesIO(base64.b64decode(json.loads(data)["images"][0]))))
         return "right" if np.array_equal(found, self.wanted[seed]) else "another picture"
 
@@ -175,25 +182,29 @@ def under_load(load: Load, requests: int, clients: int) -> bool:
 
 
 def cost(load: Load, pipe: nativesd.Pipeline, rounds: int) -> bool:
-    """What a request takes more than the library, one at a time; the library's own spread tells what that is worth."""
+    """What a request takes more than the library, in turns, from its first byte to the last one of the answer.
+
+    The spread of the library's own time, before each request and after it, tells what the difference is worth.
+    """
     library, again, served = (np.empty(rounds) for _ in range(3))
     right = True
     for i in range(rounds):
         seed = i % SEEDS
         library[i] = seconds_of(pipe, seed, load.steps)
         begun = time.perf_counter()
-        right &= load.ask(seed) == "right"
+        answer = load.answer(seed)
         served[i] = time.perf_counter() - begun
+        right &= load.judge(seed, *answer) == "right"
         again[i] = seconds_of(pipe, seed, load.steps)
-    alone = (library + again) / 2
-    for name, seconds in (
-        ("library", library),
-        ("request", served),
-        ("request - library beside it", served - alone),
-        ("library - library beside it", again - library),
+    quantiles = [1000 * np.quantile(seconds, (0.5, 0.95)) for seconds in (library, served, again)]
+    for name, (median, high) in (
+        ("library", quantiles[0]),
+        ("request", quantiles[1]),
+        ("library again", quantiles[2]),
+        ("overhead of a request", quantiles[1] - quantiles[0]),
+        ("overhead of the library again", quantiles[2] - quantiles[0]),
     ):
-        median, high = 1000 * np.quantile(seconds, (0.5, 0.95))
-        print(f"{load.steps} steps, {name:<28} p50 {median:6.1f} ms, p95 {high:6.1f} ms", flush=True)
+        print(f"{load.steps} steps, {name:<29} p50 {median:6.1f} ms, p95 {high:6.1f} ms", flush=True)
     return right
 
 

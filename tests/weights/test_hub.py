@@ -28,10 +28,16 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(asking, "PATIENCE", 0.3)
+        monkeypatch.setattr(asking, "PATIENCE", 10.0)
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         yield served
         close_session()
+
+
+@pytest.fixture
+def impatient(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may keep us waiting for a moment only."""
+    monkeypatch.setattr(asking, "PATIENCE", 0.3)
 
 
 def tiny() -> dict[str, bytes]:
@@ -107,6 +113,7 @@ def test_headers_that_lead_elsewhere(hub: Hub, fault: str, missing: bool, tmp_pa
     }
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fault", BODIES)
 def test_answers_that_do_not_end(hub: Hub, place: str, fault: str) -> None:
@@ -118,6 +125,7 @@ def test_answers_that_do_not_end(hub: Hub, place: str, fault: str) -> None:
     assert time.monotonic() - start < 8
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("status", STATUSES)
 def test_every_status(hub: Hub, place: str, status: int) -> None:
@@ -126,6 +134,7 @@ def test_every_status(hub: Hub, place: str, status: int) -> None:
     assert len(hub.asked) < 100
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_slow_server_says_what_it_was_slow_with(hub: Hub) -> None:
     hub.place, hub.fault = "api", "silent"
     with pytest.raises(NetworkError, match=r"took over 0.3 s for the list of files.*HF_HUB_ETAG_TIMEOUT"):

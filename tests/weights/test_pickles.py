@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from clock import seconds_of
 from nativesd.errors import SourceError
 from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.files.tensors import map_file, map_tensor, read_tensor
@@ -462,10 +462,8 @@ def test_checksums_may_be_left_out(tmp_path: Path) -> None:
 def test_as_many_entries_as_sdxl_open_in_half_a_second(tmp_path: Path) -> None:
     tensors = {f"model.diffusion_model.output_blocks.{i}.1.transformer_blocks.0.w": torch.ones(1) for i in range(1680)}
     torch.save({"state_dict": tensors}, tmp_path / "x.ckpt")
-    started = time.process_time()
-    header = read_file(tmp_path / "x.ckpt")
-    assert time.process_time() - started < 0.5
-    assert len(header.tensors) == 1680
+    assert seconds_of(lambda: read_file(tmp_path / "x.ckpt"), 0.5) < 0.5
+    assert len(read_file(tmp_path / "x.ckpt").tensors) == 1680
 
 
 SAMPLES = [zipped(b"\x80\x02}(X\x01\0\0\0a" + TENSOR + b"X\x01\0\0\0b]K\x01au."), zipped(nested(3, TENSOR))]

@@ -90,8 +90,8 @@ def attempt(name: str, seed: int) -> Outcome:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
     memory = _peak() - before
-    if memory > MEMORY and what in ("ok", "refused"):
-        what = f"over {MEMORY:g} GB"
+    if memory > MEMORY:
+        what = f"over {MEMORY:g} GB" + ("" if what in ("ok", "refused") else f", and {what}")
     return Outcome(what, time.process_time() - start, memory)
 
 

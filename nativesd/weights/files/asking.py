@@ -128,7 +128,7 @@ class _Watch:
         except NativesdError:
             raise
         except Exception as error:
-            raise _explained(error, name) from error
+            raise _explained(error, self) from error
         finally:
             self.name, self._limit, self._size = before
 
@@ -140,10 +140,14 @@ class _Watch:
     def check(self) -> None:
         """Raises NetworkError where the server was too slow."""
         if self.left <= 0:
-            raise self._trouble or NetworkError(
-                f"{self.name} cannot be reached (the server took over {PATIENCE:g} s for {self.what}, or sent under"
-                f" {SLOWEST // 1000} kB a second): try again later, or wait longer with HF_HUB_ETAG_TIMEOUT=60"
-            )
+            raise self._trouble or self.too_slow()
+
+    def too_slow(self) -> NetworkError:
+        """What is said where patience ends, here or in the client's own timeouts, whichever is first."""
+        return NetworkError(
+            f"{self.name} cannot be reached (the server took over {PATIENCE:g} s for {self.what}, or sent under"
+            f" {SLOWEST // 1000} kB a second): try again later, or wait longer with HF_HUB_ETAG_TIMEOUT=60"
+        )
 
     def asked(self, request: Any) -> None:
         """A request goes out: its timeouts are ours, and its answer is to come as it is."""
@@ -228,7 +232,7 @@ class _Bounded(_HTTP.SyncByteStream):  # type: ignore[misc]  # which of two libr
             try:
                 chunk = next(chunks, None)
             except TRANSPORT_ERROR as error:
-                self._watch.failed(_unreached(error, self._watch.name))
+                self._watch.failed(_unreached(error, self._watch))
                 raise
             if chunk is None:
                 return
@@ -294,14 +298,15 @@ def _free(folder: Path) -> int | None:
     return None
 
 
-def _explained(error: Exception, name: str) -> NativesdError:
+def _explained(error: Exception, watch: _Watch) -> NativesdError:
     """What the hub's client raised, in a sentence."""
+    name = watch.name
     match error:
         case OfflineModeIsEnabled():
             return NetworkError(f"{name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it")
         case LocalEntryNotFoundError():
             cause = error.__cause__
-            return _explained(cause, name) if isinstance(cause, Exception) else _unreached(error, name)
+            return _explained(cause, watch) if isinstance(cause, Exception) else _unreached(error, watch)
         case HfHubHTTPError():
             return refusal(error.response.status_code, error.response.headers, name)
         case HFValidationError():
@@ -311,11 +316,12 @@ def _explained(error: Exception, name: str) -> NativesdError:
         case OSError(filename=str(path)):
             return SourceError(f"the hub's cache cannot be used: {path}: {error.strerror}; check HF_HOME and the disk")
         case _ if isinstance(error, OSError | TRANSPORT_ERROR):
-            return _unreached(error, name)
+            return _unreached(error, watch)
     return NetworkError(f"{name} cannot be had: the server's answer is not the hub's ({error}); check HF_ENDPOINT")
 
 
-def _unreached(error: Exception, name: str) -> NetworkError:
-    text = str(error)
-    reason = f"the server took over {PATIENCE:g} s" if "timed out" in text else text or type(error).__name__
-    return NetworkError(f"{name} cannot be reached ({reason}): check the connection, or try again later")
+def _unreached(error: Exception, watch: _Watch) -> NetworkError:
+    reason = str(error) or type(error).__name__
+    if "timed out" in reason:
+        return watch.too_slow()
+    return NetworkError(f"{watch.name} cannot be reached ({reason}): check the connection, or try again later")
