@@ -62,6 +62,14 @@ class NetworkError(NativesdError):
     exit_code = 4
 
 
+def printable(text: str) -> str:
+    """A line with its escape for every character that is not printable.
+
+    A tensor's or a file's name may hold what steers a terminal, or a line break that begins a line of its own.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def quote(value: object) -> str:
     """A value for a message: one line, printable, and no longer than 100 characters."""
     if not isinstance(value, str):

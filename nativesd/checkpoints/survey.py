@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from nativesd.weights.lora.place import Place
 from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.maps.parameters import known_parameters
 from nativesd.weights.maps.rules import Shape
-from nativesd.weights.report import ComponentReport, lacking
+from nativesd.weights.report import ComponentReport, as_json, lacking
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 SCHEMA = 1
@@ -54,9 +53,8 @@ class Line:
 
     def to_json(self) -> str:
         """One line of JSON; of a source that cannot be read, its name and the error."""
-        if self.error:
-            return json.dumps({"schema": SCHEMA, "source": self.source, "ok": False, "error": self.error})
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, ensure_ascii=False)
+        said = {"source": self.source, "ok": False, "error": self.error} if self.error else asdict(self)
+        return as_json({"schema": SCHEMA, **said}, indent=None)
 
 
 def expand(paths: Iterable[str | Path]) -> list[Path]:

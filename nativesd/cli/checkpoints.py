@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 from rich.text import Text
 
-from nativesd.cli.common import SOURCE_HELP, Row, by_reason, count, lora_use, main, print_lines, size_text, some
+from nativesd.cli.common import SOURCE_HELP, Row, by_reason, count, lora_use, main, print_lines, size_text, some, tell
 from nativesd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def convert(source: str, dest: Path, layout: str, dtype: str | None, maps: Path 
 
     done = run_convert(source, dest, layout=layout, dtype=dtype, maps=maps)
     for reason, keys in by_reason(done.ignored.items()).items():
-        click.echo(f"left out {some(keys)}: {reason}", err=True)
+        tell(f"left out {some(keys)}: {reason}")
     click.echo(done.path)
 
 
@@ -118,11 +118,11 @@ def merge(model: str, loras: Sequence[str], dest: Path, partial: bool, maps: Pat
     uses = [Use(read_lora(file), unet, text) for file, unet, text in map(lora_use, loras)]
     done = merge_checkpoint(model, uses, dest, partial=partial, maps=maps)
     for reason, keys in by_reason(done.ignored.items()).items():
-        click.echo(f"left out {some(keys)}: {reason}", err=True)
+        tell(f"left out {some(keys)}: {reason}")
     for use, unplaced in zip(uses, done.unplaced, strict=True):
         for line in reasons(unplaced):
-            click.echo(f"not applied of {use.lora.path.name}: {line}", err=True)
-    click.echo(f"{done.changed} of {done.tensors} tensors changed", err=True)
+            tell(f"not applied of {use.lora.path.name}: {line}")
+    tell(f"{done.changed} of {done.tensors} tensors changed")
     click.echo(done.path)
 
 

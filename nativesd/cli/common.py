@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nativesd.cli.help import Group, with_flags
-from nativesd.errors import NativesdError, NativesdWarning
+from nativesd.errors import NativesdError, NativesdWarning, printable
 from nativesd.version import __version__
 
 HANGING = 4
@@ -100,7 +100,7 @@ class Row:
         """As lines of the console's width."""
         head, indent = self.head(), " " * (LABEL + 2)
         width = max(console.width - max(len(head), len(indent)), 20)
-        first, *others = [line.plain for line in Text(self.text).wrap(console, width)] or [""]
+        first, *others = [line.plain for line in Text(printable(self.text)).wrap(console, width)] or [""]
         yield head + Text(first)
         yield from (Text(indent + line) for line in others)
 
@@ -111,9 +111,11 @@ def print_lines(lines: Iterable[Text | Row]) -> None:
     console = Console(highlight=False, soft_wrap=not terminal)
     for line in lines:
         if isinstance(line, Row):
-            for part in line.lines(console) if terminal else [line.head() + Text(line.text)]:
+            for part in line.lines(console) if terminal else [line.head() + Text(printable(line.text))]:
                 console.print(part, soft_wrap=True)
         else:
+            if not line.plain.isprintable():
+                line = Text(printable(line.plain), line.style)
             first, *others = line.wrap(console, console.width - HANGING) if terminal else [line]
             first.rstrip()
             console.print(first, soft_wrap=True)
@@ -161,8 +163,13 @@ def size_text(number: int) -> str:
 
 
 def say(message: str) -> None:
-    """A line about what is going on, on stderr."""
-    click.echo(f"nativesd: {message}", err=True)
+    """What is going on, on stderr."""
+    tell(f"nativesd: {message}")
+
+
+def tell(message: str) -> None:
+    """Lines on stderr that may name what a file holds."""
+    click.echo("\n".join(map(printable, message.split("\n"))), err=True)
 
 
 def run() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Border, Size, embedding_files, lora_use, main, say
+from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Border, Size, embedding_files, lora_use, main, say, tell
 from nativesd.cli.help import flag, section, with_flags
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def generate(
         say(with_flags(note, context.command.params))
     if verbose:
         for what, reason in result.parameters["inferred"].items():
-            click.echo(f"{what}: {reason}", err=True)
+            tell(f"{what}: {reason}")
     for path in result.save(output or Path(f"nativesd-{result.seeds[0]}.png")):
         click.echo(path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -12,6 +11,7 @@ from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import read_tensor
 from nativesd.weights.identity.identify import Component, Identity
 from nativesd.weights.maps.rules import Rule, Shape, Source
+from nativesd.weights.report import as_json
 
 SCHEMA = 1
 """Version of `DiffReport.to_json`'s schema."""
@@ -77,7 +77,7 @@ class DiffReport:
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """The report under the names of its fields, with the schema's version."""
-        return json.dumps({"schema": SCHEMA, "ok": self.ok, **asdict(self)}, indent=indent, ensure_ascii=False)
+        return as_json({"schema": SCHEMA, "ok": self.ok, **asdict(self)}, indent=indent)
 
 
 def parameters(member: Member, component: Component) -> dict[str, Parameter]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from nativesd.errors import printable
 from nativesd.weights.identity.evidence import Evidence
 from nativesd.weights.maps.rules import Shape
 from nativesd.weights.names import grouped
@@ -125,7 +126,7 @@ class ComponentReport:
             for w in self.wrong_shape
         ]
         lines += [f"duplicate {d.parameter}: claimed by {', '.join(d.keys)}" for d in self.duplicate]
-        return lines
+        return [printable(line) for line in lines]
 
     def short_problems(self, limit: int = 5) -> list[str]:
         """`problems`, but of a kind with more than `limit` findings the number, and their names by what they begin
@@ -142,7 +143,7 @@ class ComponentReport:
             own, every = every[: len(findings)], every[len(findings) :]
             if len(findings) > limit:
                 names = ", ".join(grouped((name for names in findings for name in names), limit))
-                own = [f"{len(findings)} {kind}: {names}"]
+                own = [printable(f"{len(findings)} {kind}: {names}")]
             out += own
         return out
 
@@ -176,13 +177,21 @@ class AuditReport:
         """
         data: dict[str, Any] = {"schema": SCHEMA, "source": self.source, "ok": self.ok, "family": self.family}
         data["components"] = [_fields(component, mapped=mapped) for component in self.components]
-        return json.dumps(data, indent=indent, ensure_ascii=False)
+        return as_json(data, indent=indent)
 
     def trace(self, name: str) -> list[str]:
         """How keys and parameters of ours are mapped, one line for each: those of that name, else those that have it
         in theirs."""
         exact = [line for component in self.components for line in _trace(component, name.__eq__)]
         return exact or [line for component in self.components for line in _trace(component, lambda n: name in n)]
+
+
+def as_json(data: Mapping[str, Any], *, indent: int | None) -> str:
+    """JSON that is readable in any language, and in which what is not printable is escaped."""
+    text = json.dumps(data, indent=indent, ensure_ascii=False)
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def lacking(names: Sequence[str], family: str) -> tuple[str, ...]:
