@@ -18,6 +18,7 @@ from nativesd.export.runner import Runner
 from nativesd.export.slots import Request
 from nativesd.models.clip import TextEncoder, TextOutput
 from nativesd.models.controlnet import ControlNet
+from nativesd.models.edits import Edits
 from nativesd.models.layers import CachedContext, Context, repeat_to
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import CachedTime, Time, UNet
@@ -107,10 +108,13 @@ class AcceleratedUNet(UNet):
         guidance: Tensor | None = None,
         residuals: Sequence[Tensor] | None = None,
         adapter: Sequence[Tensor] = (),
+        edits: Edits = (),
     ) -> Tensor:
         """As `UNet.forward`."""
         slots = self.delegate.runner.schema.control
         unfit = "exported UNets have no inputs for a T2I-Adapter's features" if adapter else None
+        if edits:
+            unfit = "exported UNets compute as they were trained to, and this call asks for other attention or skips"
         if residuals is not None and not slots:
             unfit = "this graph was exported without control slots"
         states = _states(context)
@@ -127,7 +131,7 @@ class AcceleratedUNet(UNet):
         fetch(self, latents.device)
         return super().forward(
             latents, timestep, context, pooled=pooled, time_ids=time_ids, guidance=guidance, residuals=residuals,
-            adapter=adapter,
+            adapter=adapter, edits=edits,
         )  # fmt: skip
 
 

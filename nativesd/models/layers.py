@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, cast
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nativesd.config import Activation
+from nativesd.models.edits import Edits, Place, cross_attended, self_attended
 
 
 def sinusoidal(values: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
@@ -206,6 +207,16 @@ class TransformerBlock(nn.Module):
         out: Tensor = x + self.ff(self.norm3(x))
         return out
 
+    def edited(self, x: Tensor, k: Tensor, v: Tensor, edits: Edits, place: Place) -> Tensor:
+        """`forward` with edits; never compiled."""
+        if any(edit.skips(place) for edit in edits):
+            return repeat_to(x, k.shape[0])
+        x = x + self_attended(edits, place, self.attn1, self.norm1(x), self.attn1)
+        x = repeat_to(x, k.shape[0])
+        x = x + cross_attended(edits, place, self.attn2, self.norm2(x), lambda y: self.attn2.over(y, k, v))
+        out: Tensor = x + self.ff(self.norm3(x))
+        return out
+
 
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the cells of a feature map, between two projections (1x1 convolution or linear).
@@ -221,16 +232,21 @@ class SpatialTransformer(nn.Module):
         self.proj_out: nn.Module = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.linear = linear
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(B, C, H, W), (n * B, S, context width) -> (n * B, C, H, W)."""
+    def forward(self, x: Tensor, context: Context, edits: Edits = (), place: Place | None = None) -> Tensor:
+        """(B, C, H, W), (n * B, S, context width) -> (n * B, C, H, W). Edits are told the place that this is."""
         h: Tensor = self.norm(x)
         if not self.linear:
             h = self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, HW, C)
         if self.linear:
             h = self.proj_in(h)
-        for block in cast("Iterable[TransformerBlock]", self.blocks):
-            h = block(h, *block.attn2.keys_values(context))
+        for number, block in enumerate(cast("Iterable[TransformerBlock]", self.blocks)):
+            keys_values = block.attn2.keys_values(context)
+            if edits and place is not None:
+                here = replace(place, block=number, size=(x.shape[2], x.shape[3]))
+                h = block.edited(h, *keys_values, edits, here)
+            else:
+                h = block(h, *keys_values)
         if self.linear:
             h = self.proj_out(h)
         h = h.transpose(1, 2).reshape(-1, *x.shape[1:])  # (n * B, HW, C) -> (n * B, C, H, W)

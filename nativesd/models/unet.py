@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nativesd.config import Depth, UNetConfig
+from nativesd.models.edits import Edits, Place, joined
 from nativesd.models.layers import (
     Context,
     EmbeddingMLP,
@@ -62,11 +63,19 @@ class Stage(nn.Module):
     def __len__(self) -> int:
         return len(self.resnets)
 
-    def layer(self, j: int, x: Tensor, embedding: Tensor, context: Context) -> Tensor:
+    def layer(
+        self,
+        j: int,
+        x: Tensor,
+        embedding: Tensor,
+        context: Context,
+        edits: Edits = (),
+        place: Place | None = None,
+    ) -> Tensor:
         """Residual block `j` and its transformer: (B, widths_in[j], H, W) -> (B, width, H, W)."""
         x = self.resnets[j](x, repeat_to(embedding, x.shape[0]))
         if str(j) in self.attentions:
-            x = self.attentions[str(j)](x, context)
+            x = self.attentions[str(j)](x, context, edits, place)
         return x
 
 
@@ -131,16 +140,16 @@ class UNetEncoder(nn.Module):
         return embedding
 
     def encode(
-        self, x: Tensor, embedding: Tensor, context: Context, adapter: Sequence[Tensor] = ()
+        self, x: Tensor, embedding: Tensor, context: Context, adapter: Sequence[Tensor] = (), edits: Edits = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """conv_in's output through down path and middle: (B, C, h, w), and the skips in `residual_shapes` order.
 
         The features of `adapter` are added as `adapter_shapes` says.
         """
         skips, features = [x], list(adapter)
-        for stage in cast("Iterable[Stage]", self.down):
+        for level, stage in enumerate(cast("Iterable[Stage]", self.down)):
             for j in range(len(stage)):
-                x = stage.layer(j, x, embedding, context)
+                x = stage.layer(j, x, embedding, context, edits, Place("down", level, j))
                 skips.append(x)
             if features and len(stage.attentions):
                 skips[-1] = x = x + features.pop(0)
@@ -150,7 +159,7 @@ class UNetEncoder(nn.Module):
             if features and not len(stage.attentions):
                 skips[-1] = x = x + features.pop(0)
         for j in range(len(self.mid)):
-            x = self.mid.layer(j, x, embedding, context)
+            x = self.mid.layer(j, x, embedding, context, edits, Place("mid", len(self.down) - 1, j))
         if features:
             x = x + features.pop(0)
         return x, skips
@@ -190,6 +199,7 @@ class UNet(UNetEncoder):
         guidance: Tensor | None = None,
         residuals: Sequence[Tensor] | None = None,
         adapter: Sequence[Tensor] = (),
+        edits: Edits = (),
     ) -> Tensor:
         """Predict from `latents` (B, in_channels, H, W) at `timestep` (a number, () or (B,); 0..999 or between).
 
@@ -200,11 +210,12 @@ class UNet(UNetEncoder):
         guidance   (B, config.guidance): LCM's embedding of the guidance scale
         residuals  tensors of `residual_shapes(B, H, W)`, in that order: added to the skips, and to the middle's output
         adapter    tensors of `config.adapter_shapes(B, H, W)`, in that order, the last one optional: a T2I-Adapter's
+        edits      what is done otherwise than the network was trained to (`nativesd.models.edits`)
 
         Returns (B, out_channels, H, W). Raises ValueError where residuals have other shapes.
         """
         embedding = self.embed(latents, timestep, pooled, time_ids, guidance)
-        x, skips = self.encode(self.conv_in(latents), embedding, context, adapter)
+        x, skips = self.encode(self.conv_in(latents), embedding, context, adapter, edits)
         if residuals is not None:
             expected = self.residual_shapes(latents.shape[0], latents.shape[2], latents.shape[3])
             found = [tuple(residual.shape) for residual in residuals]
@@ -213,9 +224,12 @@ class UNet(UNetEncoder):
             *down, middle = residuals
             skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
             x = x + middle
-        for stage in cast("Iterable[Stage]", self.up):
+        for level, stage in zip(reversed(range(len(self.up))), cast("Iterable[Stage]", self.up), strict=True):
             for j in range(len(stage)):
-                x = stage.layer(j, torch.cat([x, repeat_to(skips.pop(), x.shape[0])], dim=1), embedding, context)
+                place, skip = Place("up", level, j), repeat_to(skips.pop(), x.shape[0])
+                if edits:
+                    x, skip = joined(edits, place.within((x.shape[2], x.shape[3])), x, skip)
+                x = stage.layer(j, torch.cat([x, skip], dim=1), embedding, context, edits, place)
             if stage.upsample is not None:
                 x = stage.upsample(x, skips[-1].shape[-2:])
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
