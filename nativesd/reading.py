@@ -73,6 +73,14 @@ def read_bounded(path: Path, limit: int, what: str = "file") -> bytes:
     return bytes(raw)
 
 
+def list_folder(folder: Path) -> list[Path]:
+    """What is in a folder, by name. Raises SourceError for one that cannot be read."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise SourceError(f"{folder} cannot be read: {error.strerror or error}") from error
+
+
 def read_json(path: Path, *, limit: int = MAX_JSON) -> dict[str, Any]:
     """The JSON object in a file, by the rules of `parse_json`. Raises SourceError."""
     return parse_json(read_bounded(path, limit, "JSON file"), str(path))

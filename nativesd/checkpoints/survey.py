@@ -11,6 +11,7 @@ from pathlib import Path
 from nativesd.checkpoints.reports import family_of, reports_of
 from nativesd.config import Config
 from nativesd.errors import NativesdError, SourceError, WeightsError
+from nativesd.reading import list_folder
 from nativesd.shipped import NAMED
 from nativesd.weights.files.source import open_source
 from nativesd.weights.identity.identify import identify_all
@@ -78,7 +79,12 @@ def _loose(folder: Path) -> Iterator[Path]:
     if (folder / "model_index.json").is_file() or (folder / "config.json").is_file():
         yield folder
         return
-    for entry in sorted(folder.iterdir()):
+    try:
+        entries = list_folder(folder)
+    except SourceError:  # which is a line's text
+        yield folder
+        return
+    for entry in entries:
         if entry.name.startswith("."):  # such as ._model.safetensors, which a Mac leaves beside a file
             continue
         if entry.is_dir():

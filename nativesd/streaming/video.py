@@ -20,6 +20,7 @@ from nativesd.destination import fresh
 from nativesd.errors import SourceError, UsageError, install_line
 from nativesd.pictures.images import read_image
 from nativesd.pictures.result import write_picture
+from nativesd.reading import list_folder
 
 FPS = 25.0
 """Frames per second of what says no rate of its own."""
@@ -43,7 +44,7 @@ def open_source(source: str, fps: float | None = None) -> Iterator[Source]:
     path = Path(source)
     if source != PIPE and path.is_dir():
         known = Image.registered_extensions()
-        files = sorted((file for file in path.iterdir() if file.suffix.lower() in known), key=_by_numbers)
+        files = sorted((file for file in list_folder(path) if file.suffix.lower() in known), key=_by_numbers)
         if not files:
             raise SourceError(f"{source} has no pictures in it")
         yield Source(map(read_image, files), fps or FPS)
@@ -195,7 +196,7 @@ def check_output(output: str) -> None:
             raise UsageError(f"{output} exists: remove it, or name another")
     elif path.suffix and not path.is_dir():
         raise UsageError(f"{output} is no video that can be written: {', '.join(KINDS)}, or a folder")
-    elif path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    elif path.exists() and not (path.is_dir() and not list_folder(path)):
         raise UsageError(f"{output} exists, and is no empty folder: remove it, or name another")
 
 

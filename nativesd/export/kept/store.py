@@ -26,6 +26,7 @@ from nativesd.export.kept.entries import (
     verify,
     why_not,
 )
+from nativesd.reading import list_folder
 from nativesd.version import __version__
 
 
@@ -65,11 +66,7 @@ class Store:
         """All, by name. Raises SourceError for a folder that cannot be read."""
         if not self.root.exists():
             return []
-        try:
-            folders = sorted(p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        except OSError as error:
-            raise SourceError(f"{self.root} cannot be read: {error.strerror or error}") from error
-        return [read_entry(folder) for folder in folders]
+        return [read_entry(p) for p in list_folder(self.root) if p.is_dir() and not p.name.startswith(".")]
 
     def match(self, wanted: Key) -> tuple[Entry | None, list[str]]:
         """The newest entry that serves, and of the others of that component and backend the reasons why they do not."""

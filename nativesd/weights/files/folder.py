@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from nativesd.errors import SourceError, quote
+from nativesd.reading import list_folder
 from nativesd.weights.formats.container import SUFFIXES, read_file
 from nativesd.weights.formats.header import merge_headers, read_index
 
@@ -103,7 +104,7 @@ def weight_file(names: Collection[str], component: str, *, half: bool) -> str | 
 def local_weights(path: Path, component: str, *, half: bool) -> list[Path]:
     """The weights' files of one component of a model folder, shards resolved. Raises SourceError."""
     folder = path / component
-    names = [file.name for file in folder.glob("*")] if folder.is_dir() else []
+    names = [file.name for file in list_folder(folder)] if folder.is_dir() else []
     chosen = choose(names, STEMS.get(component, "model"), half=half)
     if chosen is None:
         stem = STEMS.get(component, "model")

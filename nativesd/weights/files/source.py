@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nativesd.config import Config
 from nativesd.errors import SourceError, quote
-from nativesd.reading import Stamp, is_name, read_json
+from nativesd.reading import Stamp, is_name, list_folder, read_json
 from nativesd.weights.files.beside import Beside, read_beside
 from nativesd.weights.files.configs import component_config
 from nativesd.weights.files.folder import INDEX, component_file, folder_of, local_weights, located, shards
@@ -130,5 +130,5 @@ def components(path: Path) -> list[str]:
 def _component_folder(path: Path, *, half: bool) -> Member:
     """A folder that holds one checkpoint, maybe in several variants, with or without its config.json."""
     config = component_config(path / "config.json") if (path / "config.json").is_file() else None
-    names = [file.name for file in path.iterdir() if file.is_file()]
+    names = [file.name for file in list_folder(path) if file.is_file()]
     return member("", located(path / component_file(names, str(path), half=half)), config)
