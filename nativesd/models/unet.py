@@ -75,7 +75,8 @@ class Stage(nn.Module):
         """Residual block `j` and its transformer: (B, widths_in[j], H, W) -> (B, width, H, W)."""
         x = self.resnets[j](x, repeat_to(embedding, x.shape[0]))
         if str(j) in self.attentions:
-            x = self.attentions[str(j)](x, context, edits, place)
+            transformer = self.attentions[str(j)]
+            x = transformer(x, context, edits, place) if edits else transformer(x, context)
         return x
 
 
