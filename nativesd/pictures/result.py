@@ -128,6 +128,16 @@ class Result:
             write_picture(self.images[index], target, **self._options(index, kind))
         return paths
 
+    def encoded(self, index: int = 0, kind: str = "PNG", **options: Any) -> bytes:
+        """Picture `index` as a file of a format of Pillow's, with its parameters inside as `save` keeps them.
+
+        Further options are the format's, such as `compress_level` of a PNG. Raises UsageError for parameters that are
+        too long for JPEG.
+        """
+        data = BytesIO()
+        self.images[index].save(data, format=kind, **{**self._options(index, kind), **options})
+        return data.getvalue()
+
     def _options(self, index: int, kind: str) -> dict[str, Any]:
         """What Pillow is told beside the format."""
         if kind == "PNG":

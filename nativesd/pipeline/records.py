@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from collections.abc import Mapping
 from os import fspath
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from nativesd.pipeline.hires import UPSCALERS, Hires, Upscaler
 from nativesd.pipeline.readers import Reader, is_list, is_path, pixels, real, shown, text, to_whole, whole
 from nativesd.sampling.variation import SEEDS, Variation
 
+Record = TypeVar("Record", Hires, SDXL, Variation, Control)
 Border = tuple[int, int, int, int]
 MOST_HIRES = 16
 MOST_SIDE = 16_384
@@ -32,6 +34,25 @@ MOST_SCALE = 1000
 """Of a LoRA or a control, either way."""
 MOST_BLUR = 1000
 """Pixels."""
+
+
+def record_of(kind: type[Record], name: str, value: Any) -> Record:
+    """A record such as `Hires`, of its fields by their names, as JSON has them; null stands for a field's default.
+
+    Raises UsageError for what is no object, for a field that is not there, and for one that has to be.
+    """
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{name} must be an object, not {shown(value)}")
+    fields = dataclasses.fields(kind)
+    known = [field.name for field in fields]
+    for each in value:
+        if each not in known:
+            raise UsageError(f"{name} has no field {each!r}: its fields are {', '.join(known)}")
+    given = {each: field for each, field in value.items() if field is not None}
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in given:
+            raise UsageError(f"{name} must have the field {field.name!r}")
+    return kind(**given)
 
 
 def read_picture(name: str, value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -13,10 +14,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nativesd.diffusion.control import Control
+from nativesd.diffusion.prompting import SDXL
 from nativesd.errors import UsageError
 from nativesd.pipeline.arguments import CallOptions
 from nativesd.pipeline.hires import Hires
 from nativesd.pipeline.readers import real, text
+from nativesd.pipeline.records import record_of
 from nativesd.sampling.table import SAMPLERS, SCHEDULES
 from nativesd.sampling.variation import Variation
 from nativesd.server.context import Context, context_of
@@ -24,14 +27,10 @@ from nativesd.server.jobs.job import Event, Job
 from nativesd.server.jobs.order import Call, Order
 from nativesd.server.wire.answers import Refusal, answering, json_answer, plain
 from nativesd.server.wire.bodies import Intake, data_of, read_object
-from nativesd.server.wire.fields import listed, mapping
+from nativesd.server.wire.fields import listed
 from nativesd.server.wire.waiting import events_of, sent, server_sent
 
 NOT_OVER_HTTP = ("on_step", "lora_dirs")
-HIRES = ("scale", "strength", "steps", "upscaler", "width", "height", "sampler", "schedule", "prompt",
-         "negative_prompt", "guidance_scale")  # fmt: skip
-VARIATION = ("seed", "strength", "resize_from", "ensd")
-CONTROL = ("model", "image", "scale", "start", "end", "preprocess", "kind")
 PREVIEW_QUALITY = 80
 
 
@@ -77,10 +76,12 @@ def read_order(body: Mapping[str, Any], context: Context) -> Order:
     for name in ("image", "mask"):
         if name in given:
             given[name] = intake.picture(name, given[name])
-    if "hires" in given and isinstance(given["hires"], dict):
-        given["hires"] = Hires(**_known("hires", given["hires"], HIRES))
+    if isinstance(given.get("hires"), dict):
+        given["hires"] = record_of(Hires, "hires", given["hires"])
     if "variation" in given:
-        given["variation"] = Variation(**_known("variation", mapping("variation", given["variation"]), VARIATION))
+        given["variation"] = record_of(Variation, "variation", given["variation"])
+    if "sdxl" in given:
+        given["sdxl"] = record_of(SDXL, "sdxl", given["sdxl"])
     if "loras" in given:
         given["loras"] = [named_lora(value, context) for value in listed("loras", given["loras"])]
     if "control" in given:
@@ -97,13 +98,6 @@ def with_loras(context: Context) -> CallOptions:
     return {"lora_dirs": list(context.settings.lora_dirs)}
 
 
-def _known(name: str, value: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
-    for each in value:
-        if each not in known:
-            raise UsageError(f"{name} has no field {each!r}: its fields are {', '.join(known)}")
-    return dict(value)
-
-
 def named_lora(value: Any, context: Context) -> tuple[str, float, float]:
     """A name, or [name, scale], or [name, scale of the UNet's part, scale of the text encoders']."""
     name, *scales = value if isinstance(value, list) and value else [value]
@@ -114,15 +108,16 @@ def named_lora(value: Any, context: Context) -> tuple[str, float, float]:
 
 
 def _control(value: Any, context: Context, intake: Intake) -> Control:
-    given = mapping("control", value)
-    fields = _known("control", {name: each for name, each in given.items() if each is not None}, CONTROL)
-    if "image" not in fields or "model" not in fields:
+    control = record_of(Control, "control", value)
+    if control.image is None:
         raise UsageError("control must have a model and an image")
-    if fields.get("preprocess", "canny") != "canny":
+    if control.preprocess not in (None, "canny"):
         raise UsageError("control must be preprocessed by canny or not at all")
-    fields["model"] = context.catalogue.control(text("control", fields["model"]))
-    fields["image"] = intake.picture("control", fields["image"])
-    return Control(**fields)
+    return replace(
+        control,
+        model=context.catalogue.control(text("control", control.model)),
+        image=intake.picture("control", control.image),
+    )
 
 
 def _found(request: Request) -> Job:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
-
-from PIL.PngImagePlugin import PngInfo
 
 from nativesd.errors import Interrupted
 from nativesd.pictures.result import Result
@@ -100,8 +97,6 @@ def made_of(result: Result) -> list[Made]:
 
 
 def _png(result: Result, index: int) -> Made:
-    image, text = result.images[index], result.infotext(index)
-    chunk, data = PngInfo(), BytesIO()
-    chunk.add_text("parameters", text)
-    image.save(data, format="PNG", pnginfo=chunk, compress_level=PNG_LEVEL)
-    return Made(data.getvalue(), text, result.seeds[index], image.width, image.height)
+    image = result.images[index]
+    data = result.encoded(index, compress_level=PNG_LEVEL)
+    return Made(data, result.infotext(index), result.seeds[index], image.width, image.height)
