@@ -118,6 +118,8 @@ def stream(prompt: str | None = None, model: str | Path = "tiny", **options: Unp
 
 
 def __getattr__(name: str) -> Any:
+    if name == "batch":  # the room of `nativesd.batch.Painter`
+        return import_module("nativesd.batch")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'nativesd' has no attribute {name!r}")

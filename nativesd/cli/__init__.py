@@ -4,6 +4,7 @@ Exit codes: 0 fine, 1 findings, 2 usage, 3 unreadable or unfit input, 4 network,
 130 interrupted.
 """
 
+from nativesd.cli import batch as batch
 from nativesd.cli import checkpoints as checkpoints
 from nativesd.cli import generate as generate
 from nativesd.cli import graphs as graphs

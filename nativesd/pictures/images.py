@@ -13,10 +13,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from nativesd.errors import NativesdError, SourceError, UsageError
-from nativesd.pictures.opening import opened
+from nativesd.pictures.opening import named, opened
 
-ImageSource = Image.Image | NDArray[np.generic] | Tensor | str | Path
-"""A picture as it may be given: a PIL image, an array (H, W[, channels]), a tensor ([1, ][channels, ]H, W), or a file.
+ImageSource = Image.Image | NDArray[np.generic] | Tensor | str | Path | bytes
+"""A picture as it may be given: a PIL image, an array (H, W[, channels]), a tensor ([1, ][channels, ]H, W), a file, or
+a file's bytes.
 
 Arrays and tensors have 1, 3 or 4 channels, and are bool, uint8, uint16, other integers from 0 to 255, or floating
 point from 0 to 1.
@@ -187,14 +188,14 @@ def open_image(source: ImageSource) -> Image.Image:
         return _from_array(_channels_last(source), tuple(source.shape))
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    if isinstance(source, str | Path):
+    if isinstance(source, str | Path | bytes):
         try:
             with opened(source) as image:
                 return _eight_bits(image)
         except NativesdError:
             raise
         except Exception as error:  # what decoders raise for a damaged file is of many kinds
-            raise SourceError(f"{source} is not a picture that can be read: {error}") from error
+            raise SourceError(f"{named(source)} is not a picture that can be read: {error}") from error
     if isinstance(source, Image.Image):
         return _eight_bits(source)
     raise UsageError(f"a picture is a PIL image, an array, a tensor or a file, not {type(source).__name__}")

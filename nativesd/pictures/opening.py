@@ -23,11 +23,15 @@ OTHERS = ("WEBP", "AVIF", "TIFF", "MPO", "JPEG2000", "TGA", "ICO", "DDS", "QOI")
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
-    """A picture file, opened and not yet decoded. Raises SourceError for what is none, or has too many pixels."""
-    if not os.path.lexists(path):
+def opened(source: str | Path | bytes) -> Iterator[Image.Image]:
+    """A picture file, or its bytes, opened and not yet decoded.
+
+    Raises SourceError for what is none, or has too many pixels.
+    """
+    path = named(source)
+    if not isinstance(source, bytes) and not os.path.lexists(source):
         raise SourceError(f"{path} does not exist")
-    with io.BufferedReader(open_regular(Path(path), "picture")) as file, warnings.catch_warnings():
+    with _file(source) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours comes before
         try:
             with _identified(file) as image:
@@ -39,6 +43,17 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
             raise SourceError(f"{path} is not a picture that can be read: {error}") from error
 
 
+def named(source: object) -> str:
+    """What messages call a picture: its path, or what it is instead."""
+    return f"a picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
+def _file(source: str | Path | bytes) -> IO[bytes]:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return io.BufferedReader(open_regular(Path(source), "picture"))
+
+
 def _identified(file: IO[bytes]) -> Image.Image:
     try:
         return Image.open(file, formats=USUAL)
@@ -48,7 +63,7 @@ def _identified(file: IO[bytes]) -> Image.Image:
         return Image.open(file, formats=[name for name in OTHERS if name in Image.OPEN])
 
 
-def _require_few(size: tuple[int, int], path: str | Path) -> None:
+def _require_few(size: tuple[int, int], path: str) -> None:
     stated = os.environ.get("NATIVESD_MAX_PIXELS", str(PIXELS))
     if not stated.isdecimal() or len(stated) > 12:
         raise UsageError(f"NATIVESD_MAX_PIXELS must be a whole number, not {stated!r}")

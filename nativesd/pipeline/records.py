@@ -56,8 +56,8 @@ def record_of(kind: type[Record], name: str, value: Any) -> Record:
 
 
 def read_picture(name: str, value: Any) -> Any:
-    """Anything that is a picture, or its file."""
-    if not isinstance(value, Image.Image | np.ndarray | torch.Tensor | str | Path):
+    """Anything that is a picture, or its file, or the bytes of that."""
+    if not isinstance(value, Image.Image | np.ndarray | torch.Tensor | str | Path | bytes):
         raise UsageError(f"{name} must be a picture (PIL, an array, a tensor) or its file, not {shown(value)}")
     return value
 

@@ -1,0 +1,240 @@
+"""From a row to jobs: the columns that are a call's options, read and checked, and those that pass through.
+
+The names are those of the call (`pipeline.arguments`), which also checks their values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+
+from nativesd.batch.files import Row, plain
+from nativesd.batch.jobs import HASH_DIGITS, Job, digest, read_id, seed_of
+from nativesd.diffusion.control import Control
+from nativesd.diffusion.prompting import SDXL
+from nativesd.errors import SourceError, UsageError, quote
+from nativesd.pictures.images import read_image
+from nativesd.pipeline.arguments import ELSEWHERE, CallOptions, Checked, LoadOptions, check, readers_of
+from nativesd.pipeline.hires import Hires
+from nativesd.pipeline.readers import Reader, flag, is_list, shown, text, to_real, to_whole, whole
+from nativesd.pipeline.records import MOST_PICTURES, read_seed, record_of
+from nativesd.reading import parse_json
+from nativesd.sampling.variation import SEEDS, Variation
+
+OWN = ("id", "model", "prompt", "seed", "num_images")
+PICTURES = ("image", "mask")
+NO_COLUMNS = ("latents", "on_step", "refiner", "lora_dirs")
+"""Options of a call that no cell can hold, or that are of a whole run."""
+READERS: Mapping[str, Reader] = {n: r for n, r in readers_of(Checked).items() if n not in NO_COLUMNS}
+DECLARED = (*OWN, *READERS)
+HERE = Path()
+RESULTS = ("file", "sha256", "bytes", "seconds", "error", "parameters", "finished")
+"""What results have beside a job's own columns, and so no column may be called."""
+LOADING = ("dtype", "prediction", "unet", "vae", "text_encoders", "maps", "fp8")
+"""Options of `nativesd.load` on which pictures depend; where and by what they are computed is no part of them."""
+LIKE = 0.75
+"""How alike a name is to a column's that is meant: "setps", "promt", but neither "task" nor "image_id"."""
+TRUTHS = {"true": True, "1": True, "false": False, "0": False}
+JSON = ("{", "[")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How the rows of a jobs file become jobs.
+
+    model     of the rows that name none
+    loading   options of `nativesd.load` on which pictures depend, as JSON has them
+    defaults  options of a call for rows that do not state them, as JSON has them
+    kept      columns that pass through although they look like an option
+    reserved  what no column may be called
+    """
+
+    model: str = "tiny"
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    kept: Sequence[str] = ()
+    reserved: Sequence[str] = RESULTS
+    _fine: set[str] = field(default_factory=set, compare=False, repr=False)
+    """Names that have been looked at."""
+
+    def jobs(self, row: Row) -> list[Job]:
+        """The jobs of a row: one, or `num_images` with ids and seeds that count up. Raises UsageError."""
+        for name in row.cells.keys() - self._fine:
+            self.require_meant(name)
+        if "prompt" not in row.cells:
+            raise UsageError(f"there is no column 'prompt': there is {', '.join(map(quote, row.cells)) or 'none'}")
+        cells = {name: cell if row.texts else plain(cell) for name, cell in row.cells.items()}
+        given = {name: cell for name, cell in cells.items() if cell is not None and not (row.texts and cell == "")}
+        declared = {name: cell for name, cell in given.items() if name in DECLARED and name not in self.kept}
+        extra = {name: cell for name, cell in given.items() if name not in declared}
+        pictures = {
+            name: _picture(name, declared[name]) for name in PICTURES if not isinstance(declared.get(name), str | None)
+        }
+        declared |= {name: _as_data(image) for name, image in pictures.items()}
+        values = {name: _cell(name, cell) if row.texts else cell for name, cell in declared.items()}
+        return self._made(values, extra, row.line, pictures)
+
+    def _made(
+        self, values: Mapping[str, Any], extra: Mapping[str, Any], line: int, pictures: Mapping[str, Any]
+    ) -> list[Job]:
+        stated = {name: value for name, value in values.items() if name not in OWN}
+        options = {name: _read(name, value) for name, value in stated.items()}
+        prompt = _words("prompt", values.get("prompt", ""))
+        model = text("model", values.get("model", self.model))
+        count = whole(1, MOST_PICTURES)("num_images", values.get("num_images", 1))
+        seed = to_whole("seed", values.get("seed", -1))
+        content = {
+            **{name: value for name, value in extra.items() if isinstance(value, str | int | float)},
+            **options,
+            **{"prompt": prompt, "model": values.get("model"), "seed": seed, "num_images": count},
+        }
+        name = read_id(values["id"]) if "id" in values else digest(content)[:HASH_DIGITS]
+        first = seed_of(name) if seed == -1 else read_seed(seed)
+        if first + count > SEEDS:
+            raise UsageError(f"seeds must be between 0 and 2^64 - 1, not {first + count - 1}")
+        options = {**{name: _read(name, value) for name, value in self.defaults.items()}, **options}
+        check(prompt, {**options_of(options, pictures), "seed": first})
+        return [
+            Job(
+                id=name if count == 1 else read_id(f"{name}-{i}"),
+                seed=first + i,
+                model=model,
+                prompt=prompt,
+                options=options,
+                loading=self.loading,
+                extra=extra,
+                line=line,
+                pictures=pictures,
+            )
+            for i in range(count)
+        ]
+
+    def require_meant(self, name: str) -> None:
+        """Raise UsageError for a column that seems to be meant for another one, or that results have already."""
+        if name in self.reserved:
+            raise UsageError(f"the column {quote(name)} is what the results call something of their own: rename it")
+        if name not in self.kept and name not in DECLARED:
+            keep = f"or keep it as it is (--keep {name}, or a Painter's keep)"
+            written = re.sub(r"[\s-]+", "_", name.strip().lower())
+            if name in LoadOptions.__annotations__ or name in NO_COLUMNS:
+                raise UsageError(f"{quote(name)} is of a whole run, not of a row: take the column out, {keep}")
+            if name in ELSEWHERE:
+                raise UsageError(f"there is no column {quote(name)}: here it is {ELSEWHERE[name]}; rename it, {keep}")
+            near = [
+                each
+                for each in DECLARED
+                if each[0] == written[:1] and len(each) > 3 and abs(len(each) - len(written)) <= 1 + (len(each) > 6)
+            ]
+            if written in DECLARED or (close := get_close_matches(written, near, 1, LIKE)):
+                meant = written if written in DECLARED else close[0]
+                raise UsageError(f"there is no column {quote(name)}: did you mean {meant}? Rename it, {keep}")
+        self._fine.add(name)
+
+
+def said(loading: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Of the options of `nativesd.load`, and what is loaded `more`, what says which model it is, as JSON has it."""
+    found = {name: loading[name] for name in LOADING if name in loading} | more
+    found = {name: value for name, value in found.items() if value not in (None, (), [])}
+    return {name: list(map(str, each)) if is_list(each) else str(each) for name, each in found.items()}
+
+
+def options_of(options: Mapping[str, Any], pictures: Mapping[str, Any], folder: Path = HERE) -> CallOptions:
+    """A job's options as a call takes them. Raises UsageError for a record that cannot be.
+
+    folder  where the paths of pictures begin
+    """
+    made = {name: BUILT[name](name, value) if name in BUILT else value for name, value in options.items()}
+    for name in PICTURES:
+        if isinstance(made.get(name), str):
+            made[name] = folder / made[name]
+    if "control" in made:
+        made["control"] = [
+            replace(each, image=folder / each.image) if isinstance(each.image, str) else each
+            for each in made["control"]
+        ]
+    return cast("CallOptions", {**made, **pictures})
+
+
+def _read(name: str, value: Any) -> Any:
+    """An option's value: read where it is a number, a word or a flag, and else as JSON has it."""
+    if name == "negative_prompt":
+        return _words(name, value)
+    if name == "control":
+        return value if isinstance(value, list) else [value]
+    return value if name in BUILT or name in PICTURES else READERS[name](name, value)
+
+
+def _cell(name: str, cell: str) -> Any:
+    """The value of a cell that is a text, as JSON has it."""
+    if name in ("prompt", "negative_prompt", "id", "model"):
+        return cell
+    if name in (*BUILT, "outpaint") and cell.lstrip().startswith(JSON):
+        try:
+            return parse_json(f'{{"cell": {cell}}}'.encode(), name)["cell"]
+        except SourceError as error:
+            raise UsageError(str(error)) from None
+    if name == "outpaint":
+        return cell.split(",")
+    if name == "hires":
+        return to_real(name, cell)
+    if READERS.get(name) is flag:
+        if cell.strip().lower() not in TRUTHS:
+            raise UsageError(f"{name} must be true or false, not {shown(cell)}")
+        return TRUTHS[cell.strip().lower()]
+    return cell
+
+
+def _words(name: str, value: Any) -> str:
+    """A text, of any length."""
+    if not isinstance(value, str):
+        raise UsageError(f"{name} must be a text, not {shown(value)}")
+    return value
+
+
+def _picture(name: str, value: Any) -> Image.Image:
+    """A picture that is no file's path: PIL's, an array, or the bytes of a file, as tables hold them."""
+    if isinstance(value, Mapping):  # a column of pictures as the hub's data sets have it
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, Image.Image | np.ndarray | torch.Tensor | str | bytes):
+        raise UsageError(f"{name} must be a picture or its file, not {shown(value)}")
+    try:
+        return read_image(value)
+    except SourceError as error:
+        raise UsageError(f"{name}: {error}") from None
+
+
+def _as_data(image: Image.Image) -> dict[str, str]:
+    """What stands for such a picture among a job's options."""
+    return {"sha256": hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()}
+
+
+def _loras(name: str, value: Any) -> list[Any]:
+    """A file, or a list of files, [file, scale], [file, scale of the UNet's part, scale of the text encoders']."""
+    return [tuple(each) if isinstance(each, list) else each for each in (value if isinstance(value, list) else [value])]
+
+
+def _hires(name: str, value: Any) -> Any:
+    return record_of(Hires, name, value) if isinstance(value, Mapping) else value
+
+
+def _controls(name: str, value: Any) -> list[Control]:
+    return [record_of(Control, name, each) for each in value]
+
+
+BUILT: Mapping[str, Callable[[str, Any], Any]] = {
+    "loras": _loras,
+    "hires": _hires,
+    "control": _controls,
+    "sdxl": lambda name, value: record_of(SDXL, name, value),
+    "variation": lambda name, value: record_of(Variation, name, value),
+}
+"""What makes of JSON what a call takes."""

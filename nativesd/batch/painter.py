@@ -1,0 +1,140 @@
+"""What a cluster's workers call: batches of columns in, the same with pictures out. It knows of no cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nativesd.batch.columns import Columns, said
+from nativesd.batch.files import Row
+from nativesd.batch.jobs import Job
+from nativesd.batch.results import Outcome
+from nativesd.batch.studio import Setting, Studio
+from nativesd.errors import NativesdError, UsageError
+from nativesd.pipeline.arguments import check, split
+
+ADDED = ("id", "image", "seed", "width", "height", "error")
+
+
+class Painter:
+    """Paints batches of rows; the model is loaded at the first one. It can be pickled, and is sent without the model.
+
+    model       what `nativesd.load` takes
+    keep        columns that pass through although they look like an option
+    refiner     an SDXL refiner for the last steps, as `nativesd.load` takes it
+    embeddings  files of textual inversions
+    options     those of `nativesd.load`, and those of a call for rows that do not state them
+
+    The columns of a batch are the options of a call, `prompt` among them, and any others. Raises UsageError for options
+    that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: str = "tiny",
+        *,
+        keep: Sequence[str] = (),
+        refiner: str | None = None,
+        embeddings: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        loading, asked = split(options)
+        check("", asked)
+        always = {"lora_dirs": asked.pop("lora_dirs")} if "lora_dirs" in asked else {}
+        if own := loading.pop("loras", None):
+            asked["loras"] = own
+        self._columns = Columns(
+            model=model,
+            loading=said(loading, refiner=refiner, embeddings=embeddings),
+            defaults={name: _told(value) for name, value in asked.items() if value is not None},
+            kept=tuple(keep),
+            reserved=(),
+        )
+        self._setting = Setting(model, loading, embeddings, always, refiner)
+        self._studio: Studio | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_studio": None}
+
+    def __call__(self, batch: Any) -> Any:
+        """A batch with a picture for every row: a mapping of columns (lists or arrays), or a data frame of pandas.
+
+        Added are `image` (the bytes of a PNG with its parameters; instead of a picture to begin from), `seed`, `width`,
+        `height`, `error` (a sentence where a row could not be painted, which then has no picture), and `id`. A batch is
+        halved where it does not fit into the memory. Raises UsageError for a column that is misspelt or missing, and
+        what `nativesd.load` raises.
+        """
+        names = [str(name) for name in batch]
+        for name in names:
+            self._columns.require_meant(name)
+        if "prompt" not in names:
+            raise UsageError(f"there is no column 'prompt': there is {', '.join(names) or 'none'}")
+        rows = [dict(zip(names, cells, strict=True)) for cells in zip(*(batch[name] for name in names), strict=True)]
+        done = self._painted(rows)
+        made: dict[str, list[Any]] = {name: [each[name] for each in done] for name in ADDED}
+        if hasattr(batch, "assign"):
+            return batch.assign(**made)
+        arrays = any(isinstance(batch[name], np.ndarray) for name in names)
+        return {**batch, **{name: _array(values) if arrays else values for name, values in made.items()}}
+
+    def frames(self, frames: Iterable[Any]) -> Iterator[Any]:
+        """The same for one data frame after the other, as Spark's `mapInPandas` wants it."""
+        return map(self, frames)
+
+    def close(self) -> None:
+        """Let go of the model; the next batch loads it again."""
+        if self._studio is not None:
+            self._studio.close()
+            self._studio = None
+
+    def _painted(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """For every row what is added to it."""
+        if self._studio is None:
+            self._studio = Studio(self._setting)
+        done: list[dict[str, Any]] = [{}] * len(rows)
+        alike: dict[str, list[Job]] = {}
+        for number, cells in enumerate(rows):
+            try:
+                job, *others = self._columns.jobs(Row(number, cells))
+                if others:
+                    raise UsageError("num_images must be 1 in a batch, where a row is a picture")
+                alike.setdefault(job.shape, []).append(job)
+            except NativesdError as error:
+                done[number] = _added(None, str(error))
+        for jobs in alike.values():
+            for outcomes in self._studio.paint(jobs):
+                for outcome in outcomes:
+                    done[outcome.job.line] = _added(outcome, outcome.error)
+        return done
+
+
+def _added(outcome: Outcome | None, error: str | None) -> dict[str, Any]:
+    """What is added to a row; of one that failed, empty values of the same types, as tables want them."""
+    return {
+        "id": "" if outcome is None else outcome.job.id,
+        "image": b"" if outcome is None else outcome.data,
+        "seed": 0 if outcome is None else outcome.job.seed,
+        "width": 0 if outcome is None else outcome.width,
+        "height": 0 if outcome is None else outcome.height,
+        "error": error or "",
+    }
+
+
+def _told(value: Any) -> Any:
+    """An option as JSON has it: a record by its fields."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: _told(each) for name, each in fields.items() if each is not None}
+    return [_told(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _array(values: list[Any]) -> Any:
+    """A column as numpy has it."""
+    if values and isinstance(values[0], int):
+        return np.array(values)
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
