@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import warnings
@@ -35,10 +36,10 @@ class Size(click.ParamType[tuple[int, int]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         """Parse, or fail with exit code 2."""
-        width, _, height = str(value).lower().partition("x")
-        if not (width.isdecimal() and height.isdecimal()):
+        found = re.fullmatch("([0-9]{1,9})[xX]([0-9]{1,9})", str(value))
+        if found is None:
             self.fail(f"{value!r} is not a size such as 512x768", param, ctx)
-        return int(width), int(height)
+        return int(found[1]), int(found[2])
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
