@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,12 @@ def by_reason(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 def some(keys: Sequence[str]) -> str:
     """One key, or how many and the first."""
     return keys[0] if len(keys) == 1 else f"{len(keys)} tensors ({keys[0]}, ...)"
+
+
+def say_left_out(ignored: Mapping[str, str]) -> None:
+    """The keys that were left out, by the reasons, on stderr."""
+    for reason, keys in by_reason(ignored.items()).items():
+        tell(f"left out {some(keys)}: {reason}")
 
 
 def count(number: int) -> str:
