@@ -16,7 +16,7 @@ Spacing = Literal["leading", "trailing", "linspace", "skipping"]
 
 Kind = Literal[
     "automatic", "normal", "karras", "exponential", "sgm uniform", "simple", "beta", "align your steps", "trailing",
-    "leading", "linspace", "lu",
+    "leading", "linspace", "lu", "polyexponential", "kl optimal", "linear quadratic", "ddim uniform",
 ]  # fmt: skip
 """A schedule by name. "automatic" is the model's own."""
 
@@ -157,7 +157,7 @@ def _edm(name: str, data: Mapping[str, Any]) -> EDM | None:
 
 def _form(name: str, algorithm: str | None, order: int) -> str:
     """What tells the samplers of one published class apart, in brackets behind its name; empty for its own default."""
-    form = [] if algorithm in (None, "dpmsolver++", "deis") else [str(algorithm)]
+    form = [] if algorithm in (None, "dpmsolver++", "deis", "data_prediction") else [str(algorithm)]
     if name == "DPMSolverMultistepScheduler" and order != 2 and algorithm != "dpmsolver":
         form.append(f"order {order}")
     return f"[{', '.join(form)}]" if form else ""
@@ -223,6 +223,9 @@ _SAMPLER: dict[str, tuple[Any, ...]] = {
     "solver_order": (2, 1, 3),
     "variance_type": ("fixed_small", "fixed_small_log", None),
     "predict_x0": (True,),
+    "predictor_order": (2,),
+    "corrector_order": (2,),
+    "tau_func": (None,),
     "disable_corrector": ([],),
     "solver_p": (None,),
     "sigma_min": (None,),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nativesd.errors import UsageError, install_line
+from nativesd.sampling.options import PLAIN, Sampling
 from nativesd.sampling.published import EDM, Kind, SchedulerConfig, Spacing
 
 LARGEST_SIGMA_ALPHA = 2**-24  # in place of zero terminal SNR's alpha of 0 (EulerDiscreteScheduler of diffusers)
@@ -131,6 +132,36 @@ def exponential_sigmas(steps: int, smallest: float, largest: float) -> Tensor:
     return torch.linspace(float(ends[0]), float(ends[1]), steps, dtype=torch.float64).exp()
 
 
+def polyexponential_sigmas(steps: int, smallest: float, largest: float, rho: float = 1.0) -> Tensor:
+    """Polynomial in log sigma, of degree `rho`, of which 1 is the exponential one (k-diffusion)."""
+    ramp = torch.linspace(1, 0, steps, dtype=torch.float64) ** rho
+    out: Tensor = (ramp * (math.log(largest) - math.log(smallest)) + math.log(smallest)).exp()
+    return out
+
+
+def kl_optimal_sigmas(steps: int, smallest: float, largest: float) -> Tensor:
+    """`steps` + 1 sigmas, even in their arctangent (Sabour et al. 2024, arXiv 2404.14507, theorem 3.1): the last is the
+    smallest, not zero, as A1111 has it."""
+    ends = math.atan(largest), math.atan(smallest)
+    return torch.linspace(*ends, steps + 1, dtype=torch.float64).tan()
+
+
+def linear_quadratic_sigmas(steps: int, largest: float, threshold: float = 0.025) -> Tensor:
+    """(steps + 1,): half of the steps fall linearly from `largest` by `threshold` of it, the others in a parabola to 0.
+
+    Source: genmoai/models src/mochi_preview/infer.py (`linear_quadratic_schedule`), which ComfyUI follows.
+    """
+    linear = steps // 2
+    if linear == 0:
+        return torch.tensor([largest, 0.0], dtype=torch.float64)
+    rest, number = steps - linear, torch.arange(steps + 1, dtype=torch.float64)
+    bend = (linear - threshold * steps) / rest**2
+    parabola = bend / linear * (number**2 + linear**2) + (threshold / linear - 2 * bend) * number
+    fallen = torch.where(number < linear, number * threshold / linear, parabola)
+    fallen[-1] = 1
+    return (1 - fallen) * largest
+
+
 def beta_sigmas(steps: int, smallest: float, largest: float, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
     """`steps` sigmas between the two, at quantiles of the Beta distribution (Lee et al. 2024, arXiv 2407.12173).
 
@@ -190,16 +221,22 @@ def skipping_timesteps(config: SchedulerConfig, steps: int, strength: float = 1.
 
 
 def make_schedule(
-    config: SchedulerConfig, rule: SamplerRule, steps: int, kind: Kind = "automatic", *, sdxl: bool = False
+    config: SchedulerConfig,
+    rule: SamplerRule,
+    steps: int,
+    kind: Kind = "automatic",
+    options: Sampling = PLAIN,
+    *,
+    sdxl: bool = False,
 ) -> Schedule:
     """The schedule of `steps` steps. Raises UsageError for a number of steps the trained range does not have.
 
-    `sdxl` chooses between the two tables of Align Your Steps.
+    `sdxl` chooses between the two tables of Align Your Steps. "ddim uniform" may have some steps more.
     """
     if not 1 <= steps < config.train_steps:
         raise UsageError(f"steps must be between 1 and {config.train_steps - 1}, not {steps}")
     if config.edm is not None:
-        return _edm_schedule(config, config.edm, rule, steps, kind, sdxl=sdxl)
+        return _edm_schedule(config, config.edm, rule, steps, kind, options, sdxl=sdxl)
     trained = trained_sigmas(config)
     last_step = config.train_steps - 1
     spacing = config.spacing if config.spacing and rule.spacing != "skipping" else rule.spacing
@@ -208,10 +245,18 @@ def make_schedule(
     timesteps = spaced_timesteps(config, rule, steps, spacing)
     sigmas = _at(timesteps, trained)
     ends = (trained[0], trained[-1]) if rule.full_range or kind != config.kind else (sigmas[-1], sigmas[0])
-    smallest, largest = float(ends[0]), float(ends[1])
+    smallest, largest = _ends(options, float(ends[0]), float(ends[1]))
     match kind:
         case "karras":
-            sigmas = karras_sigmas(steps, smallest, largest)
+            sigmas = karras_sigmas(steps, smallest, largest, options.rho or 7.0)
+        case "polyexponential":
+            sigmas = polyexponential_sigmas(steps, smallest, largest, options.rho or 1.0)
+        case "kl optimal":
+            sigmas = kl_optimal_sigmas(steps, smallest, largest)[:-1]
+        case "linear quadratic":
+            sigmas = linear_quadratic_sigmas(steps, largest)[:-1]
+        case "ddim uniform":  # ComfyUI comfy/samplers.py `ddim_scheduler`, and A1111's
+            sigmas = trained[1 :: max(config.train_steps // steps, 1)].flip(0)
         case "exponential" | "lu":  # even in log sigma, where "lu" has whole timesteps (Lu et al. 2022)
             sigmas = exponential_sigmas(steps, smallest, largest)
         case "beta":
@@ -233,15 +278,23 @@ def make_schedule(
             timesteps = timesteps.floor()
     zero = {"sigma": config.final_sigma_zero, "alpha": config.set_alpha_to_one, "trained": False}[rule.last]
     own = kind in ("automatic", "leading", "trailing", "linspace", config.kind)
-    last = float(trained[0]) if own and not zero else 0.0
+    last = float(trained[0]) if own and not zero else smallest if kind == "kl optimal" else 0.0
     first = float(sigmas[0])
     start = (1 + first**2) ** 0.5 if rule.unit_variance or (own and spacing == "leading") else first
     end = (1 + last**2) ** 0.5 if rule.unit_variance else 1.0
     return Schedule(timesteps, torch.cat([sigmas, sigmas.new_tensor([last])]), start, end, trained)
 
 
+def _ends(options: Sampling, smallest: float, largest: float) -> tuple[float, float]:
+    """The ends of a schedule by formula. Raises UsageError where nothing is between them."""
+    low, high = options.ends(smallest, largest)
+    if low >= high and (low, high) != (smallest, largest):
+        raise UsageError(f"sampling.sigma_min must be below sigma_max, and {low:g} is not below {high:g}")
+    return low, high
+
+
 def _edm_schedule(
-    config: SchedulerConfig, edm: EDM, rule: SamplerRule, steps: int, kind: Kind, *, sdxl: bool
+    config: SchedulerConfig, edm: EDM, rule: SamplerRule, steps: int, kind: Kind, options: Sampling, *, sdxl: bool
 ) -> Schedule:
     """The schedule of a model of continuous sigmas. What is even in timesteps is even in log sigma.
 
@@ -249,18 +302,25 @@ def _edm_schedule(
     """
     if rule.spacing == "skipping":
         raise UsageError("the model has continuous sigmas (EDM), and this sampler goes by trained timesteps")
+    smallest, largest = _ends(options, edm.smallest, edm.largest)
     match edm.kind if kind == "automatic" else kind:
         case "karras":
-            sigmas = karras_sigmas(steps, edm.smallest, edm.largest, edm.rho)
+            sigmas = karras_sigmas(steps, smallest, largest, options.rho or edm.rho)
+        case "polyexponential":
+            sigmas = polyexponential_sigmas(steps, smallest, largest, options.rho or 1.0)
+        case "kl optimal":
+            sigmas = kl_optimal_sigmas(steps, smallest, largest)[:-1]
+        case "linear quadratic":
+            sigmas = linear_quadratic_sigmas(steps, largest)[:-1]
         case "beta":
-            sigmas = beta_sigmas(steps, edm.smallest, edm.largest)
+            sigmas = beta_sigmas(steps, smallest, largest)
         case "align your steps":
             sigmas = aligned_sigmas(steps, sdxl=sdxl)
         case "sgm uniform" | "trailing" | "simple":  # they stop before the smallest
-            sigmas = exponential_sigmas(steps + 1, edm.smallest, edm.largest)[:steps]
+            sigmas = exponential_sigmas(steps + 1, smallest, largest)[:steps]
         case _:
-            sigmas = exponential_sigmas(steps, edm.smallest, edm.largest)
-    last = 0.0 if config.final_sigma_zero else edm.smallest
+            sigmas = exponential_sigmas(steps, smallest, largest)
+    last = 0.0 if config.final_sigma_zero and kind != "kl optimal" else smallest
     start = (1 + float(sigmas[0]) ** 2) ** 0.5
     ends = torch.cat([sigmas, sigmas.new_tensor([last])])
     return Schedule(0.25 * sigmas.log(), ends, start, 1.0, trained_sigmas(config), edm=True)

@@ -9,34 +9,14 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from nativesd.sampling import distilled, multistep, samplers, unipc
-from nativesd.sampling.published import Kind, SchedulerConfig
-from nativesd.sampling.samplers import Denoiser, Noise
-from nativesd.sampling.schedule import SamplerRule, Schedule, timestep_of
+from nativesd.sampling.calls import Call
+from nativesd.sampling.methods import distilled, multistep, onestep, own, plusplus, sde, unipc
+from nativesd.sampling.methods.onestep import Denoiser, Unguided
+from nativesd.sampling.published import Kind
+from nativesd.sampling.schedule import SamplerRule, timestep_of
 
 Of = Literal["clean", "noise"]
 TCD_ETA = 0.3  # TCDScheduler's default of gamma, the share of every step that is noise
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a sampler may ask for beyond the denoiser and x."""
-
-    schedule: Schedule
-    noise: Noise
-    config: SchedulerConfig
-    eta: float | None = None
-
-    @property
-    def sigmas(self) -> list[float]:
-        """The schedule's, as numbers."""
-        numbers: list[float] = self.schedule.sigmas.tolist()
-        return numbers
-
-    @property
-    def full_noise(self) -> float:
-        """eta as asked for, else 1: as much noise as the diffusion has."""
-        return 1.0 if self.eta is None else self.eta
 
 
 Run = Callable[[Denoiser, Tensor, Call], Tensor]
@@ -65,6 +45,10 @@ class Sampler:
     """Made for distilled models, with their own steps and without guidance."""
     drops: bool = False
     """A1111 leaves the last sigma but one out (`discard_next_to_last_sigma` of modules/sd_samplers_kdiffusion.py)."""
+    churns: bool = False
+    """Takes churn."""
+    plus_plus: bool = False
+    """CFG++: it needs what the model answers without guidance."""
 
 
 _DDIM = SamplerRule("leading", whole_steps=True, last="alpha", unit_variance=True)
@@ -81,8 +65,8 @@ _TCD = SamplerRule("skipping", unit_variance=True, last="trained")
 
 def _ddim(denoise: Denoiser, x: Tensor, call: Call) -> Tensor:
     if call.eta:
-        return samplers.sample_euler_ancestral(denoise, x, call.sigmas, call.noise, call.eta)
-    return samplers.sample_euler(denoise, x, call.sigmas)
+        return onestep.sample_euler_ancestral(denoise, x, call.sigmas, call.noise, call.eta)
+    return onestep.sample_euler(denoise, x, call.sigmas)
 
 
 def _ends_low(call: Call) -> bool:
@@ -145,15 +129,49 @@ def _tcd(denoise: Denoiser, x: Tensor, call: Call) -> Tensor:
     return distilled.sample_tcd(denoise, x, call.sigmas, call.noise, between)
 
 
+def _span(call: Call) -> tuple[float, float]:
+    """The largest sigma, and the smallest above zero."""
+    above = [sigma for sigma in call.sigmas if sigma > 0]
+    return above[0], above[-1]
+
+
+def _dpm_fast(denoise: Denoiser, x: Tensor, call: Call) -> Tensor:
+    steps = len(call.schedule.timesteps)
+    return own.sample_dpm_fast(denoise, x, *_span(call), steps, call.noise, call.full_noise)
+
+
+def _dpm_adaptive(denoise: Denoiser, x: Tensor, call: Call) -> Tensor:
+    return own.sample_dpm_adaptive(denoise, x, *_span(call), call.noise, call.full_noise)
+
+
+def _sa_solver(denoise: Denoiser, x: Tensor, call: Call) -> Tensor:
+    # SASolverScheduler's default of tau: noise in the middle of the timesteps only
+    taus = [call.full_noise if 200 <= time <= 800 else 0.0 for time in call.schedule.timesteps.tolist()]
+    return sde.sample_sa_solver(denoise, x, call.sigmas, call.noise, taus, low_end=call.config.lower_order_final)
+
+
+def _plain(call: Call) -> Unguided:
+    assert call.unguided is not None
+    return call.unguided
+
+
+def _euler_plusplus(denoise: Denoiser, x: Tensor, call: Call, *, noisy: bool = False) -> Tensor:
+    noise = call.noise if noisy or call.eta else None
+    return plusplus.sample_euler_plusplus(denoise, x, call.sigmas, _plain(call), noise, call.full_noise)
+
+
 _KARRAS22 = "Karras et al. 2022, arXiv 2206.00364"
 _DPMPP = "Lu et al. 2022, arXiv 2211.01095"
 _DPM_SOLVER = "Lu et al. 2022, arXiv 2206.00927"
+_DEIS_PAPER = "Zhang and Chen 2023, arXiv 2204.13902"
+_RES = "Zhang et al. 2023, arXiv 2308.02157"
 _CROWSON = "k-diffusion sampling.py"
+_PLUS_PLUS = "Chung et al. 2024, arXiv 2406.08070"
 
 SAMPLERS = (
     Sampler("DDIM", _ddim, _DDIM, "Song et al. 2020, arXiv 2010.02502", 1, "DDIMScheduler"),
     Sampler(
-        "DDPM", lambda d, x, c: samplers.sample_euler_ancestral(d, x, c.sigmas, c.noise, c.full_noise), _DDPM,
+        "DDPM", lambda d, x, c: onestep.sample_euler_ancestral(d, x, c.sigmas, c.noise, c.full_noise), _DDPM,
         "Ho et al. 2020, arXiv 2006.11239", 1, "DDPMScheduler", noisy=True,
     ),
     Sampler(
@@ -161,34 +179,39 @@ SAMPLERS = (
         "Liu et al. 2022, arXiv 2202.09778", 4, "PNDMScheduler", ("PNDM",),
     ),
     Sampler(
-        "Euler", lambda d, x, c: samplers.sample_euler(d, x, c.sigmas), _EULER, _KARRAS22, 1, "EulerDiscreteScheduler",
+        "Euler", lambda d, x, c: onestep.sample_euler(d, x, c.sigmas, c.churn), _EULER, _KARRAS22, 1,
+        "EulerDiscreteScheduler", churns=True,
     ),
     Sampler(
-        "Euler a", lambda d, x, c: samplers.sample_euler_ancestral(d, x, c.sigmas, c.noise, c.full_noise), _EULER,
+        "Euler a", lambda d, x, c: onestep.sample_euler_ancestral(d, x, c.sigmas, c.noise, c.full_noise), _EULER,
         _CROWSON, 1, "EulerAncestralDiscreteScheduler", ("Euler ancestral",), noisy=True,
     ),
     Sampler(
-        "Heun", lambda d, x, c: samplers.sample_heun(d, x, c.sigmas), _EULER, _KARRAS22, 2, "HeunDiscreteScheduler",
-        evaluations=2,
+        "Heun", lambda d, x, c: onestep.sample_heun(d, x, c.sigmas, c.churn), _EULER, _KARRAS22, 2,
+        "HeunDiscreteScheduler", evaluations=2, churns=True,
+    ),
+    Sampler(
+        "Heun++ 2", lambda d, x, c: onestep.sample_heun_plusplus(d, x, c.sigmas, c.churn), _EULER,
+        "Carzit/sd-webui-samplers-scheduler", 1, None, ("heunpp2",), evaluations=3, churns=True,
     ),
     Sampler(
         "LMS", lambda d, x, c: multistep.sample_lms(d, x, c.sigmas), _EULER, _CROWSON, 4, "LMSDiscreteScheduler",
     ),
     Sampler(
-        "DPM2", lambda d, x, c: samplers.sample_dpm_2(d, x, c.sigmas), _DPM_2, _KARRAS22, 2, "KDPM2DiscreteScheduler",
-        ("dpm_2",), evaluations=2, drops=True,
+        "DPM2", lambda d, x, c: onestep.sample_dpm_2(d, x, c.sigmas, churn=c.churn), _DPM_2, _KARRAS22, 2,
+        "KDPM2DiscreteScheduler", ("dpm_2",), evaluations=2, drops=True, churns=True,
     ),
     Sampler(
-        "DPM2 a", lambda d, x, c: samplers.sample_dpm_2(d, x, c.sigmas, c.noise, c.full_noise), _EULER, _CROWSON, 2,
+        "DPM2 a", lambda d, x, c: onestep.sample_dpm_2(d, x, c.sigmas, c.noise, c.full_noise), _EULER, _CROWSON, 2,
         "KDPM2AncestralDiscreteScheduler", ("DPM2 ancestral", "dpm_2_ancestral", "dpm_2 a"), noisy=True, evaluations=2,
         drops=True,
     ),
     Sampler(
-        "DPM++ 2S a", lambda d, x, c: samplers.sample_dpmpp_2s_ancestral(d, x, c.sigmas, c.noise, c.full_noise),
+        "DPM++ 2S a", lambda d, x, c: onestep.sample_dpmpp_2s_ancestral(d, x, c.sigmas, c.noise, c.full_noise),
         _EULER, _DPMPP, 2, None, ("dpmpp_2s_ancestral", "dpmpp 2s a"), noisy=True, evaluations=2,
     ),
     Sampler(
-        "DPM++ SDE", lambda d, x, c: samplers.sample_dpmpp_sde(d, x, c.sigmas, c.noise, c.full_noise), _EULER, _DPMPP,
+        "DPM++ SDE", lambda d, x, c: onestep.sample_dpmpp_sde(d, x, c.sigmas, c.noise, c.full_noise), _EULER, _DPMPP,
         2, "DPMSolverSDEScheduler", ("dpmpp_sde",), noisy=True, brownian=True, evaluations=2,
     ),
     Sampler("DPM++ 2M", _dpmpp_2m, _DPM, _DPMPP, 2, "DPMSolverMultistepScheduler", ("dpmpp_2m",)),
@@ -212,10 +235,45 @@ SAMPLERS = (
         "DPM++ 3M SDE", lambda d, x, c: multistep.sample_dpmpp_3m_sde(d, x, c.sigmas, c.noise, c.full_noise), _DPM,
         _CROWSON, 2, None, ("dpmpp_3m_sde",), noisy=True, brownian=True, drops=True,
     ),
-    Sampler("DEIS", _deis, _DEIS, "Zhang and Chen 2023, arXiv 2204.13902", 2, "DEISMultistepScheduler"),
+    Sampler(
+        "DPM fast", _dpm_fast, _EULER, _DPM_SOLVER, 3, None, ("dpm_fast",), noisy=True,
+    ),
+    Sampler(
+        "DPM adaptive", _dpm_adaptive, _EULER, _DPM_SOLVER, 3, None, ("dpm_adaptive",), noisy=True, evaluations=3,
+    ),
+    Sampler(
+        "Restart", lambda d, x, c: own.sample_restart(d, x, c.sigmas, c.noise), _EULER,
+        "Xu et al. 2023, arXiv 2306.14878", 2, noisy=True, evaluations=2,
+    ),
+    Sampler(
+        "iPNDM", lambda d, x, c: multistep.sample_ipndm(d, x, c.sigmas), _EULER, _DEIS_PAPER, 4,
+    ),
+    Sampler("RES multistep", lambda d, x, c: multistep.sample_res(d, x, c.sigmas), _EULER, _RES, 2),
+    Sampler(
+        "RES multistep a", lambda d, x, c: multistep.sample_res(d, x, c.sigmas, c.noise, c.full_noise), _EULER, _RES, 2,
+        None, ("res_multistep_ancestral",), noisy=True,
+    ),
+    Sampler(
+        "ER-SDE", lambda d, x, c: sde.sample_er_sde(d, x, c.sigmas, c.noise), _EULER,
+        "Cui et al. 2023, arXiv 2309.06169", 3, noisy=True,
+    ),
+    Sampler(
+        "SA-Solver", _sa_solver, _DEIS, "Xue et al. 2023, arXiv 2309.05019", 2, "SASolverScheduler", noisy=True,
+    ),
+    Sampler("DEIS", _deis, _DEIS, _DEIS_PAPER, 2, "DEISMultistepScheduler"),
     Sampler(
         "UniPC", _unipc, _DPM, "Zhao et al. 2023, arXiv 2302.04867", 3, "UniPCMultistepScheduler",
         ("uni_pc", "uni_pc_bh2"),
+    ),
+    Sampler("DDIM CFG++", _euler_plusplus, _DDIM, _PLUS_PLUS, 1, plus_plus=True),
+    Sampler("Euler CFG++", _euler_plusplus, _EULER, _PLUS_PLUS, 1, plus_plus=True),
+    Sampler(
+        "Euler a CFG++", partial(_euler_plusplus, noisy=True), _EULER, _PLUS_PLUS, 1, None, ("euler_ancestral_cfg_pp",),
+        noisy=True, plus_plus=True,
+    ),
+    Sampler(
+        "DPM++ 2M CFG++", lambda d, x, c: plusplus.sample_dpmpp_2m_plusplus(d, x, c.sigmas, _plain(c)), _DPM,
+        _PLUS_PLUS, 2, plus_plus=True,
     ),
     Sampler(
         "LCM", _lcm, _LCM, "Luo et al. 2023, arXiv 2310.04378", 1, "LCMScheduler", noisy=True, few_steps=True,
@@ -248,5 +306,9 @@ SCHEDULES = (
     ScheduleName("leading", (), "Lin et al. 2023, arXiv 2305.08891, table 2"),
     ScheduleName("linspace", (), "Lin et al. 2023, arXiv 2305.08891, table 2"),
     ScheduleName("lu", ("lu lambdas",), "Lu et al. 2022, arXiv 2206.00927: even in log sigma, at whole timesteps"),
+    ScheduleName("polyexponential", (), "k-diffusion sampling.py get_sigmas_polyexponential, rho 1"),
+    ScheduleName("kl optimal", (), "Sabour et al. 2024, arXiv 2404.14507, theorem 3.1"),
+    ScheduleName("linear quadratic", (), "genmoai/models: linear, then a parabola"),
+    ScheduleName("ddim uniform", ("ddim",), "ComfyUI comfy/samplers.py ddim_scheduler"),
 )
 assert tuple(schedule.name for schedule in SCHEDULES) == get_args(Kind)

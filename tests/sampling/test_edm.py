@@ -15,10 +15,10 @@ from nativesd.diffusion.denoiser import to_clean
 from nativesd.errors import SourceError, UsageError
 from nativesd.latents.autoencoder import decode, encode
 from nativesd.models.vae import VAE
+from nativesd.sampling.calls import Call
 from nativesd.sampling.names import find_sampler
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.sampling.schedule import make_schedule
-from nativesd.sampling.table import Call
 from nativesd.weights.files.configs import vae_config
 from nativesd.weights.maps.published import vae_json
 from oracles import difference, draw

@@ -5,21 +5,25 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.mochi import pipeline_mochi
 from torch import Tensor
 
 import kdiffusion
 from nativesd.diffusion.denoiser import to_clean
 from nativesd.errors import SourceError, UsageError
-from nativesd.sampling import multistep, samplers, unipc
+from nativesd.sampling.calls import Call
+from nativesd.sampling.methods import multistep, onestep, own, plusplus, sde, unipc
 from nativesd.sampling.names import find_sampler, find_schedule
+from nativesd.sampling.options import Sampling
 from nativesd.sampling.published import Kind, SchedulerConfig
-from nativesd.sampling.schedule import make_schedule, timestep_of, trained_sigmas
-from nativesd.sampling.table import SAMPLERS, SCHEDULES, Call
+from nativesd.sampling.schedule import karras_sigmas, make_schedule, timestep_of, trained_sigmas
+from nativesd.sampling.table import SAMPLERS, SCHEDULES
 
 STEPS = 20
 TOLERANCE = 1e-4  # of the largest value
@@ -38,6 +42,17 @@ def denoised(x: Tensor, sigma: float) -> Tensor:
         logs.append(math.log(weight / math.sqrt(variance)) - (x - mean) ** 2 / (2 * variance))
         means.append(mean + width**2 / variance * (x - mean))
     return (torch.stack(logs).softmax(0) * torch.stack(means)).sum(0)
+
+
+def counted() -> tuple[Callable[[Tensor, float], Tensor], list[float]]:
+    """The mixture as a denoiser, and the sigmas that it is asked about."""
+    asked: list[float] = []
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        asked.append(sigma)
+        return denoised(x, sigma)
+
+    return denoise, asked
 
 
 def model(prediction: str, trained: Tensor) -> Callable[[Tensor, float], Tensor]:
@@ -143,10 +158,11 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "UniPC": [{}, {"use_karras_sigmas": True}, {"solver_order": 3},
               {"solver_type": "bh1", "final_sigmas_type": "sigma_min"},  # NaN there where the last sigma is zero
               {"timestep_spacing": "trailing"}],
+    "SA-Solver": [{}, {"use_karras_sigmas": True}, {"lower_order_final": False}],
     "LCM": [{}, {"original_inference_steps": 100}],
     "TCD": [{}],
 }  # fmt: skip
-NO_DIFFUSERS = {"DPM++ 2S a", "DPM++ SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE"}
+NO_DIFFUSERS = {"DPM++ 2S a", "DPM++ SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE", "DPM fast", "DPM adaptive"}
 """DPM++ SDE has a class there, but its noise begins at another sigma: k-diffusion is its oracle."""
 
 
@@ -191,11 +207,15 @@ K_DIFFUSION = {
     "DPM2": "sample_dpm_2", "DPM2 a": "sample_dpm_2_ancestral", "DPM++ 2S a": "sample_dpmpp_2s_ancestral",
     "DPM++ SDE": "sample_dpmpp_sde", "DPM++ 2M": "sample_dpmpp_2m", "DPM++ 2M SDE": "sample_dpmpp_2m_sde",
     "DPM++ 2M SDE Heun": "sample_dpmpp_2m_sde", "DPM++ 3M SDE": "sample_dpmpp_3m_sde",
+    "DPM fast": "sample_dpm_fast", "DPM adaptive": "sample_dpm_adaptive",
 }  # fmt: skip
 
 
+OWN_STEPS = ("DPM fast", "DPM adaptive")
+
+
 @pytest.mark.parametrize("kind", ["karras", "exponential", "normal"])
-@pytest.mark.parametrize("name", K_DIFFUSION)
+@pytest.mark.parametrize("name", [name for name in K_DIFFUSION if name not in OWN_STEPS])
 def test_against_k_diffusion(name: str, kind: str) -> None:
     """The same sigmas, the same noise for the same step, in float32."""
     oracle = kdiffusion.kdiffusion_sampling()
@@ -229,20 +249,264 @@ def noise_of(sigma: float, sigma_next: float) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("steps", [4, 6, 8, 21])
+def test_dpm_fast_is_k_diffusions(steps: int, eta: float) -> None:
+    oracle, start = kdiffusion.kdiffusion_sampling(), draws(1)() * 9.0
+    options: dict[str, Any] = {"disable": True, "eta": eta,
+                               "noise_sampler": lambda a, b: noise_of(float(a), float(b))}  # fmt: skip
+    expected = oracle.sample_dpm_fast(lambda x, sigma: denoised(x, float(sigma[0])), start, 0.03, 9.0, steps, **options)
+    denoise, asked = counted()
+    found = own.sample_dpm_fast(denoise, start, 9.0, 0.03, steps, noise_of, eta)
+    assert len(asked) == steps
+    assert difference(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_dpm_adaptive_is_k_diffusions(eta: float) -> None:
+    """The steps' lengths depend on rounding, so the noise is the same wherever it is drawn."""
+    oracle, start, noise = kdiffusion.kdiffusion_sampling(), draws(1)() * 9.0, draws(2)()
+    options: dict[str, Any] = {"disable": True, "eta": eta, "noise_sampler": lambda a, b: noise, "return_info": True}
+    expected, info = oracle.sample_dpm_adaptive(
+        lambda x, sigma: denoised(x, float(sigma[0])), start, 0.03, 9.0, **options
+    )
+    denoise, asked = counted()
+    found = own.sample_dpm_adaptive(denoise, start, 9.0, 0.03, lambda a, b: noise, eta)
+    assert len(asked) == info["nfe"]
+    assert difference(found, expected) <= TOLERANCE
+    broken = own.sample_dpm_adaptive(lambda x, sigma: x * math.nan, start, 9.0, 0.03)
+    assert broken.isnan().all()
+
+
+CHURN = Sampling(churn=6.0, churn_min=0.3, churn_max=8.0, noise=1.01)
+
+
+@pytest.mark.parametrize("name", ["Euler", "Heun", "DPM2"])
+def test_churn_is_k_diffusions(name: str) -> None:
+    oracle = kdiffusion.kdiffusion_sampling()
+    plan = make_schedule(SchedulerConfig(), find_sampler(name).sampler.rule, STEPS, "karras")
+    start, draw = draws(1)() * plan.start, draws(2)
+    call = Call(plan, lambda sigma, sigma_next: draw(), SchedulerConfig(), options=CHURN)
+    found = find_sampler(name).sampler.run(denoised, start, call)
+    torch.manual_seed(2)
+    expected = getattr(oracle, K_DIFFUSION[name])(
+        lambda x, sigma: denoised(x, float(sigma[0])), start, plan.sigmas.float(), disable=True,
+        s_churn=6.0, s_tmin=0.3, s_tmax=8.0, s_noise=1.01,
+    )  # fmt: skip
+    assert difference(found, expected) <= TOLERANCE
+    calm = find_sampler(name).sampler.run(denoised, start, Call(plan, noise_of, SchedulerConfig()))
+    assert difference(found, calm) > 0.01
+
+
+@pytest.mark.parametrize("name", ["Euler a", "DPM2 a", "DPM++ 2S a", "DPM++ SDE", "DPM++ 2M SDE", "DPM++ 3M SDE"])
+def test_the_noise_s_factor_is_k_diffusions(name: str) -> None:
+    oracle = kdiffusion.kdiffusion_sampling()
+    plan = make_schedule(SchedulerConfig(), find_sampler(name).sampler.rule, STEPS, "karras")
+    start = draws(1)() * plan.start
+    call = Call(plan, noise_of, SchedulerConfig(), options=Sampling(noise=1.05))
+    expected = getattr(oracle, K_DIFFUSION[name])(
+        lambda x, sigma: denoised(x, float(sigma[0])), start, plan.sigmas.float(), disable=True, s_noise=1.05,
+        noise_sampler=lambda sigma, sigma_next: noise_of(float(sigma), float(sigma_next)),
+    )  # fmt: skip
+    assert difference(find_sampler(name).sampler.run(denoised, start, call), expected) <= TOLERANCE
+
+
+def test_ipndm_is_diffusers() -> None:
+    """Its class has a noise schedule of its own: the test gives it ours, and velocities."""
+    plan = make_schedule(SchedulerConfig(), find_sampler("iPNDM").sampler.rule, 12, "karras")
+    scheduler = diffusers.IPNDMScheduler()
+    scheduler.set_timesteps(12)
+    scheduler.alphas = (1 / (1 + plan.sigmas**2)).sqrt()
+    scheduler.betas = plan.sigmas * scheduler.alphas
+    start = draws(1)().double() * float(plan.sigmas[0])
+    x = start * scheduler.alphas[0]
+    for timestep, sigma, alpha in zip(scheduler.timesteps, plan.sigmas.tolist(), scheduler.alphas, strict=False):
+        clean = denoised(x / alpha, sigma)
+        velocity = (x / alpha / (1 + sigma**2) - clean) * (math.hypot(1, sigma) / sigma)
+        x = scheduler.step(velocity, timestep, x).prev_sample
+    call = Call(plan, noise_of, SchedulerConfig())
+    assert difference(find_sampler("iPNDM").sampler.run(denoised, start, call), x) <= TOLERANCE
+
+
+def test_heun_plusplus_as_stated() -> None:
+    """The last step is Euler's, the one before weighs two slopes, all others three, by their sigmas over the first."""
+    sigmas = [9.0, 4.0, 2.0, 0.7, 0.0]
+    start = torch.linspace(-4, 4, 33, dtype=torch.float64)
+
+    def slope(x: Tensor, sigma: float) -> Tensor:
+        return (x - denoised(x, sigma)) / sigma
+
+    x = start
+    for i in range(2):
+        a, b, c = sigmas[i : i + 3]
+        first = slope(x, a)
+        second = slope(x + first * (b - a), b)
+        third = slope(x + first * (b - a) + second * (c - b), c)
+        x = x + (b - a) * ((1 - (b + c) / 27) * first + b / 27 * second + c / 27 * third)
+    first = slope(x, 2.0)
+    second = slope(x + first * (0.7 - 2.0), 0.7)
+    x = x + (0.7 - 2.0) * ((1 - 0.7 / 18) * first + 0.7 / 18 * second)
+    x = x + slope(x, 0.7) * -0.7
+    assert difference(onestep.sample_heun_plusplus(denoised, start, sigmas), x) < 1e-9
+
+
+def test_res_multistep_without_noise_is_the_exponential_integrator() -> None:
+    """In the ODE's form it is DPM-Solver++ 2M with the solver "heun", which diffusers is the oracle of."""
+    plan = make_schedule(SchedulerConfig(), find_sampler("RES multistep").sampler.rule, STEPS, "karras")
+    start = draws(1)() * plan.start
+    expected = multistep.sample_dpmpp_2m(denoised, start, plan.sigmas.tolist(), solver="heun")
+    assert difference(multistep.sample_res(denoised, start, plan.sigmas.tolist()), expected) < 1e-5
+
+
+def test_restart_goes_back_up() -> None:
+    start = draws(1)() * 14.6
+    for steps in (19, 20, 36):
+        plan = make_schedule(SchedulerConfig(), find_sampler("Restart").sampler.rule, steps, "karras")
+        denoise, asked = counted()
+        found = own.sample_restart(denoise, start, plan.sigmas.tolist(), noise_of)
+        rises = [(a, b) for a, b in pairwise(asked) if b > a]
+        assert len(rises) == {19: 0, 20: 1, 36: 2}[steps]
+        assert all(abs(a - 0.1) < 0.1 and abs(b - 2) < 0.8 for a, b in rises)
+        assert len(asked) == 2 * steps - 1  # Heun's, of which the last is Euler's
+        if steps < 20:
+            assert torch.equal(found, onestep.sample_heun(denoised, start, plan.sigmas.tolist()))
+
+
+KEEPS: dict[str, Callable[[onestep.Denoiser, Tensor, list[float], onestep.Noise], Tensor]] = {
+    "ER-SDE": sde.sample_er_sde,
+    "SA-Solver": lambda d, x, s, n: sde.sample_sa_solver(d, x, s, n, [1.0] * (len(s) - 1)),
+    "RES multistep a": multistep.sample_res,
+    "Restart": own.sample_restart,
+    "DPM fast": lambda d, x, s, n: own.sample_dpm_fast(d, x, s[0], s[-2], 120, n),
+    "DPM adaptive": lambda d, x, s, n: own.sample_dpm_adaptive(d, x, s[0], s[-2], n),
+}
+
+
+@pytest.mark.parametrize("name", KEEPS)
+def test_the_noise_keeps_the_distribution(name: str) -> None:
+    """From the noise of a Gaussian, whose denoiser is known, samples of this Gaussian come out."""
+    generator = torch.Generator().manual_seed(4)
+    mean, width, count = 0.6, 0.4, 20_000
+
+    def clean(x: Tensor, sigma: float) -> Tensor:
+        return mean + width**2 / (width**2 + sigma**2) * (x - mean)
+
+    def noise(sigma: float, sigma_next: float) -> Tensor:
+        return torch.randn(count, generator=generator, dtype=torch.float64)
+
+    sigmas = [*karras_sigmas(120, 0.02, 20.0).tolist(), 0.0]
+    start = mean + noise(0, 0) * math.hypot(width, 20.0)
+    found = KEEPS[name](clean, start, sigmas, noise)
+    assert abs(float(found.mean()) - mean) < 0.015
+    assert abs(float(found.std()) / width - 1) < 0.03
+
+
+STATED = {"Heun++ 2", "iPNDM", "RES multistep", "RES multistep a", "ER-SDE", "Restart", "DDIM CFG++", "Euler CFG++",
+          "Euler a CFG++", "DPM++ 2M CFG++"}  # fmt: skip
+"""Not in k-diffusion, and not in diffusers in a form like the others: tests above, below, and by their order."""
+
+
 def test_every_sampler_has_an_oracle() -> None:
-    assert {sampler.name for sampler in SAMPLERS} == set(CASES) | set(K_DIFFUSION)
-    assert {sampler.name for sampler in SAMPLERS} - set(CASES) == NO_DIFFUSERS
+    assert {sampler.name for sampler in SAMPLERS} == set(CASES) | set(K_DIFFUSION) | STATED
+    assert {sampler.name for sampler in SAMPLERS} - set(CASES) - STATED == NO_DIFFUSERS
+
+
+class Pulled:
+    """The mixture as what a model answers without guidance, and with it what lies `share` of the way to `elsewhere`."""
+
+    def __init__(self, share: float, elsewhere: float = 0.9) -> None:
+        self.share, self.elsewhere, self.last = share, elsewhere, torch.zeros(())
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        self.last = denoised(x, sigma)
+        return self.last + self.share * (self.elsewhere - self.last)
+
+    def unguided(self) -> Tensor:
+        return self.last
+
+
+def test_cfg_plus_plus_is_guidance_that_grows() -> None:
+    """The paper's equation 14: a step of CFG++ is one of CFG with the scale share / (1 - sigma_next / sigma)."""
+    sigmas = [9.0, 4.0, 2.0, 1.0, 0.4, 0.1]
+    start = torch.linspace(-20, 20, 33, dtype=torch.float64)
+    model = Pulled(0.3)
+    found = plusplus.sample_euler_plusplus(model, start, sigmas, model.unguided)
+    expected = start
+    for sigma, sigma_next in pairwise(sigmas):
+        guided = Pulled(0.3 / (1 - sigma_next / sigma))(expected, sigma)
+        expected = onestep.toward(expected, guided, sigma, sigma_next)
+    assert difference(found, expected) < 1e-9
+
+
+def test_ancestral_cfg_plus_plus() -> None:
+    """Without guidance it is Euler a; with it, the next state has the guided latents and the unguided noise."""
+    start, sigmas = draws(1)() * 9.0, [9.0, 4.0, 1.0, 0.0]
+    model = Pulled(0.0)
+    found = plusplus.sample_euler_plusplus(model, start, sigmas, model.unguided, noise_of)
+    assert difference(found, onestep.sample_euler_ancestral(denoised, start, sigmas, noise_of)) < 1e-5
+    model = Pulled(0.3)
+    found = plusplus.sample_euler_plusplus(model, start, sigmas[:2], model.unguided, noise_of)
+    down, up = onestep.ancestral(9.0, 4.0, 1.0)
+    noise = (start - denoised(start, 9.0)) / 9.0
+    assert difference(found, model(start, 9.0) + noise * down + noise_of(9.0, 4.0) * up) < 1e-5
+
+
+def test_cfg_plus_plus_2m() -> None:
+    """Without guidance it is DPM++ 2M; with it, as ComfyUI states it in log sigma."""
+    start, sigmas = draws(1)() * 9.0, [9.0, 5.0, 2.0, 1.0, 0.3, 0.0]
+    model = Pulled(0.0)
+    found = plusplus.sample_dpmpp_2m_plusplus(model, start, sigmas, model.unguided)
+    assert difference(found, multistep.sample_dpmpp_2m(denoised, start, sigmas)) < 1e-5
+    model, expected, older = Pulled(0.3), start, None
+    found = plusplus.sample_dpmpp_2m_plusplus(model, start, sigmas, model.unguided)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        guided = model(expected, sigma)
+        h = -math.log(sigma_next / sigma) if sigma_next else math.inf
+        mixed = -math.exp(-h) * model.last
+        if older is not None and sigma_next:
+            last = math.log(sigmas[i - 1] / sigma)
+            mixed = mixed - math.expm1(-h) * h / (2 * last) * (guided - older)
+        expected, older = guided + mixed + math.exp(-h) * expected, model.last
+    assert difference(found, expected) < 1e-5
+
+
+def test_whose_scale_a_name_means() -> None:
+    """A1111's 7.5 is the paper's 0.6; ComfyUI's names take the paper's. A picture's parameters keep the difference."""
+    for name, scale in (("Euler CFG++", 0.6), ("euler_cfg_pp", 7.5), ("DDIM CFG++", 0.6), ("Euler", 7.5)):
+        assert find_sampler(name).scale(7.5) == pytest.approx(scale)
+    for name in ("Euler CFG++", "euler_cfg_pp", "dpmpp_3m_sde", "DPM++ 3M SDE", "KDPM2DiscreteScheduler", "dpm_2",
+                 "DPMSolverMultistepScheduler[sde-dpmsolver++]", "Euler a", "dpmpp_2m", "uni_pc"):  # fmt: skip
+        choice = find_sampler(name)
+        again = find_sampler(choice.shown)
+        assert (again.sampler, again.drops_penultimate, again.brownian, again.scale(7.5)) == (
+            choice.sampler, choice.drops_penultimate, choice.brownian, choice.scale(7.5)
+        )  # fmt: skip
+    assert find_sampler("dpmpp_2m").shown == "DPM++ 2M"
 
 
 ORDERS = {
     "Euler": 1, "DDIM": 1, "Heun": 2, "DPM2": 2, "DPM++ 2M": 2, "DPM++ 3M": 2, "UniPC": 3, "LMS": 4, "DEIS": 3,
+    "Heun++ 2": 1, "RES multistep": 2, "SA-Solver": 2, "ER-SDE": 2, "Euler CFG++": 1, "DPM++ 2M CFG++": 2,
 }  # fmt: skip
-RUNS: dict[str, Callable[[samplers.Denoiser, Tensor, list[float]], Tensor]] = {
+RUNS: dict[str, Callable[[onestep.Denoiser, Tensor, list[float]], Tensor]] = {
+    "Heun++ 2": onestep.sample_heun_plusplus, "RES multistep": multistep.sample_res,
+    "SA-Solver": lambda denoise, x, sigmas: sde.sample_sa_solver(
+        denoise, x, sigmas, lambda a, b: torch.zeros_like(x), [0.0] * len(sigmas)
+    ),
+    "ER-SDE": lambda denoise, x, sigmas: sde.sample_er_sde(
+        denoise, x, sigmas, lambda a, b: torch.zeros_like(x), scale=float, points=4000
+    ),
+    "Euler CFG++": lambda denoise, x, sigmas: plusplus.sample_euler_plusplus(
+        model := Pulled(0.0), x, sigmas, model.unguided
+    ),
+    "DPM++ 2M CFG++": lambda denoise, x, sigmas: plusplus.sample_dpmpp_2m_plusplus(
+        model := Pulled(0.0), x, sigmas, model.unguided
+    ),
     "DEIS": lambda denoise, x, sigmas: multistep.sample_deis(
         denoise, x, sigmas, multistep.final_orders(len(sigmas) - 1, 3, low_end=False, euler_end=False)
     ),
-    "Euler": samplers.sample_euler, "DDIM": samplers.sample_euler, "Heun": samplers.sample_heun,
-    "DPM2": samplers.sample_dpm_2, "DPM++ 2M": multistep.sample_dpmpp_2m, "DPM++ 3M": multistep.sample_dpmpp_3m_sde,
+    "Euler": onestep.sample_euler, "DDIM": onestep.sample_euler, "Heun": onestep.sample_heun,
+    "DPM2": onestep.sample_dpm_2, "DPM++ 2M": multistep.sample_dpmpp_2m, "DPM++ 3M": multistep.sample_dpmpp_3m_sde,
     "UniPC": unipc.sample_unipc, "LMS": multistep.sample_lms,
 }  # fmt: skip
 
@@ -287,6 +551,21 @@ def test_order_of_convergence(name: str) -> None:
     assert order > ORDERS[name] - 0.25, f"{name}: measured order {order:.2f}"
 
 
+def test_ends_and_rho_are_k_diffusions() -> None:
+    oracle, config = kdiffusion.kdiffusion_sampling(), SchedulerConfig()
+    rule = find_sampler("Euler").sampler.rule
+    asked = Sampling(sigma_min=0.1, sigma_max=10.0, rho=4.0)
+    for kind, rho in (("karras", {"rho": 4.0}), ("polyexponential", {"rho": 4.0}), ("exponential", {})):
+        expected = getattr(oracle, f"get_sigmas_{kind}")(STEPS, 0.1, 10.0, **rho)
+        found = make_schedule(config, rule, STEPS, find_schedule(kind), asked).sigmas
+        assert (found - expected).abs().max() < 1e-5
+    trained = trained_sigmas(config)
+    expected = oracle.get_sigmas_polyexponential(STEPS, float(trained[0]), float(trained[-1]))
+    assert (make_schedule(config, rule, STEPS, "polyexponential").sigmas - expected).abs().max() < 1e-5
+    with pytest.raises(UsageError, match=r"20 is not below 14\.6"):
+        make_schedule(config, rule, STEPS, "karras", Sampling(sigma_min=20.0))
+
+
 def test_the_schedules_as_published() -> None:
     """Ends, lengths and a few published numbers."""
     config, rule = SchedulerConfig(), find_sampler("Euler").sampler.rule
@@ -294,11 +573,20 @@ def test_the_schedules_as_published() -> None:
     for schedule in SCHEDULES:
         for steps in (1, 4, 10, 23):
             plan = make_schedule(config, rule, steps, schedule.name)
-            assert len(plan.timesteps) == len(plan.sigmas) - 1 == steps
+            assert len(plan.timesteps) == len(plan.sigmas) - 1
+            more = len(trained[1 :: 1000 // steps]) if schedule.name == "ddim uniform" else steps
+            assert len(plan.timesteps) == more
             assert (plan.sigmas.diff() < 0).all()
-            assert plan.sigmas[-1] == 0
+            assert plan.sigmas[-1] == (trained[0] if schedule.name == "kl optimal" else 0)
             assert plan.timesteps.max() <= 999
             assert (timestep_of(plan.sigmas[:-1], trained) - plan.timesteps).abs().max() < 0.6
+    near = make_schedule(config, rule, 4, "kl optimal").sigmas.atan()
+    assert near.diff().tolist() == pytest.approx([float(near[-1] - near[0]) / 4] * 4)
+    for steps in (1, 2, 7, 20):
+        expected = pipeline_mochi.linear_quadratic_schedule(steps, 0.025) if steps > 1 else [1.0]
+        fallen = make_schedule(config, rule, steps, "linear quadratic").sigmas[:-1] / trained[-1]
+        assert fallen.tolist() == pytest.approx(list(map(float, expected)))
+    assert make_schedule(config, rule, 20, "ddim uniform").sigmas[:-1].tolist() == trained[1::50].flip(0).tolist()
     simple = make_schedule(config, rule, 4, "simple")
     assert simple.timesteps.tolist() == pytest.approx([999, 749, 499, 249])
     sgm = make_schedule(config, rule, 3, "sgm uniform")

@@ -18,6 +18,10 @@ from torch import Tensor
 
 Denoiser = Callable[[Tensor, float], Tensor]
 Noise = Callable[[float, float], Tensor]
+Unguided = Callable[[], Tensor]
+"""What the last call of a denoiser would have answered without guidance."""
+Churn = Callable[[Tensor, float], tuple[Tensor, float]]
+"""Noise put on x before a step from a sigma: x, and the sigma that it is at then."""
 
 
 def toward(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
@@ -34,9 +38,15 @@ def ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float, float
     return math.sqrt(sigma_next**2 - up**2), up
 
 
-def sample_euler(denoise: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Euler's method on the probability-flow ODE (Karras et al. 2022, algorithm 1, no churn). DDIM is the same step."""
+def no_churn(x: Tensor, sigma: float) -> tuple[Tensor, float]:
+    """No noise."""
+    return x, sigma
+
+
+def sample_euler(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], churn: Churn = no_churn) -> Tensor:
+    """Euler's method on the probability-flow ODE (Karras et al. 2022, algorithm 2). DDIM is the same step."""
     for sigma, sigma_next in pairwise(sigmas):
+        x, sigma = churn(x, sigma)
         x = toward(x, denoise(x, sigma), sigma, sigma_next)
     return x
 
@@ -54,9 +64,10 @@ def sample_euler_ancestral(
     return x
 
 
-def sample_heun(denoise: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Heun's method (Karras et al. 2022, algorithm 1, no churn); the step to zero is Euler's."""
+def sample_heun(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], churn: Churn = no_churn) -> Tensor:
+    """Heun's method (Karras et al. 2022, algorithm 2); the step to zero is Euler's."""
     for sigma, sigma_next in pairwise(sigmas):
+        x, sigma = churn(x, sigma)
         denoised = denoise(x, sigma)
         guess = toward(x, denoised, sigma, sigma_next)
         if sigma_next == 0:
@@ -66,11 +77,38 @@ def sample_heun(denoise: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Tensor
     return x
 
 
+def sample_heun_plusplus(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], churn: Churn = no_churn) -> Tensor:
+    """Heun++ 2: the slopes at three sigmas, weighed by these, so that high noise has plain Euler's.
+
+    Its order is 1. As Carzit/sd-webui-samplers-scheduler states it, which ComfyUI's `heunpp2` follows.
+    """
+    steps = len(sigmas) - 1
+    for i in range(steps):
+        x, sigma = churn(x, sigmas[i])
+        change = sigmas[i + 1] - sigma
+        first = (x - denoise(x, sigma)) / sigma
+        places, slopes, guess, at = [0.0], [first], x, sigma
+        for place in sigmas[i + 1 : min(i + 3, steps)]:
+            guess, at = guess + slopes[-1] * (place - at), place
+            slopes.append((guess - denoise(guess, at)) / at)
+            places.append(place)
+        weights = [place / (len(places) * sigmas[0]) for place in places]
+        weights[0] = 1 - sum(weights)
+        x = x + sum((w * slope for w, slope in zip(weights, slopes, strict=True)), x * 0) * change
+    return x
+
+
 def sample_dpm_2(
-    denoise: Denoiser, x: Tensor, sigmas: Sequence[float], noise: Noise | None = None, eta: float = 1.0
+    denoise: Denoiser,
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: Noise | None = None,
+    eta: float = 1.0,
+    churn: Churn = no_churn,
 ) -> Tensor:
     """The midpoint method in log sigma (Karras et al. 2022; k-diffusion `sample_dpm_2`), with `noise` its ancestral."""
     for sigma, sigma_next in pairwise(sigmas):
+        x, sigma = churn(x, sigma)
         down, up = ancestral(sigma, sigma_next, eta if noise is not None else 0.0)
         denoised = denoise(x, sigma)
         if down == 0:

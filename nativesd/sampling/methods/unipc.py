@@ -1,6 +1,6 @@
 """UniPC: a predictor, and a corrector that costs no further call of the model.
 
-What `samplers` says of its arguments holds here.
+What `onestep` says of its arguments holds here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nativesd.sampling.samplers import Denoiser
+from nativesd.sampling.methods.onestep import Denoiser
 
 
 def sample_unipc(

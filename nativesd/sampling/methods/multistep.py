@@ -1,6 +1,6 @@
 """Samplers that remember: each step takes the predictions of steps before it along, and asks the model once.
 
-What `samplers` says of its arguments holds here.
+What `onestep` says of its arguments holds here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nativesd.config import Prediction
-from nativesd.sampling.samplers import Denoiser, Noise, toward
+from nativesd.sampling.methods.onestep import Denoiser, Noise, ancestral, toward
 
 
 def sample_lms(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], order: int = 4) -> Tensor:
@@ -249,19 +249,59 @@ def sample_deis(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], orders: S
         places = [log - history[0][0] for log, _ in history[:order]]
         for i, (place, (_, noise)) in enumerate(zip(places, history, strict=False)):
             others = places[:i] + places[i + 1 :]
-            weights = _through_zeros(others)
+            weights = through_zeros(others)
             divisor = math.prod(place - other for other in others)
             x = x + noise * (sigma * sum(w * m for w, m in zip(weights, moments, strict=False)) / divisor)
     return x
 
 
-def _through_zeros(zeros: Sequence[float]) -> list[float]:
+def through_zeros(zeros: Sequence[float]) -> list[float]:
     """The coefficients of the product of (u - zero), the constant first."""
     coefficients = [1.0]
     for zero in zeros:
         raised, scaled = [0.0, *coefficients], [-zero * c for c in coefficients] + [0.0]
         coefficients = [a + b for a, b in zip(raised, scaled, strict=True)]
     return coefficients
+
+
+def sample_ipndm(denoise: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """Improved pseudo linear multistep (Zhang and Chen 2023, section 3.3, iPNDM): Adams-Bashforth over the last four
+    slopes, as if sigmas were even; it begins with fewer instead of a Runge-Kutta step.
+
+    A step to zero takes the clean prediction's straight line like all others.
+    """
+    history: list[Tensor] = []
+    for sigma, sigma_next in pairwise(sigmas):
+        history = [*history[-3:], (x - denoise(x, sigma)) / sigma]
+        weights = _ADAMS_BASHFORTH[len(history)]
+        for weight, slope in zip(weights, history, strict=True):
+            x = x + slope * (weight * (sigma_next - sigma))
+    return x
+
+
+def sample_res(
+    denoise: Denoiser, x: Tensor, sigmas: Sequence[float], noise: Noise | None = None, eta: float = 1.0
+) -> Tensor:
+    """RES multistep (Zhang et al. 2023, arXiv 2308.02157): an exponential integrator of second order over the last two
+    predictions; with `noise` its ancestral form (ComfyUI's `res_multistep_ancestral`).
+    """
+    previous: tuple[Tensor, float, float] | None = None  # prediction, where it was, and to where it stepped down
+    for sigma, sigma_next in pairwise(sigmas):
+        down, up = ancestral(sigma, sigma_next, eta if noise is not None else 0.0)
+        denoised = denoise(x, sigma)
+        if previous is None or down == 0:
+            x = toward(x, denoised, sigma, down)
+        else:
+            older, at, stepped = previous
+            h = math.log(sigma / down)
+            ratio = math.log(stepped / at) / h  # below zero
+            first = math.expm1(-h) / -h
+            second = (first - 1) / -h
+            x = x * (down / sigma) + (denoised * (first - second / ratio) + older * (second / ratio)) * h
+        if noise is not None:
+            x = x + noise(sigma, sigma_next) * up
+        previous = denoised, sigma, down
+    return x
 
 
 def sample_plms(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], prediction: Prediction = "epsilon") -> Tensor:
@@ -297,6 +337,7 @@ def sample_plms(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], predictio
 
 # Adams-Bashforth coefficients by order, oldest slope first
 _ADAMS_BASHFORTH = {
+    1: (1.0,),
     2: (-1 / 2, 3 / 2),
     3: (5 / 12, -16 / 12, 23 / 12),
     4: (-9 / 24, 37 / 24, -59 / 24, 55 / 24),

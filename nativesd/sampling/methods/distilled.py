@@ -1,6 +1,6 @@
 """Samplers of distilled models, whose every answer is meant to be the picture: LCM's and TCD's.
 
-What `samplers` says of its arguments holds here.
+What `onestep` says of its arguments holds here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from nativesd.sampling.samplers import Denoiser, Noise, toward
+from nativesd.sampling.methods.onestep import Denoiser, Noise, toward
 
 
 def sample_lcm(

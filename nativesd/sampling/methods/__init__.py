@@ -1,0 +1,1 @@
+"""The samplers themselves: pure functions of a denoiser, a start and descending sigmas."""
