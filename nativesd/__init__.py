@@ -21,12 +21,17 @@ if TYPE_CHECKING:
     from nativesd.checkpoints.convert import convert as convert
     from nativesd.checkpoints.export import export_onnx as export_onnx
     from nativesd.checkpoints.export import export_tensorrt as export_tensorrt
-    from nativesd.checkpoints.loras.change import join_loras as join_loras
-    from nativesd.checkpoints.loras.change import resize_lora as resize_lora
-    from nativesd.checkpoints.loras.extract import extract_lora as extract_lora
-    from nativesd.checkpoints.merging.merge import merge as merge
     from nativesd.diffusion.control import Control as Control
+    from nativesd.diffusion.guiding.guiders import APG as APG
+    from nativesd.diffusion.guiding.guiders import PAG as PAG
+    from nativesd.diffusion.guiding.guiders import SEG as SEG
+    from nativesd.diffusion.guiding.guiders import SLG as SLG
+    from nativesd.diffusion.guiding.guiders import TCFG as TCFG
+    from nativesd.diffusion.guiding.guiders import DynamicThreshold as DynamicThreshold
+    from nativesd.diffusion.guiding.guiders import FreeU as FreeU
+    from nativesd.diffusion.guiding.guiders import Interval as Interval
     from nativesd.diffusion.prompting import SDXL as SDXL
+    from nativesd.diffusion.regions import Region as Region
     from nativesd.latents.preview import Step as Step
     from nativesd.loading.control import load_control as load_control
     from nativesd.loading.load import load as load
@@ -36,47 +41,56 @@ if TYPE_CHECKING:
     from nativesd.pipeline.hires import Hires as Hires
     from nativesd.pipeline.pipeline import Pipeline as Pipeline
     from nativesd.pipeline.repeat import options_from as options_from
+    from nativesd.sampling.options import Sampling as Sampling
     from nativesd.sampling.variation import Variation as Variation
     from nativesd.streaming.frames import Frame as Frame
     from nativesd.streaming.options import OpenOptions
     from nativesd.streaming.similar import Similar as Similar
     from nativesd.streaming.stream import Stream as Stream
-    from nativesd.weights.files.hashes import hash_file as hash_file
 
 _HOMES = {
     "checkpoints.audit": ("audit", "diff"),
     "checkpoints.convert": ("convert",),
     "checkpoints.export": ("export_onnx", "export_tensorrt"),
-    "checkpoints.loras.change": ("join_loras", "resize_lora"),
-    "checkpoints.loras.extract": ("extract_lora",),
-    "checkpoints.merging.merge": ("merge",),
     "pictures.preprocess": ("canny",),
     "pictures.result": ("Result",),
     "diffusion.control": ("Control",),
+    "diffusion.guiding.guiders": ("APG", "PAG", "SEG", "SLG", "TCFG", "DynamicThreshold", "FreeU", "Interval"),
     "loading.control": ("load_control",),
     "loading.load": ("load",),
     "pipeline.hires": ("Hires",),
     "latents.preview": ("Step",),
     "diffusion.prompting": ("SDXL",),
+    "diffusion.regions": ("Region",),
     "pipeline.pipeline": ("Pipeline",),
     "pipeline.repeat": ("options_from",),
+    "sampling.options": ("Sampling",),
     "sampling.variation": ("Variation",),
     "streaming.similar": ("Similar",),
     "streaming.frames": ("Frame",),
     "streaming.stream": ("Stream",),
-    "weights.files.hashes": ("hash_file",),
 }
 _LAZY = {name: f"nativesd.{module}" for module, names in _HOMES.items() for name in names}
 __all__ = [
+    "APG",
+    "PAG",
     "SDXL",
+    "SEG",
+    "SLG",
+    "TCFG",
     "Control",
+    "DynamicThreshold",
     "Frame",
+    "FreeU",
     "Hires",
     "Interrupted",
+    "Interval",
     "NativesdError",
     "NativesdWarning",
     "Pipeline",
+    "Region",
     "Result",
+    "Sampling",
     "Similar",
     "Step",
     "Stream",
@@ -88,15 +102,10 @@ __all__ = [
     "diff",
     "export_onnx",
     "export_tensorrt",
-    "extract_lora",
     "generate",
-    "hash_file",
-    "join_loras",
     "load",
     "load_control",
-    "merge",
     "options_from",
-    "resize_lora",
     "stream",
 ]
 

@@ -21,6 +21,7 @@ from nativesd.batch.files import Row, plain
 from nativesd.batch.jobs import HASH_DIGITS, Job, digest, read_id, seed_of
 from nativesd.diffusion.control import Control
 from nativesd.diffusion.prompting import SDXL
+from nativesd.diffusion.regions import Region
 from nativesd.errors import SourceError, UsageError, quote
 from nativesd.pictures.images import read_image
 from nativesd.pipeline.arguments import ELSEWHERE, CallOptions, Checked, LoadOptions, check, readers_of
@@ -28,6 +29,7 @@ from nativesd.pipeline.hires import Hires
 from nativesd.pipeline.readers import Reader, flag, is_list, shown, text, to_real, to_whole, whole
 from nativesd.pipeline.records import MOST_PICTURES, read_seed, record_of
 from nativesd.reading import parse_json
+from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import SEEDS, Variation
 
 OWN = ("id", "model", "prompt", "seed", "num_images")
@@ -236,5 +238,7 @@ BUILT: Mapping[str, Callable[[str, Any], Any]] = {
     "control": _controls,
     "sdxl": lambda name, value: record_of(SDXL, name, value),
     "variation": lambda name, value: record_of(Variation, name, value),
+    "sampling": lambda name, value: record_of(Sampling, name, value),
+    "regions": lambda name, value: [record_of(Region, name, each) for each in value],
 }
 """What makes of JSON what a call takes."""

@@ -14,11 +14,13 @@ from nativesd.cli.help import flag, section, with_flags
 
 if TYPE_CHECKING:
     from nativesd.diffusion.control import Control
+    from nativesd.diffusion.regions import Region
     from nativesd.pipeline.arguments import GenerateOptions, LoadOptions
 
 BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 NEEDS = {
     **dict.fromkeys(("mask", "strength", "steps_as", "resize", "outpaint", "image_guidance_scale"), ("image",)),
+    **dict.fromkeys(("churn_min", "churn_max"), ("churn",)),
     "variation_seed": ("variation_strength",), "mask_blur": ("mask", "outpaint"), "mask_fill": ("mask", "outpaint"),
     "only_masked": ("mask",), "refiner_at": ("refiner",), "guess_mode": ("control",), "engines": ("backend",),
 }  # fmt: skip
@@ -43,6 +45,17 @@ NEEDS = {
     click.option("--negative-prompt", help="What the picture should not show."),
     click.option("--seed", type=int, help="Seed of the first picture [default, and -1: random]."),
     click.option("--num-images", type=int, help="Pictures, with seeds counting up [default: 1]."),
+    click.option(
+        "--region",
+        "regions",
+        nargs=2,
+        multiple=True,
+        metavar="WHERE PROMPT",
+        help="Prompt of a part: LEFT,TOP,RIGHT,BOTTOM as shares of the picture, or a mask's file; repeatable.",
+    ),
+    click.option(
+        "--tiling", type=click.Choice(["xy", "x", "y"]), help="Join the picture with itself along these axes."
+    ),
     click.option("--preview", type=click.Path(path_type=Path), help="File that shows the state, at every step."),
     click.option("--from", "picture", metavar="PICTURE", help="Repeat a picture; options override its parameters."),
 )
@@ -113,7 +126,20 @@ NEEDS = {
     click.option("--sampler", help='Such as "DPM++ 2M Karras": see nativesd samplers [default: the model\'s own].'),
     click.option("--schedule", help="Such as karras or ays: see nativesd samplers [default: the model's own]."),
     click.option("--eta", type=float, help="0 to 1, the noise that a sampler adds again [default: the sampler's]."),
+    click.option(
+        "--guidance",
+        multiple=True,
+        metavar="NAME[:VALUE]",
+        help="pag, seg, slg, apg, tcfg, threshold, interval or freeu, such as pag:3 or freeu:b1=1.3; repeatable.",
+    ),
     click.option("--guidance-rescale", type=float, help="0 to 1, against strong guidance's contrast [default: 0]."),
+    click.option("--churn", type=float, help="Noise that Euler, Heun and DPM2 add before steps [default: 0]."),
+    click.option("--churn-min", type=float, help="The smallest sigma of --churn [default: 0]."),
+    click.option("--churn-max", type=float, help="The largest sigma of --churn [default: all]."),
+    click.option("--noise-scale", type=float, help="Factor on the noise that samplers add [default: 1]."),
+    click.option("--sigma-min", type=float, help="Smallest sigma of a schedule by formula [default: the model's]."),
+    click.option("--sigma-max", type=float, help="Largest sigma of a schedule by formula [default: the model's]."),
+    click.option("--rho", type=float, help="How much Karras's sigmas crowd at the small end [default: 7]."),
     click.option("--noise", type=click.Choice(["cpu", "cuda"]), help="Whose: the CPU's, or an NVIDIA card's (A1111)."),
     click.option("--prompt-2", help="SDXL: the prompt of the second text encoder [default: the same]."),
     click.option("--negative-prompt-2", help="SDXL: its negative prompt [default: the same]."),
@@ -248,6 +274,8 @@ def _for_python(options: dict[str, Any]) -> dict[str, Any]:
     """What was given on the command line, as the library takes it."""
     if "loras" in options:
         options["loras"] = [lora_use(text) for text in options["loras"]]
+    if "regions" in options:
+        options["regions"] = [_region(where, prompt) for where, prompt in options["regions"]]
     if control := _controls(options):
         options["control"] = control
     told = {
@@ -258,6 +286,12 @@ def _for_python(options: dict[str, Any]) -> dict[str, Any]:
         from nativesd.diffusion.prompting import SDXL
 
         options["sdxl"] = SDXL(**sdxl)
+    told = {"churn": "churn", "churn_min": "churn_min", "churn_max": "churn_max", "noise_scale": "noise",
+            "sigma_min": "sigma_min", "sigma_max": "sigma_max", "rho": "rho"}  # fmt: skip
+    if sampling := {field: options.pop(name) for name, field in told.items() if name in options}:
+        from nativesd.sampling.options import Sampling
+
+        options["sampling"] = Sampling(**sampling)
     names = {"variation_seed": "seed", "variation_strength": "strength", "seed_resize": "resize_from", "ensd": "ensd"}
     if variation := {field: options.pop(name) for name, field in names.items() if name in options}:
         from nativesd.sampling.variation import Variation
@@ -269,6 +303,17 @@ def _for_python(options: dict[str, Any]) -> dict[str, Any]:
 
         options["hires"] = Hires(options["hires"], **passes)
     return options
+
+
+def _region(where: str, prompt: str) -> Region:
+    """A region of what was given for it: four shares, else a file."""
+    from nativesd.diffusion.regions import Region
+
+    try:
+        left, top, right, bottom = map(float, where.split(","))
+    except ValueError:
+        return Region(prompt, mask=where)
+    return Region(prompt, (left, top, right, bottom))
 
 
 def _controls(options: dict[str, Any]) -> list[Control]:

@@ -10,10 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nativesd.models.edits import Edits
 from nativesd.models.layers import CachedContext
 
-Role = Literal["prompt", "negative", "picture", "nothing"]
-"""What an answer is for: the prompt, the negative prompt; of a picture that is edited, it alone, and neither."""
+Role = Literal["prompt", "negative", "picture", "nothing", "perturbed"]
+"""What an answer is for: the prompt, the negative prompt; of a picture that is edited, it alone, and neither; or the
+prompt, by a UNet that was made worse."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Conditioning:
     context: (B, T, C), or where the pictures' texts differ in length (T_i, C) for each. pooled (B, P) and time_ids
     (B, n): SDXL's; guidance (B, w): LCM's embedding of the guidance scale; channels (B, c, h, w): further input
     channels, of inpainting and of edited pictures. prompt (B,) is 1 where it is the prompt's conditioning, and 0 where
-    it is the negative prompt's. share (B,) is the weight of a prompt that AND combines with others; None: 1.
+    it is the negative prompt's. share (B,) is the weight of a prompt that AND combines with others; None: 1. edits are
+    those of the UNet that are made for this answer.
     """
 
     context: Tensor | tuple[Tensor, ...]
@@ -34,6 +37,9 @@ class Conditioning:
     channels: Tensor | None = None
     role: Role = "prompt"
     share: Tensor | None = None
+    edits: Edits = ()
+    idle: bool = False
+    """No guidance now: several prompts are combined, and that is all."""
 
     @property
     def texts(self) -> Tensor:
@@ -43,7 +49,7 @@ class Conditioning:
 
 
 def join(sides: Sequence[Conditioning]) -> Conditioning:
-    """All of them, one after the other along the batch; they combine no more."""
+    """All of them, of the same edits, one after the other along the batch; they combine no more."""
 
     def cat(name: str) -> Tensor | None:
         tensors = [getattr(side, name) for side in sides]
@@ -56,7 +62,9 @@ def join(sides: Sequence[Conditioning]) -> Conditioning:
     else:
         context = tuple(text for context in contexts for text in context)
     prompt = torch.cat([side.prompt for side in sides])
-    return Conditioning(context, prompt, cat("pooled"), cat("time_ids"), cat("guidance"), cat("channels"))
+    return Conditioning(
+        context, prompt, cat("pooled"), cat("time_ids"), cat("guidance"), cat("channels"), edits=sides[0].edits
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,5 +113,6 @@ def _rows(side: Conditioning, context: Tensor, rows: Tensor) -> Conditioning:
         return None if tensor is None else tensor[rows]
 
     return Conditioning(
-        context, side.prompt[rows], pick(side.pooled), pick(side.time_ids), pick(side.guidance), pick(side.channels)
-    )
+        context, side.prompt[rows], pick(side.pooled), pick(side.time_ids), pick(side.guidance), pick(side.channels),
+        edits=side.edits,
+    )  # fmt: skip

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from nativesd.config import Prediction
 from nativesd.diffusion.conditioning import Conditioning, Group, groups, join
-from nativesd.diffusion.guidance import Guidance
-from nativesd.diffusion.prompting import Sides
+from nativesd.diffusion.guiding.combine import At, Combiner, Guidance
+from nativesd.diffusion.prompting import Sides, step_at
 from nativesd.errors import NativesdWarning
+from nativesd.models.edits import Edits
 from nativesd.models.unet import UNet
+from nativesd.sampling.methods.onestep import Denoiser
 from nativesd.sampling.published import EDM
-from nativesd.sampling.samplers import Denoiser
 
 
 class Steers(Protocol):
@@ -34,90 +35,130 @@ class Steers(Protocol):
         """What the UNet takes as `adapter`, `copies` rows of each."""
 
 
-def make_denoiser(
-    unet: UNet,
-    sides: Sides,
-    guidance: Guidance,
-    timestep: Callable[[float], float],
-    prediction: Prediction,
-    dtype: torch.dtype,
-    steering: Steers | None = None,
-    edm: EDM | None = None,
-) -> Denoiser:
-    """The function that samplers call: noisy latents (B, C, h, w) and sigma to the predicted clean latents, float32.
+class Guided:
+    """What samplers call: noisy latents (B, C, h, w) and sigma to the predicted clean latents, float32.
 
-    `sides` gives the conditionings that `guidance` combines, each for all B pictures. `edm` is the scheduler's.
+    `sides` gives the conditionings that `guidance` and `combiners` combine, each for all B pictures. `edits` are those
+    of every call of the UNet. `edm` is the scheduler's.
     """
-    spread = 1.0 if edm is None else edm.data  # of clean latents
-    sequential = guidance.sequential
-    prepared: dict[int, _Prepared] = {}
 
-    def answer(scaled: Tensor, time: float, sigma: float, group: Group) -> Tensor:
-        side = group.side
-        inputs = scaled if side.channels is None else torch.cat([scaled, side.channels], dim=1)
-        output: Tensor = unet(
-            inputs.to(dtype), time, group.context,
-            pooled=side.pooled, time_ids=side.time_ids, guidance=side.guidance,
-            residuals=None if steering is None else steering.residuals(scaled.to(dtype), time, sigma, side),
-            adapter=() if steering is None else steering.adapter(sigma, len(scaled)),
-        )  # fmt: skip
-        return output.float()
+    def __init__(
+        self,
+        unet: UNet,
+        sides: Sides,
+        guidance: Guidance,
+        timestep: Callable[[float], float],
+        prediction: Prediction,
+        dtype: torch.dtype,
+        steering: Steers | None = None,
+        edm: EDM | None = None,
+        *,
+        combiners: Sequence[Combiner] = (),
+        edits: Edits = (),
+    ) -> None:
+        self._unet, self._sides, self._guidance, self._timestep = unet, sides, guidance, timestep
+        self._prediction, self._dtype, self._steering, self._edm = prediction, dtype, steering, edm
+        self._combiners, self._edits = combiners, edits
+        self._spread = 1.0 if edm is None else edm.data  # of clean latents
+        self._sequential = guidance.sequential
+        self._prepared: dict[int, _Prepared] = {}
+        self._last: tuple[At, Sequence[Conditioning], Sequence[Tensor]] | None = None
 
-    def answers(scaled: Tensor, time: float, sigma: float, parts: Sequence[Group]) -> Tensor:
-        if len(parts) == 1:
-            return answer(scaled, time, sigma, parts[0])
-        out = torch.empty_like(scaled, dtype=torch.float32)
-        for part in parts:
-            out[part.rows] = answer(scaled[part.rows], time, sigma, part)
-        return out
-
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        nonlocal sequential
-        scaled, time = x / math.hypot(spread, sigma), timestep(sigma)
-        now = sides(sigma)
-        if id(now) not in prepared:
-            prepared[id(now)] = _Prepared(now, steering)
-        told = prepared[id(now)]
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """The clean latents, guided."""
+        scaled, time = x / math.hypot(self._spread, sigma), self._timestep(sigma)
+        now = self._sides(sigma)
+        if id(now) not in self._prepared:
+            self._prepared[id(now)] = _Prepared(now, self._steering)
+        told = self._prepared[id(now)]
         outputs: Sequence[Tensor] = ()
-        if not sequential:
+        if not self._sequential:
             try:
-                every = scaled if told.shared else torch.cat([scaled] * len(now))
-                outputs = answers(every, time, sigma, told.together).chunk(len(now))
+                outputs = self._answers(told.together, scaled, time, sigma)
             except torch.cuda.OutOfMemoryError:
-                if len(now) == 1:
+                if len(told.together) == len(now):
                     raise
                 warnings.warn(
                     "not enough memory for prompt and negative prompt at once: one by one now",
                     NativesdWarning,
                     stacklevel=2,
                 )
-                sequential = True
-        if sequential:
-            outputs = [answers(scaled, time, sigma, side) for side in told.each]
-        return to_clean(guidance.combine(outputs, now), x, sigma, prediction, edm)
+                self._sequential = True
+        if self._sequential:
+            outputs = self._answers(told.each, scaled, time, sigma)
+        at = At(x, sigma, *clean_shares(sigma, self._prediction, self._edm))
+        self._last = at, now, outputs
+        return at.clean(self._guidance.combine(outputs, now, at, self._combiners))
 
-    return denoise
+    def unguided(self) -> Tensor:
+        """The clean latents that the last call's negative prompt alone means."""
+        assert self._last is not None
+        at, sides, outputs = self._last
+        return at.clean(
+            next((o for side, o in zip(sides, outputs, strict=True) if side.role == "negative"), outputs[0])
+        )
+
+    def _answers(self, batches: Sequence[_Batch], scaled: Tensor, time: float, sigma: float) -> list[Tensor]:
+        """The UNet's output for every side, in their order."""
+        out: dict[int, Tensor] = {}
+        for batch in batches:
+            rows = scaled if batch.shared else torch.cat([scaled] * len(batch.numbers))
+            answers = self._grouped(batch.groups, rows, time, sigma).chunk(len(batch.numbers))
+            out |= zip(batch.numbers, answers, strict=True)
+        return [out[number] for number in range(len(out))]
+
+    def _grouped(self, parts: Sequence[Group], scaled: Tensor, time: float, sigma: float) -> Tensor:
+        if len(parts) == 1:
+            return self._answer(parts[0], scaled, time, sigma)
+        out = torch.empty_like(scaled, dtype=torch.float32)
+        for part in parts:
+            out[part.rows] = self._answer(part, scaled[part.rows], time, sigma)
+        return out
+
+    def _answer(self, group: Group, scaled: Tensor, time: float, sigma: float) -> Tensor:
+        side, steering = group.side, self._steering
+        inputs = scaled if side.channels is None else torch.cat([scaled, side.channels], dim=1)
+        output: Tensor = self._unet(
+            inputs.to(self._dtype), time, group.context,
+            pooled=side.pooled, time_ids=side.time_ids, guidance=side.guidance,
+            residuals=None if steering is None else steering.residuals(scaled.to(self._dtype), time, sigma, side),
+            adapter=() if steering is None else steering.adapter(sigma, len(scaled)),
+            edits=(*side.edits, *self._edits),
+        )  # fmt: skip
+        return output.float()
+
+
+class _Batch:
+    """Sides of the same edits, which are asked in one call of the UNet, and their `numbers` among all."""
+
+    def __init__(self, numbers: Sequence[int], sides: Sequence[Conditioning], steering: Steers | None) -> None:
+        self.numbers = numbers
+        self.groups = groups(join(sides), one=steering is not None and steering.mixes)
+        whole = self.groups[0].side
+        # the UNet's answers begin to differ where the text comes in
+        self.shared = (
+            len(self.groups) == 1
+            and steering is None
+            and whole.channels is whole.pooled is whole.guidance is None
+            and not whole.edits
+        )
 
 
 class _Prepared:
-    """Sides ready to be asked together, or each alone."""
+    """Sides ready to be asked together, as far as their edits are the same, or each alone."""
 
     def __init__(self, sides: Sequence[Conditioning], steering: Steers | None) -> None:
-        one = steering is not None and steering.mixes
         self.sides = sides  # kept, so that its id stays its own
-        self.together = groups(join(sides), one=one)
-        self.each = [groups(side, one=one) for side in sides]
-        whole = self.together[0].side
-        # the UNet's answers begin to differ where the text comes in
-        self.shared = (
-            len(self.together) == 1 and steering is None and whole.channels is whole.pooled is whole.guidance is None
-        )
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for number, side in enumerate(sides):
+            alike.setdefault(tuple(map(id, side.edits)), []).append(number)
+        self.together = [_Batch(numbers, [sides[i] for i in numbers], steering) for numbers in alike.values()]
+        self.each = [_Batch([number], [side], steering) for number, side in enumerate(sides)]
 
 
 def to_clean(output: Tensor, x: Tensor, sigma: float, prediction: Prediction, edm: EDM | None = None) -> Tensor:
     """The clean latents that a UNet's output means at x = clean + sigma * noise."""
-    of_x, of_output = clean_shares(sigma, prediction, edm)
-    return of_x * x + of_output * output
+    return At(x, sigma, *clean_shares(sigma, prediction, edm)).clean(output)
 
 
 def clean_shares(sigma: float, prediction: Prediction, edm: EDM | None = None) -> tuple[float, float]:
@@ -161,13 +202,18 @@ def keep_known(denoise: Denoiser, known: Tensor, noise: Tensor, mask: Tensor) ->
 
 
 def watch(denoise: Denoiser, sigmas: Sequence[float], report: Callable[[int, float, Tensor, Tensor], None]) -> Denoiser:
-    """A denoiser that reports (index, sigma, x, denoised) once for every one of `sigmas` that a sampler asks for."""
-    waiting = {sigma: index for index, sigma in enumerate(sigmas)}
+    """A denoiser that reports (index, sigma, x, denoised) when a sampler first comes to a step, or is beyond it.
+
+    `sigmas` are those at which the steps begin; a sampler with steps of its own may leave some out.
+    """
+    reported = -1
 
     def watched(x: Tensor, sigma: float) -> Tensor:
+        nonlocal reported
         denoised = denoise(x, sigma)
-        index = waiting.pop(sigma, None)
-        if index is not None:
+        index = step_at(sigmas, sigma)
+        if index > reported:
+            reported = index
             report(index, sigma, x, denoised)
         return denoised
 

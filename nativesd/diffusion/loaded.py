@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,6 +19,7 @@ from nativesd.errors import NoMemoryError
 from nativesd.latents import autoencoder
 from nativesd.latents.preview import LatentPreview
 from nativesd.models.clip import TextEncoder
+from nativesd.models.tiling import Tiling, circular
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
@@ -27,6 +28,7 @@ from nativesd.text.embedding import Embedding
 from nativesd.text.encode import Text, encode_each, encode_prompts
 from nativesd.text.tokenizer import ClipTokenizer
 from nativesd.tuning.memory import free_bytes, memory_explained, unet_bytes
+from nativesd.tuning.tune import untuned
 from nativesd.weights.lora.file import LoraFile
 from nativesd.weights.lora.merge import Merged
 
@@ -106,20 +108,22 @@ class Loaded:
             )  # fmt: skip
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> list[Image.Image]:
+    def decode(self, latents: Tensor, *, tiling: Tiling | None = None) -> list[Image.Image]:
         """Pictures of scaled latents (B, C, h, w). Raises NativesdError where the VAE gives no finite picture."""
-        return to_pictures(self.decode_tensor(latents))
+        return to_pictures(self.decode_tensor(latents, tiling=tiling))
 
     @memory_explained()
     @torch.inference_mode()
-    def decode_tensor(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) to pixels (B, 3, H, W) in [0, 1], float32. Raises NativesdError."""
+    def decode_tensor(self, latents: Tensor, *, tiling: Tiling | None = None) -> Tensor:
+        """Scaled latents (B, C, h, w) to pixels (B, 3, H, W) in [0, 1], float32. Raises NativesdError.
+
+        tiling  along which axes the picture joins with itself; it is decoded as a whole then
+        """
         config = self.config.vae
         side = (latents.shape[2] * config.factor, latents.shape[3] * config.factor)
-        with self.turns.wait(), self._visiting(self.vae):
-            return autoencoder.decode(
-                self.vae, latents, scaling=config.scaling, name=self.config.name, **self.room(side, len(latents))
-            )
+        room = self.room(side, len(latents)) | ({} if tiling is None else {"tile": None})
+        with self.turns.wait(), self._visiting(self.vae), going_around([self.vae], tiling):
+            return autoencoder.decode(self.vae, latents, scaling=config.scaling, name=self.config.name, **room)
 
     @memory_explained()
     @torch.inference_mode()
@@ -187,3 +191,16 @@ class Loaded:
     def _step_bytes(self, rows: int, size: tuple[int, int]) -> int:
         width, height = (side // self.config.vae.factor for side in size)
         return unet_bytes(self.config.unet, rows, height, width, self.dtype)
+
+
+@contextmanager
+def going_around(modules: Sequence[nn.Module], tiling: Tiling | None) -> Iterator[None]:
+    """Within, the convolutions of modules go around along these axes; their fast layers are put aside for it."""
+    if tiling is None:
+        yield
+        return
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(untuned(module))
+        stack.enter_context(circular(modules, tiling))
+        yield

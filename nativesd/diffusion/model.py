@@ -9,23 +9,29 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nativesd.config import UNetConfig
 from nativesd.diffusion.conditioning import Role
 from nativesd.diffusion.config import EDITING, INPAINTING
 from nativesd.diffusion.control import Control, make_hint, steer
-from nativesd.diffusion.denoiser import guidance_embedding, keep_known, make_denoiser, watch
-from nativesd.diffusion.guidance import Guidance
-from nativesd.diffusion.loaded import Loaded
+from nativesd.diffusion.denoiser import Guided, guidance_embedding, keep_known, watch
+from nativesd.diffusion.guiding.combine import Guidance
+from nativesd.diffusion.guiding.guiders import Guider, combiners_of, guided_sides
+from nativesd.diffusion.loaded import Loaded, going_around
 from nativesd.diffusion.prompting import SDXL, Frame, Sides, negative_side, over_steps, prompt_sides
+from nativesd.diffusion.regions import Region, with_regions
 from nativesd.diffusion.start import Start
 from nativesd.latents.preview import Step
+from nativesd.models.edits import Edit
+from nativesd.models.tiling import Circular, Tiling
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.pictures.masks import mask_to_latents, mask_to_tensor
+from nativesd.sampling.calls import Call
+from nativesd.sampling.methods.onestep import Noise
 from nativesd.sampling.names import Choice
 from nativesd.sampling.noise import BrownianNoise, NoiseKind, NoiseSource, move_noise
+from nativesd.sampling.options import Sampling
 from nativesd.sampling.published import Kind
-from nativesd.sampling.samplers import Noise
 from nativesd.sampling.schedule import Schedule
-from nativesd.sampling.table import Call
 from nativesd.sampling.variation import Variation, varied_noise
 from nativesd.text.encode import require_finite
 
@@ -48,13 +54,22 @@ class Job:
     choice: Choice
     kind: Kind
     eta: float | None
+    sampling: Sampling
     control: Sequence[Control]
     guess: bool
     refiner: Diffusion | None
     refiner_at: float
     on_step: Callable[[Step], object] | None
+    guiders: Sequence[Guider] = ()
+    regions: Sequence[Region] = ()
+    tiling: Tiling | None = None
     steps_before: int | None = None
     """Steps of the first pass, in the second one."""
+
+    def edits(self, unet: UNetConfig) -> list[Edit]:
+        """What every call of a UNet does otherwise than it was trained to."""
+        edits = [edit for guider in self.guiders if (edit := guider.edit(unet)) is not None]
+        return edits if self.tiling is None else [*edits, Circular()]
 
 
 class Diffusion(Loaded):
@@ -68,7 +83,9 @@ class Diffusion(Loaded):
         config, factor = self.config, self.config.vae.factor
         job = self._within_memory(job, size)
         total, first = (steps, 0) if start is None else start.steps(steps, editing=config.unet.in_channels == EDITING)
-        plan = job.choice.schedule(config.scheduler, total, job.kind, sdxl=config.unet.added is not None).part(first)
+        plan = job.choice.schedule(
+            config.scheduler, total, job.kind, job.sampling, sdxl=config.unet.added is not None
+        ).part(first)
         source = varied_noise(job.noise, job.seeds, job.variation_seeds, job.variation, factor)
         shape = (config.vae.latent_channels, size[1] // factor, size[0] // factor)
         if start is None:
@@ -139,15 +156,16 @@ class Diffusion(Loaded):
             if begin == end:
                 continue
             part = plan.part(begin, end)
-            sides = model._sides(job, size, channels, steps, plan.sigmas[:-1].tolist())
+            sigmas: list[float] = plan.sigmas[:-1].tolist()
+            sides = guided_sides(model._sides(job, size, channels, steps, sigmas), job.guiders, sigmas)
             steering = None
             if job.control and model is self:
                 hints = [make_hint(control, self.config.unet, size, self.config.vae.factor) for control in job.control]
                 steering = steer(
-                    hints, self.config.unet, plan.sigmas[:-1].tolist(), batch=len(x), cells=(x.shape[2], x.shape[3]),
+                    hints, self.config.unet, sigmas, batch=len(x), cells=(x.shape[2], x.shape[3]),
                     device=self.device, guess=job.guess,
                 )  # fmt: skip
-            denoise = make_denoiser(
+            guided = Guided(
                 model.unet,
                 sides,
                 job.guidance,
@@ -156,15 +174,17 @@ class Diffusion(Loaded):
                 model.dtype,
                 steering,
                 model.config.scheduler.edm,
+                combiners=combiners_of(job.guiders),
+                edits=job.edits(model.config.unet),
             )
-            if keep is not None:
-                denoise = keep_known(denoise, *keep)
-            denoise = watch(denoise, part.sigmas[:-1].tolist(), partial(self._report, job, begin, total))
-            networks = [] if steering is None else [hint.model.module for hint in steering.networks]
-            with model._visiting(model.unet, *networks):
-                x = job.choice.sampler.run(
-                    denoise, x, Call(part, noise, job.choice.settings(model.config.scheduler), job.eta)
-                )
+            denoise = guided if keep is None else keep_known(guided, *keep)
+            settings, eta = job.choice.settings(model.config.scheduler), job.choice.eta(job.eta)
+            call = Call(part, noise, settings, eta, guided.unguided, job.sampling)
+            starts = [call.risen(sigma) for sigma in call.sigmas[:-1]]
+            denoise = watch(denoise, starts, partial(self._report, job, begin, total))
+            networks = [model.unet, *([] if steering is None else [hint.model.module for hint in steering.networks])]
+            with model._visiting(*networks), going_around(networks, job.tiling):
+                x = job.choice.sampler.run(denoise, x, call)
             broken = [] if steering is None else [name for name, flag in steering.broken.items() if flag]
             require_finite(x, f"ControlNet {broken[0]}" if broken else f"UNet of {model.config.name}", model.dtype)
         return x / plan.end
@@ -180,7 +200,7 @@ class Diffusion(Loaded):
         unet, pictures = self.config.unet, len(job.seeds)
         of_pass = (pictures, steps, job.steps_before)
         texts = prompt_sides(job.prompts, *of_pass, literal=job.literal, second=job.sdxl.prompt_2)
-        if unet.guidance is None and (job.guidance.scale > 1 or len(texts) > 1):
+        if unet.guidance is None and (job.guidance.guides or len(texts) > 1):
             editing = unet.in_channels == EDITING and channels is not None and job.guidance.image_scale != 1
             roles: list[Role] = ["picture", "nothing"] if editing else ["negative"]
             second = job.sdxl.negative_prompt_2
@@ -200,11 +220,15 @@ class Diffusion(Loaded):
             sdxl=job.sdxl,
         )
         encode = partial(self.encode_each, literal=job.literal, clip_skip=job.clip_skip)
-        return over_steps(texts, encode, frame, sigmas)
+        sides = over_steps(texts, encode, frame, sigmas)
+        if not job.regions:
+            return sides
+        parts = [prompt_sides([each.prompt], *of_pass, literal=job.literal)[0] for each in job.regions]
+        return with_regions(sides, over_steps(parts, encode, frame, sigmas), job.regions)
 
     def _within_memory(self, job: Job, size: tuple[int, int]) -> Job:
         """The job, with guidance one by one where the memory asks for it."""
-        sides = 2 if job.guidance.scale > 1 and self.config.unet.guidance is None else 1
+        sides = 2 if job.guidance.guides and self.config.unet.guidance is None else 1
         if self.fits(len(job.seeds) * sides, size):
             return job
         return replace(job, guidance=replace(job.guidance, sequential=True))

@@ -165,11 +165,14 @@ def over_steps(texts: Sequence[Texts], encode: Encode, frame: Frame, sigmas: Seq
         return lambda sigma: only
 
     def at(sigma: float) -> Sequence[Conditioning]:
-        # between two sigmas of the schedule, as at the earlier one
-        step = max((i for i, each in enumerate(sigmas) if each >= sigma * (1 - 1e-9)), default=0)
-        return made[moments[step]]
+        return made[moments[step_at(sigmas, sigma)]]
 
     return at
+
+
+def step_at(sigmas: Sequence[float], sigma: float) -> int:
+    """The step of a pass over `sigmas` that a sigma belongs to: between two of them, the earlier one's."""
+    return max((i for i, each in enumerate(sigmas) if each >= sigma * (1 - 1e-9)), default=0)
 
 
 def _told(

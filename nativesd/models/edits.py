@@ -19,8 +19,11 @@ class Layer(Protocol):
     to_q: Any
     to_out: Any
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, context: Any) -> tuple[Tensor, Tensor]:
         """(B, S, context width) -> keys and values, each (B, S, C)."""
+
+    def over(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What normed tokens (B, T, C) find in keys and values (B, S, C): (B, T, C)."""
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,14 @@ def _value_at(line: str, start: int) -> tuple[str, int]:
 ONLY_MASKED = "Only masked"
 MASKED_CONTENT = {"fill": "fill", "noise": "latent noise", "nothing": "latent nothing"}
 """The option `mask_fill` as A1111 writes it (modules/processing.py)."""
-_SHOWN_SCHEDULES = {"normal": "Uniform", "sgm uniform": "SGM Uniform"}
+SAMPLING_FIELDS = {
+    "churn": "Sigma churn", "churn_min": "Sigma tmin", "churn_max": "Sigma tmax", "noise": "Sigma noise",
+    "sigma_min": "Schedule min sigma", "sigma_max": "Schedule max sigma", "rho": "Schedule rho",
+}  # fmt: skip
+"""What A1111 calls the fields of a `Sampling`."""
+_SHOWN_SCHEDULES = {
+    "normal": "Uniform", "sgm uniform": "SGM Uniform", "kl optimal": "KL Optimal", "ddim uniform": "DDIM",
+}  # fmt: skip
 _SCHEDULE_SPELLINGS = {"uniform": "normal", "sgmuniform": "sgm uniform"}
 
 

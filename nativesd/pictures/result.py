@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from base64 import b64encode
 from collections.abc import Mapping
@@ -19,7 +20,14 @@ from torch import Tensor
 from nativesd.destination import fresh, hold
 from nativesd.errors import SourceError, UsageError
 from nativesd.pictures.embedded import user_comment_exif
-from nativesd.pictures.infotext import MASKED_CONTENT, ONLY_MASKED, SDXL_FIELDS, shown_schedule, write_infotext
+from nativesd.pictures.infotext import (
+    MASKED_CONTENT,
+    ONLY_MASKED,
+    SAMPLING_FIELDS,
+    SDXL_FIELDS,
+    shown_schedule,
+    write_infotext,
+)
 from nativesd.version import __version__
 
 QUALITY = 95
@@ -59,10 +67,11 @@ class Result:
         """The parameters of picture `index` in the text form that A1111 writes and many tools read.
 
         Of `parameters` these are needed: prompt, negative_prompt, steps, sampler, schedule, guidance_scale, width,
-        height, model. These are written where they are there and not None: model_hash, strength, clip_skip,
+        height, model. These are written where they are there and not None: strength, clip_skip, guidance (a text),
         guidance_rescale, eta, noise ("cpu" or "cuda"), image_guidance_scale, mask_blur, literal, refiner (a name),
-        refiner_at, vae (a name), mask_fill, only_masked, steps_as, sdxl and variation (the fields of an `SDXL`, a
-        `Variation`), hires (`Hires.fields`) and loras (names to scales).
+        refiner_at, vae (a name), mask_fill, only_masked, steps_as, sdxl, sampling and variation (the fields of an
+        `SDXL`, a `Sampling`, a `Variation`), tiling, regions (of a `Region`'s fields each), hires
+        (`Hires.fields`) and loras (names to scales).
         """
         p = self.parameters
         hires: Mapping[str, Any] = p.get("hires") or {}
@@ -75,7 +84,6 @@ class Result:
             "CFG scale": _number(p["guidance_scale"]),
             "Seed": self.seeds[index],
             "Size": f"{p['width']}x{p['height']}",
-            "Model hash": p.get("model_hash"),
             "Model": p["model"],
             "VAE": p.get("vae"),
             "Denoising strength": _number(strength),
@@ -83,10 +91,14 @@ class Result:
             "Clip skip": p.get("clip_skip"),
             "RNG": None if noise is None else {"cpu": "CPU", "cuda": "NV"}[noise],
             "Eta DDIM" if p["sampler"] == "DDIM" else "Eta": _number(p.get("eta")),
+            **{SAMPLING_FIELDS[field]: _number(value) for field, value in (p.get("sampling") or {}).items()},
+            "Guidance": p.get("guidance"),
             "CFG Rescale": _number(p.get("guidance_rescale")),
             "Image CFG scale": _number(p.get("image_guidance_scale")),
             **_sdxl(p.get("sdxl") or {}),
             **_variation(p.get("variation") or {}, index),
+            "Regions": json.dumps(p["regions"], ensure_ascii=False) if p.get("regions") else None,
+            "Tiling": None if p.get("tiling") is None else p["tiling"] == "xy" or p["tiling"],
             "Mask blur": p.get("mask_blur"),
             "Masked content": MASKED_CONTENT.get(p.get("mask_fill", "")),
             "Inpaint area": None if p.get("only_masked") is None else ONLY_MASKED,

@@ -32,12 +32,16 @@ from torch import Tensor
 
 from nativesd.config import Prediction
 from nativesd.diffusion.control import Control
+from nativesd.diffusion.guiding.guiders import Guider
 from nativesd.diffusion.model import Diffusion
 from nativesd.diffusion.prompting import SDXL
+from nativesd.diffusion.regions import Region
 from nativesd.diffusion.start import MaskFill, StepsAs
 from nativesd.errors import UsageError
 from nativesd.latents.preview import Step
+from nativesd.models.tiling import Tiling
 from nativesd.pictures.images import Fit, ImageSource
+from nativesd.pipeline.guiding import read_guidance
 from nativesd.pipeline.hires import Hires
 from nativesd.pipeline.readers import Reader, flag, is_list, one_of, real, text, whole
 from nativesd.pipeline.records import (
@@ -56,12 +60,16 @@ from nativesd.pipeline.records import (
     read_picture,
     read_prompts,
     read_refiner,
+    read_regions,
+    read_sampling,
     read_sdxl,
     read_seed,
+    read_tiling,
     read_variation,
 )
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.noise import NoiseKind
+from nativesd.sampling.options import PLAIN, Sampling
 from nativesd.sampling.variation import SEEDS, Variation
 
 if TYPE_CHECKING:
@@ -104,8 +112,11 @@ class CallOptions(TypedDict, total=False):
     height: int | None
     steps: int | None
     guidance_scale: float | None
+    guidance: Guider | str | Sequence[Guider | str] | None
     sampler: str | None
     schedule: str | None
+    regions: Region | Sequence[Region] | None
+    tiling: Tiling | None
     seed: int | Sequence[int] | None
     num_images: int | None
     image: ImageSource | None
@@ -129,6 +140,7 @@ class CallOptions(TypedDict, total=False):
     guess_mode: bool | None
     guidance_rescale: float | None
     eta: float | None
+    sampling: Sampling | None
     clip_skip: int | None
     literal: bool | None
     force: bool | None
@@ -145,7 +157,7 @@ class GenerateOptions(LoadOptions, CallOptions, total=False):
 ELSEWHERE = {
     "num_inference_steps": "steps", "num_images_per_prompt": "num_images", "batch_size": "num_images",
     "n_iter": "num_images", "n": "num_images", "cfg_scale": "guidance_scale", "cfg": "guidance_scale",
-    "guidance": "guidance_scale", "scale": "guidance_scale", "negative": "negative_prompt", "text": "prompt",
+    "scale": "guidance_scale", "negative": "negative_prompt", "text": "prompt",
     "prompts": "prompt", "sampler_name": "sampler", "sampler_index": "sampler", "sample_method": "sampler",
     "scheduler": "sampler (which steps how) and schedule (at which noise levels)", "init_image": "image",
     "init_images": "image", "input_image": "image", "mask_image": "mask",
@@ -162,6 +174,9 @@ ELSEWHERE = {
     "control_guidance_end": "the end of a nativesd.Control",
     "callback": "on_step", "callback_on_step_end": "on_step", "progress_callback": "on_step",
     "generator": "seed (the number that the generator was seeded with)", "random_seed": "seed",
+    "s_churn": "sampling (its churn)", "s_tmin": "sampling (its churn_min)", "s_tmax": "sampling (its churn_max)",
+    "s_noise": "sampling (its noise)", "sigma_min": "sampling (its sigma_min)", "sigma_max": "sampling (its sigma_max)",
+    "rho": "sampling (its rho)", "churn": "sampling (its churn)",
     "size": "width and height", "emphasis": "literal",
     "subseed": "variation (its seed)", "subseed_strength": "variation (its strength)",
     "eta_noise_seed_delta": "variation (its ensd)", "ensd": "variation (its ensd)",
@@ -171,6 +186,8 @@ ELSEWHERE = {
     "original_size": "sdxl (its original: width, height)", "target_size": "sdxl (its target: width, height)",
     "crops_coords_top_left": "sdxl (its crop: left, top)",
     "output_type": "the result's images (PIL) and latents, which are always there",
+    "pag_scale": "guidance (a nativesd.PAG)", "pag_applied_layers": "guidance (a nativesd.PAG, its layers)",
+    "guider": "guidance (a nativesd.PAG, ...)", "dynamic_thresholding_ratio": "guidance (a nativesd.DynamicThreshold)",
     "return_dict": "the result's images (PIL) and latents, which are always there",
 }  # fmt: skip
 """The names that diffusers, A1111, ComfyUI and stable-diffusion.cpp have for what is called otherwise here."""
@@ -281,8 +298,11 @@ class Checked:
     height: Annotated[int | None, whole(1, MOST_SIDE)] = None
     steps: Annotated[int | None, whole(1, 999)] = None  # of the 1000 noise levels that all models are trained on
     guidance_scale: Annotated[float | None, real(0, MOST_GUIDANCE)] = None
+    guidance: Annotated[Sequence[Guider], read_guidance] = ()
     sampler: Annotated[str | None, text] = None
     schedule: Annotated[str | None, text] = None
+    regions: Annotated[Sequence[Region], read_regions] = ()
+    tiling: Annotated[Tiling | None, read_tiling] = None
     image: Annotated[ImageSource | None, read_picture] = None
     latents: Annotated[Tensor | None, read_latents] = None
     mask: Annotated[ImageSource | None, read_picture] = None
@@ -304,6 +324,7 @@ class Checked:
     guess_mode: Annotated[bool, flag] = False
     guidance_rescale: Annotated[float, real(0, 1)] = 0.0
     eta: Annotated[float | None, real(0, 1)] = None
+    sampling: Annotated[Sampling, read_sampling] = PLAIN
     clip_skip: Annotated[int | None, whole(1, 100)] = None
     literal: Annotated[bool, flag] = False
     force: Annotated[bool, flag] = False

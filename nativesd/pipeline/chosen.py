@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nativesd.diffusion.config import EDITING, PipelineConfig
+from nativesd.diffusion.regions import Region
 from nativesd.diffusion.start import Start
 from nativesd.errors import UsageError
 from nativesd.pipeline.arguments import Checked
+from nativesd.pipeline.guiding import guidance_text
 from nativesd.pipeline.inputs import Inputs, unheeded
 from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedule
 from nativesd.sampling.published import Kind
-from nativesd.weights.files.hashes import known_hashes
 from nativesd.weights.lora.resolve import Use
 
 
@@ -75,21 +76,24 @@ def recorded(
         "prompt": asked.prompts[0] if asked.one_prompt else asked.each(asked.prompts),
         "negative_prompt": (asked.negative_prompt[0] if asked.one_negative else asked.each(asked.negative_prompt)),
         "steps": chosen.steps,
-        "sampler": chosen.choice.sampler.name,
+        "sampler": chosen.choice.shown,
         "schedule": chosen.kind,
         "guidance_scale": chosen.guidance_scale,
         "seed": asked.seeds[0],
         "width": inputs.width,
         "height": inputs.height,
         "model": config.name,
-        "model_hash": None if config.file is None or (known := known_hashes(config.file)) is None else known.auto_v2,
         "noise": asked.noise,
         "sdxl": None if asked.sdxl is None else asked.sdxl.chosen(),
         "variation": None if asked.variation is None else asdict(asked.variation),
+        "regions": [_region(region) for region in asked.regions] or None,
+        "tiling": asked.tiling,
         "strength": None if start is None else start.strength,
         "steps_as": None if start is None or asked.steps_as == "diffusers" else asked.steps_as,
+        "guidance": " ".join(map(guidance_text, asked.guidance)) or None,
         "guidance_rescale": asked.guidance_rescale or None,
         "eta": asked.eta,
+        "sampling": asked.sampling.chosen() or None,
         "clip_skip": asked.clip_skip,
         "literal": asked.literal or None,
         "mask_blur": None if inputs.mask is None else asked.mask_blur,
@@ -102,6 +106,12 @@ def recorded(
         "loras": {use.lora.path.stem: (use.unet, use.text_encoder) for use in loras} or None,
         "control": [str(getattr(each.model, "name", each.model)) for each in asked.control] or None,
         "inferred": dict(chosen.inferred),
-        "notes": [*inputs.notes, *unheeded(config, asked, chosen.guidance_scale, words)],
+        "notes": [*inputs.notes, *unheeded(config, asked, chosen.guidance_scale, chosen.choice.sampler, words)],
     }
     return {name: value for name, value in parameters.items() if value is not None}
+
+
+def _region(region: Region) -> dict[str, Any]:
+    """A region as a picture's parameters keep it, which have no room for a mask."""
+    where: dict[str, Any] = {"mask": True} if region.box is None else {"box": list(region.box)}
+    return {"prompt": region.prompt, **where, "weight": region.weight}

@@ -9,10 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from nativesd.diffusion.config import EDITING, INPAINTING, PLAIN, PipelineConfig
+from nativesd.diffusion.guiding.guiders import Combined, Interval
 from nativesd.errors import UsageError
 from nativesd.pictures import images, masks
 from nativesd.pictures.region import Box, cut_out, fill_masked, put_back
 from nativesd.pipeline.arguments import Checked
+from nativesd.sampling.table import Sampler
 from nativesd.text.words import FILE as WORDS
 from nativesd.text.words import unknown_words
 
@@ -134,13 +136,19 @@ def _part(config: PipelineConfig, asked: Checked, padding: int) -> Inputs:
 
 
 def unheeded(
-    config: PipelineConfig, asked: Checked, guidance_scale: float, embeddings: Collection[str]
+    config: PipelineConfig, asked: Checked, guidance_scale: float, sampler: Sampler, embeddings: Collection[str]
 ) -> Iterator[str]:
     """What of a call changes nothing with this model."""
-    if guidance_scale <= 1 and any(asked.negative_prompt):
+    if guidance_scale <= 1 and any(asked.negative_prompt) and not sampler.plus_plus:
         yield f"negative_prompt is not used: a guidance_scale of {guidance_scale:g} is no guidance"
     if guidance_scale <= 1 and asked.guidance_rescale:
         yield f"guidance_rescale is not used: a guidance_scale of {guidance_scale:g} is no guidance"
+    if asked.sampling.churn and not sampler.churns:
+        yield f"sampling.churn is not used: {sampler.name} adds no noise before its steps"
+    if guidance_scale <= 1 and not sampler.plus_plus:
+        for guider in asked.guidance:
+            if isinstance(guider, Combined | Interval):
+                yield f"guidance {guider.name} is not used: a guidance_scale of {guidance_scale:g} is no guidance"
     edits = config.unet.in_channels == EDITING
     if edits and asked.strength is not None:
         yield f"strength is not used: {config.name} edits by instruction"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nativesd.diffusion.control import ControlModel
-from nativesd.diffusion.guidance import Guidance
+from nativesd.diffusion.guiding.combine import Guidance
+from nativesd.diffusion.guiding.guiders import check_guiders
 from nativesd.diffusion.model import Job
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.start import Start
@@ -55,9 +56,13 @@ class Pipeline(Adapted):
                         the model was trained on
         steps           default 20 (few-step models: 4)
         guidance_scale  classifier-free guidance; 1 and below: off. Default 7.5, SDXL 5, few-step models off, "tiny" 3
+        guidance        more of it: one or several of PAG, SEG, SLG, APG, TCFG, DynamicThreshold, Interval, FreeU, or
+                        their texts, such as "pag:3"
         sampler         such as "Euler a", "DPM++ 2M Karras" or a published class's name; default: the model's own
         schedule        such as "karras"; default: the model's own. `nativesd samplers` lists both
         negative_prompt what the pictures should not show: a text, or one for each prompt
+        regions         prompts for parts of the picture: `Region`s, with boxes or masks
+        tiling          "xy", "x" or "y": the picture joins with itself along these axes
         seed            of the first picture, picture i has seed + i; or one for each picture. Default, and -1: random
         num_images      pictures of each prompt; all are made as one batch. Default 1, or as many as seeds are listed
         latents         clean latents to begin from instead of `image`, as `Result.latents` has them
@@ -85,6 +90,7 @@ class Pipeline(Adapted):
         control         ControlNets and T2I-Adapters with their pictures, as `Control`; they add up
         guess_mode      ControlNets act for the prompt only, and the deeper the stronger
         guidance_rescale  0 to 1: against the contrast of strong guidance (for zero-terminal-SNR models 0.7)
+        sampling        noise on the way, and the ends of a schedule: a `Sampling`
         eta             0 to 1: how much noise a sampler adds again; default: the sampler's own
         clip_skip       layers of the text encoder from the end, 1 is the last; default: as the model was trained
         literal         take the prompts as they stand: no weights, no BREAK
@@ -131,6 +137,8 @@ class Pipeline(Adapted):
                 raise UsageError(
                     f"{config.name} makes pictures of {config.smallest} pixels a side and more, not of {side}"
                 )
+        for model in (self, *(() if asked.refiner is None else (asked.refiner,))):
+            check_guiders(asked.guidance, model.config.unet, model.config.name)
         if not asked.force:
             for each in (size, larger or size):
                 self.require_room(len(asked.seeds), each)
@@ -149,11 +157,19 @@ class Pipeline(Adapted):
             variation=asked.variation,
             variation_seeds=asked.variation_seeds,
             guidance=Guidance(
-                chosen.guidance_scale, asked.guidance_rescale, asked.image_guidance_scale, self.sequential
+                chosen.choice.scale(chosen.guidance_scale),
+                asked.guidance_rescale,
+                asked.image_guidance_scale,
+                self.sequential,
+                always=chosen.choice.sampler.plus_plus,
             ),
+            guiders=asked.guidance,
+            regions=asked.regions,
+            tiling=asked.tiling,
             choice=chosen.choice,
             kind=chosen.kind,
             eta=asked.eta,
+            sampling=asked.sampling,
             control=[self.loaded(each) for each in asked.control],
             guess=asked.guess_mode,
             refiner=asked.refiner,
@@ -182,7 +198,7 @@ class Pipeline(Adapted):
 
         def finish(latents: Tensor, *notes: str) -> Result:
             return Result(
-                images=[inputs.finished(picture) for picture in self.decode(latents)],
+                images=[inputs.finished(picture) for picture in self.decode(latents, tiling=asked.tiling)],
                 seeds=list(asked.seeds),
                 latents=latents,
                 parameters=parameters | {"notes": [*parameters["notes"], *notes]},
@@ -277,7 +293,9 @@ class Pipeline(Adapted):
         if isinstance(hires.upscaler, str) and hires.upscaler in LATENT:
             larger = enlarge_latents(latents, size, factor, hires.upscaler)
         else:
-            pictures = [enlarge_picture(each, size, factor, hires.upscaler) for each in self.decode(latents)]
+            pictures = [
+                enlarge_picture(each, size, factor, hires.upscaler) for each in self.decode(latents, tiling=job.tiling)
+            ]
             larger = self.encode_tensor(images.to_tensor(pictures))[0]
         start = Start(hires.strength, latents=size.cut(larger), steps_as="all")
         second = replace(self._second(job, hires), steps_before=steps)
@@ -288,9 +306,12 @@ class Pipeline(Adapted):
         if hires.sampler is not None or hires.schedule is not None:
             kind = hires.schedule or (None if hires.sampler is not None else job.kind)
             choice, kind = choose_sampler(self.config, hires.sampler or job.choice.name, kind)
-            job = replace(job, choice=choice, kind=kind)
+            scale = choice.scale(job.guidance.scale / job.choice.scale(1.0))
+            guidance = replace(job.guidance, scale=scale, always=choice.sampler.plus_plus)
+            job = replace(job, choice=choice, kind=kind, guidance=guidance)
         if hires.guidance_scale is not None:
-            job = replace(job, guidance=replace(job.guidance, scale=hires.guidance_scale))
+            scale = job.choice.scale(hires.guidance_scale)
+            job = replace(job, guidance=replace(job.guidance, scale=scale))
         prompts = job.prompts if hires.prompt is None else [take_tags(hires.prompt)[0]]
         negatives = job.negatives if hires.negative_prompt is None else [hires.negative_prompt]
         return replace(job, prompts=prompts, negatives=negatives)

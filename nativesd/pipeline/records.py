@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping
 from os import fspath
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -17,12 +17,15 @@ from torch import Tensor
 from nativesd.diffusion.control import Control
 from nativesd.diffusion.model import Diffusion
 from nativesd.diffusion.prompting import SDXL
+from nativesd.diffusion.regions import Region
 from nativesd.errors import UsageError
+from nativesd.models.tiling import Tiling
 from nativesd.pipeline.hires import UPSCALERS, Hires, Upscaler
 from nativesd.pipeline.readers import Reader, is_list, is_path, pixels, real, shown, text, to_whole, whole
+from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import SEEDS, Variation
 
-Record = TypeVar("Record", Hires, SDXL, Variation, Control)
+Record = TypeVar("Record", Hires, SDXL, Variation, Control, Sampling, Region)
 Border = tuple[int, int, int, int]
 MOST_HIRES = 16
 MOST_SIDE = 16_384
@@ -32,6 +35,8 @@ MOST_PICTURES = 1000
 MOST_GUIDANCE = 1000
 MOST_SCALE = 1000
 """Of a LoRA or a control, either way."""
+SIGMAS = 1e6
+"""More than any model's largest sigma."""
 MOST_BLUR = 1000
 """Pixels."""
 
@@ -130,6 +135,53 @@ def read_sdxl(name: str, value: Any) -> SDXL:
     given = {field: getattr(value, field) for field in readers}
     read: dict[str, Any] = {n: v if v is None else readers[n](f"{name}.{n}", v) for n, v in given.items()}
     return SDXL(**read)
+
+
+def read_sampling(name: str, value: Any) -> Sampling:
+    """A `Sampling`, its numbers in range."""
+    if not isinstance(value, Sampling):
+        raise UsageError(f"{name} must be a Sampling, not {shown(value)}")
+    sigma = real(0, SIGMAS, above=True)
+    readers: dict[str, Reader] = {
+        "churn": real(0, 1000), "churn_min": real(0, SIGMAS), "churn_max": real(0, SIGMAS), "noise": real(0, 10),
+        "sigma_min": sigma, "sigma_max": sigma, "rho": real(0, 100, above=True),
+    }  # fmt: skip
+    given = {f: v for f, v in value.chosen().items() if v is not None}
+    read: dict[str, Any] = {f: readers[f](f"{name}.{f}", v) for f, v in given.items()}
+    return Sampling(**read)
+
+
+def read_regions(name: str, value: Any) -> list[Region]:
+    """One region or several, each with a box or a mask."""
+    given = list(value) if is_list(value) else [value]
+    for region in given:
+        if not isinstance(region, Region):
+            raise UsageError(f"{name} must be nativesd.Region(prompt, box), or several, not {shown(region)}")
+    return [_region(name, region) for region in given]
+
+
+def _region(name: str, region: Region) -> Region:
+    if not isinstance(region.prompt, str):
+        raise UsageError(f"{name}: a prompt must be a text, not {shown(region.prompt)}")
+    if (region.box is None) == (region.mask is None):
+        raise UsageError(f"{name}: {shown(region.prompt)} needs a box or a mask, and only one of them")
+    box = None
+    if region.box is not None:
+        sides = [real(0, 1)(f"{name}: a side of a box", side) for side in region.box] if is_list(region.box) else []
+        if len(sides) != 4 or sides[0] >= sides[2] or sides[1] >= sides[3]:
+            what = "left, top, right and bottom, as shares of the picture"
+            raise UsageError(f"{name}: a box must be {what}, not {shown(region.box)}")
+        box = (sides[0], sides[1], sides[2], sides[3])
+    mask = None if region.mask is None else read_picture(f"{name}: a mask", region.mask)
+    return Region(region.prompt, box, mask, real(0, 10)(f"{name}: a weight", region.weight))
+
+
+def read_tiling(name: str, value: Any) -> Tiling:
+    """Axes, in any order; True is both."""
+    axes = "xy" if value is True else "".join(sorted(value.lower())) if isinstance(value, str) else ""
+    if axes not in get_args(Tiling):
+        raise UsageError(f'{name} must be "xy", "x" or "y", not {shown(value)}')
+    return cast("Tiling", axes)
 
 
 def read_variation(name: str, value: Any) -> Variation:

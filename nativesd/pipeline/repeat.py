@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from nativesd.diffusion.prompting import SDXL
+from nativesd.diffusion.regions import Region
 from nativesd.errors import UsageError
 from nativesd.pictures.programs.find import read_recipe
 from nativesd.pictures.programs.recipe import Recipe
+from nativesd.pipeline.guiding import read_guidance
 from nativesd.pipeline.hires import UPSCALERS, Hires
 from nativesd.sampling.names import find_sampler, find_schedule
+from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import Variation
 
 _NUMBERS = {"steps": int, "seed": int, "width": int, "height": int, "guidance_scale": float, "clip_skip": int}
@@ -36,6 +39,12 @@ def options_of(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
             options[name] = _read(kind, name, options[name])
     if isinstance(options.get("seed"), int) and not 0 <= options["seed"] < 1 << 64:
         unheeded.append(f"seed {options.pop('seed')} (taken: a random one)")
+    if "guidance" in options:
+        try:
+            read_guidance("guidance", options["guidance"])
+        except UsageError as error:
+            del options["guidance"]
+            unheeded.append(f"{error} (taken: none)")
     _name_unknown(options, unheeded, "")
     hires: Any = options.pop("hires", None)
     if hires is not None:
@@ -46,6 +55,10 @@ def options_of(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         options["hires"] = Hires(**given)
     if "sdxl" in options:
         options["sdxl"] = SDXL(**options["sdxl"])
+    if "regions" in options:
+        options["regions"] = [Region(**{"prompt": "", **region}) for region in options["regions"]]
+    if "sampling" in options:
+        options["sampling"] = Sampling(**options["sampling"])
     if "variation" in options:
         options["variation"] = Variation(**options["variation"])
     return {**options, "prompt": recipe.prompt, "negative_prompt": recipe.negative_prompt}, unheeded

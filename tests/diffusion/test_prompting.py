@@ -12,7 +12,7 @@ from torch import Tensor
 
 import nativesd
 from nativesd.diffusion.conditioning import Conditioning, groups
-from nativesd.diffusion.guidance import Guidance
+from nativesd.diffusion.guiding.combine import At, Guidance
 
 OPTIONS: dict[str, Any] = {"steps": 20, "seed": 5, "sampler": "Euler", "guidance_scale": 6.0}
 
@@ -118,7 +118,7 @@ def test_the_sum_of_prompts_is_a1111s() -> None:
     shares = [torch.tensor([1.0, 0.5]), torch.tensor([0.7, -1.0])]
     sides = [Conditioning(torch.zeros(2, 77, 8), torch.zeros(2), role="negative"),
              *(Conditioning(torch.zeros(2, 77, 8), torch.ones(2), share=share) for share in shares)]  # fmt: skip
-    found = Guidance(7.5).combine(parts, sides)
+    found = Guidance(7.5).combine(parts, sides, At(torch.zeros(2, 4, 3, 3), 1.0, 1.0, -1.0))
     for row in range(2):
         expected = parts[0][row].clone()
         for part, share in zip(parts[1:], shares, strict=True):

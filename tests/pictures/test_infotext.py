@@ -361,12 +361,36 @@ def test_options_of_the_rarer_fields() -> None:
         "noise": "cuda",
         "refiner_at": 0.8,
         "variation": {"seed": 7, "strength": 0.1},
+        "sampling": {"churn": 3.0},
+        "tiling": "xy",
         "model": "of hash 12",
     }
-    assert unheeded == [
-        "Tiling", "NGMS", "ControlNet 0",
-        "Refiner sdxl_refiner: pass it with --refiner", "Sigma churn",
-    ]  # fmt: skip
+    assert unheeded == ["NGMS", "ControlNet 0", "Refiner sdxl_refiner: pass it with --refiner"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "guidance", "unread"),
+    [
+        ({"Skip Early CFG": "0.1"}, "interval:start=0.15", []),
+        ({"Skip Early CFG": "0"}, None, []),
+        ({"Guidance": "pag:scale=2.0 tcfg"}, "pag:scale=2.0 tcfg", []),
+        ({"pag_enabled": "True", "pag_scale": "3", "pag_attenuation": "0.0", "pag_start": "0.0", "pag_end": "0.5"},
+         "pag:scale=3,start=0.0,end=0.5", []),
+        ({"pag_enabled": "True", "pag_scale": "3", "pag_attenuation": "0.5"}, "pag:scale=3", ["pag_attenuation"]),
+        ({"freeu_enabled": "True", "freeu_b1": "1.1", "freeu_b2": "1.2", "freeu_s1": "0.9", "freeu_s2": "0.2",
+          "freeu_start": "0.0", "freeu_end": "1.0"}, "freeu:b1=1.1,b2=1.2,s1=0.9,s2=0.2", []),
+        ({"freeu_enabled": "False", "freeu_b1": "1.1"}, None, []),
+        ({"dynthres_enabled": "True", "dynthres_mimic_scale": "7.0", "dynthres_threshold_percentile": "0.98",
+          "dynthres_mimic_mode": "Half Cosine Up", "dynthres_cfg_mode": "Constant"},
+         "threshold:mimic=7.0,percentile=0.98", ["dynthres_mimic_mode"]),
+        ({"Dynamic thresholding enabled": "True", "Mimic scale": "6", "Threshold percentile": "99.5"},
+         "threshold:mimic=6,percentile=0.995", []),
+    ],
+)  # fmt: skip
+def test_guidance_of_other_programs(fields: dict[str, str], guidance: str | None, unread: list[str]) -> None:
+    options, unheeded = generation_options(Infotext("", "", {"Steps": "20", "Model": "m", **fields}))
+    assert options.get("guidance") == guidance
+    assert unheeded == unread
 
 
 def test_strength_without_hires_is_an_option() -> None:

@@ -20,8 +20,8 @@ import nativesd
 from models.test_models import UNETS
 from nativesd.config import UNetConfig, VAEConfig
 from nativesd.diffusion.conditioning import Conditioning
-from nativesd.diffusion.denoiser import make_denoiser
-from nativesd.diffusion.guidance import Guidance
+from nativesd.diffusion.denoiser import Guided
+from nativesd.diffusion.guiding.combine import Guidance
 from nativesd.errors import UsageError
 from nativesd.loading.placement import compiles
 from nativesd.models.layers import GEGLU, Attention, CachedContext, TransformerBlock, Upsample, attention
@@ -720,7 +720,7 @@ def test_guidance_computes_both_sides_as_if_alone(form: str) -> None:
     ]
     latents = normal(2, 4, 8, 8)
     together, alone = (
-        make_denoiser(
+        Guided(
             network, lambda sigma: sides, replace(Guidance(7.0), sequential=sequential), float, "epsilon", torch.float32
         )
         for sequential in (False, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -11,12 +12,14 @@ from nativesd.pictures.embedded import Texts
 from nativesd.pictures.infotext import (
     MASKED_CONTENT,
     ONLY_MASKED,
+    SAMPLING_FIELDS,
     SDXL_FIELDS,
     Infotext,
     parse_infotext,
     schedule_named,
 )
-from nativesd.pictures.programs.recipe import Recipe, integer, json_object, real
+from nativesd.pictures.programs.guided import about_guidance, guidance_of
+from nativesd.pictures.programs.recipe import Recipe, integer, json_object, objects, real
 
 Maker = Literal["nativesd", "a1111", "comfyui", "other"]
 """Whose conventions hold for what a text does not say; "other" is a program whose conventions are not known."""
@@ -69,6 +72,24 @@ def _truth(name: str, value: str) -> bool:
     return value == "True"
 
 
+def _tiling(name: str, value: str) -> str:
+    axes = "xy" if value == "True" else value
+    if axes not in ("xy", "x", "y"):
+        raise UsageError(f"{name}: {value!r} is none of True, x, y")
+    return axes
+
+
+def _regions(name: str, value: str) -> list[dict[str, Any]]:
+    try:
+        parts = objects(json.loads(value))
+    except ValueError:
+        parts = []
+    if not parts or not all(isinstance(part.get("box"), list) for part in parts):
+        raise UsageError(f"{name}: what has a mask, or is no list of boxes, is not repeated")
+    fields = ("prompt", "box", "weight")
+    return [{f: tuple(part[f]) if f == "box" else part[f] for f in fields if f in part} for part in parts]
+
+
 _OPTIONS: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "steps": ("steps", integer),
     "sampler": ("sampler", _text),
@@ -80,6 +101,9 @@ _OPTIONS: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "cfg rescale φ": ("guidance_rescale", real),
     "guidance rescale": ("guidance_rescale", real),
     "denoising steps as": ("steps_as", _text),
+    "guidance": ("guidance", _text),
+    "tiling": ("tiling", _tiling),
+    "regions": ("regions", _regions),
     "eta": ("eta", real),
     "eta ddim": ("eta", real),
     "rng": ("noise", _noise),
@@ -115,7 +139,11 @@ _VARIATION: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "ensd": ("ensd", integer),
 }
 
-_RECORDS = {"hires": _HIRES, "variation": _VARIATION, "sdxl": _SDXL}
+_SAMPLING: dict[str, tuple[str, Callable[[str, str], object]]] = {
+    name.lower(): (field, real) for field, name in SAMPLING_FIELDS.items()
+}
+
+_RECORDS = {"hires": _HIRES, "variation": _VARIATION, "sdxl": _SDXL, "sampling": _SAMPLING}
 """Fields that belong together, by the option that they are."""
 
 _HARMLESS = frozenset(
@@ -159,7 +187,8 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
 
     Options, each where the text says or implies it: steps, sampler, schedule, guidance_scale, seed, width, height,
     strength, clip_skip, guidance_rescale, eta, noise ("cpu" or "cuda"), literal, mask_blur, image_guidance_scale,
-    hires, variation, sdxl and model (a name, not a path). `variation` has fields of a `Variation`, `sdxl` of an `SDXL`.
+    hires, variation, sdxl, sampling, guidance (a text) and model (a name, not a path). `variation` has fields of a
+    `Variation`, `sdxl` of an `SDXL`, `sampling` of a `Sampling`.
     `hires` is a dict with upscale or width and height (one of them may be 0: by the ratio), steps, upscaler and
     strength, which is what "Denoising strength" means beside it. Names of fields match in any case. A fused sampler
     such as "DPM++ 2M Karras" stays one name, without a schedule.
@@ -183,6 +212,8 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
         if not value or key in _HARMLESS or value.lower() in _NEUTRAL.get(key, ()):
             continue
         try:
+            if about_guidance(key):
+                continue
             if key in _OPTIONS:
                 option, convert = _OPTIONS[key]
                 options[option] = convert(name, value)
@@ -208,6 +239,10 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
             if key in _CORE:
                 raise
             unheeded.append(f"{error} (taken: the default)")
+    guidance, unread = guidance_of({key: value for key, (_, value) in fields.items()}, int(options.get("steps", 20)))
+    if guidance or "guidance" in options:
+        options["guidance"] = " ".join(filter(None, (str(options.get("guidance", "")), guidance)))
+    unheeded += unread
     _name_model(options, unheeded, {key: value for key, (_, value) in fields.items()})
 
     if "first pass size" in fields and "strength" in options:  # A1111's upscaling before "Hires" fields existed
@@ -219,6 +254,8 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
         options["hires"] = hires
     if sdxl:
         options["sdxl"] = sdxl
+    if records["sampling"]:
+        options["sampling"] = records["sampling"]
     if variation.get("strength") or variation.keys() & {"resize_from", "ensd"}:
         options["variation"] = variation
     maker = _maker({key: value for key, (_, value) in fields.items()})

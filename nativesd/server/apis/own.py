@@ -15,11 +15,13 @@ from starlette.routing import Route
 
 from nativesd.diffusion.control import Control
 from nativesd.diffusion.prompting import SDXL
+from nativesd.diffusion.regions import Region
 from nativesd.errors import UsageError
 from nativesd.pipeline.arguments import CallOptions
 from nativesd.pipeline.hires import Hires
 from nativesd.pipeline.readers import real, text
 from nativesd.pipeline.records import record_of
+from nativesd.sampling.options import Sampling
 from nativesd.sampling.table import SAMPLERS, SCHEDULES
 from nativesd.sampling.variation import Variation
 from nativesd.server.context import Context, context_of
@@ -82,6 +84,10 @@ def read_order(body: Mapping[str, Any], context: Context) -> Order:
         given["variation"] = record_of(Variation, "variation", given["variation"])
     if "sdxl" in given:
         given["sdxl"] = record_of(SDXL, "sdxl", given["sdxl"])
+    if "sampling" in given:
+        given["sampling"] = record_of(Sampling, "sampling", given["sampling"])
+    if "regions" in given:
+        given["regions"] = [_region(value, intake) for value in listed("regions", given["regions"])]
     if "loras" in given:
         given["loras"] = [named_lora(value, context) for value in listed("loras", given["loras"])]
     if "control" in given:
@@ -105,6 +111,11 @@ def named_lora(value: Any, context: Context) -> tuple[str, float, float]:
         raise UsageError("loras must be names, or [name, scale], or [name, scale, scale]")
     unet, encoders = [real(-100, 100)("loras", scale) for scale in scales or [1.0]] * (1 if len(scales) == 2 else 2)
     return context.catalogue.lora(text("loras", name)), unet, encoders
+
+
+def _region(value: Any, intake: Intake) -> Region:
+    region = record_of(Region, "regions", value)
+    return region if region.mask is None else replace(region, mask=intake.picture("regions.mask", region.mask))
 
 
 def _control(value: Any, context: Context, intake: Intake) -> Control:

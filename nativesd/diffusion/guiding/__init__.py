@@ -1,0 +1,1 @@
+"""Guidance: how a model is asked more than once, and how its answers become one."""
