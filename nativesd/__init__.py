@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from nativesd.checkpoints.convert import convert as convert
     from nativesd.checkpoints.export import export_onnx as export_onnx
     from nativesd.checkpoints.export import export_tensorrt as export_tensorrt
+    from nativesd.checkpoints.loras.change import join_loras as join_loras
+    from nativesd.checkpoints.loras.change import resize_lora as resize_lora
+    from nativesd.checkpoints.loras.extract import extract_lora as extract_lora
+    from nativesd.checkpoints.merging.merge import merge as merge
     from nativesd.diffusion.control import Control as Control
     from nativesd.diffusion.guiding.guiders import APG as APG
     from nativesd.diffusion.guiding.guiders import PAG as PAG
@@ -47,11 +51,15 @@ if TYPE_CHECKING:
     from nativesd.streaming.options import OpenOptions
     from nativesd.streaming.similar import Similar as Similar
     from nativesd.streaming.stream import Stream as Stream
+    from nativesd.weights.files.hashes import hash_file as hash_file
 
 _HOMES = {
     "checkpoints.audit": ("audit", "diff"),
     "checkpoints.convert": ("convert",),
     "checkpoints.export": ("export_onnx", "export_tensorrt"),
+    "checkpoints.loras.change": ("join_loras", "resize_lora"),
+    "checkpoints.loras.extract": ("extract_lora",),
+    "checkpoints.merging.merge": ("merge",),
     "pictures.preprocess": ("canny",),
     "pictures.result": ("Result",),
     "diffusion.control": ("Control",),
@@ -69,6 +77,7 @@ _HOMES = {
     "streaming.similar": ("Similar",),
     "streaming.frames": ("Frame",),
     "streaming.stream": ("Stream",),
+    "weights.files.hashes": ("hash_file",),
 }
 _LAZY = {name: f"nativesd.{module}" for module, names in _HOMES.items() for name in names}
 __all__ = [
@@ -102,10 +111,15 @@ __all__ = [
     "diff",
     "export_onnx",
     "export_tensorrt",
+    "extract_lora",
     "generate",
+    "hash_file",
+    "join_loras",
     "load",
     "load_control",
+    "merge",
     "options_from",
+    "resize_lora",
     "stream",
 ]
 

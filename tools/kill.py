@@ -39,7 +39,9 @@ from safetensors.torch import save_file
 
 import nativesd
 from nativesd import cli
-from nativesd.checkpoints import convert, export, merge  # noqa: F401
+from nativesd.checkpoints import convert, export  # noqa: F401
+from nativesd.checkpoints.loras import merge  # noqa: F401
+from nativesd.checkpoints.merging import merge as merging  # noqa: F401
 from nativesd.destination import leftovers, remove
 from nativesd.diffusion import model  # noqa: F401
 from nativesd.export.kept.entries import verify
@@ -50,7 +52,7 @@ OPERATIONS = {
     "os.listdir", "shutil.rmtree", "fcntl.flock",
 }  # fmt: skip
 """Audit events before which a command may be killed."""
-KEPT = {"nativesd", "tuning.json", f"torchinductor_{getpass.getuser()}"}
+KEPT = {"nativesd", "tuning.json", "hashes.json", f"torchinductor_{getpass.getuser()}"}
 """What commands keep in the user's cache, and torch in the folder of temporary files."""
 SECONDS = 300  # for a command that is left alone
 Tree = Mapping[str, str]
@@ -72,6 +74,7 @@ KINDS = {
     "merge folder": Kind("lora merge tiny ../inputs/lora.safetensors out", ("out",)),
     "merge file": Kind("lora merge ../inputs/tiny.safetensors ../inputs/lora.safetensors out.safetensors",
                        ("out.safetensors",)),
+    "merge models": Kind("merge ../inputs/tiny.safetensors tiny out.safetensors", ("out.safetensors",)),
     "export": Kind("export onnx tiny out --component text_encoder", ("out",)),
     "picture": Kind("generate x --seed 1 --steps 2 -o out.png --preview preview.png", ("out.png", "preview.png")),
     "pictures": Kind("generate x --seed 1 --steps 2 --num-images 2 -o out.png --preview preview.webp",

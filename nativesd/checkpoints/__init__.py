@@ -1,1 +1,1 @@
-"""What people do with files: audit, compare, convert, merge a LoRA, export."""
+"""What people do with files: audit, compare, convert, merge, make LoRAs of them, export."""

@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import torch
-
-from nativesd.checkpoints.marks import markers, not_said, spec
-from nativesd.config import (
-    Config,
-    ControlNetConfig,
-    T2IAdapterConfig,
-    TextEncoderConfig,
-    TinyVAEConfig,
-    UNetConfig,
-    VAEConfig,
-)
-from nativesd.destination import copy_file, fresh
-from nativesd.errors import NativesdWarning, UsageError
+from nativesd.checkpoints.layouts import check_target, write_model
+from nativesd.checkpoints.loras.change import convert_lora
+from nativesd.checkpoints.loras.merge import AVERAGE
+from nativesd.checkpoints.sources import open_model
+from nativesd.config import TinyVAEConfig
+from nativesd.destination import fresh
+from nativesd.errors import UsageError
 from nativesd.models.build import expected
-from nativesd.text.tokenizer import FILES, ClipTokenizer, pad_token
-from nativesd.weights.files.locate import Located, locate_model
 from nativesd.weights.files.source import open_source
-from nativesd.weights.maps.keymap import BoundMap, KeyMap, load_tables
-from nativesd.weights.maps.published import (
-    controlnet_json,
-    model_index,
-    t2i_adapter_json,
-    text_json,
-    tiny_vae_json,
-    unet_json,
-    vae_json,
-)
-from nativesd.weights.model import Model, choose, identify, identify_known
-from nativesd.weights.writing import Entry, entries, write
-
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
-LAYOUTS = ("diffusers", "ldm")
-TEXT_TABLES = {
-    "sd1": {"text_encoder": ("text_encoder.transformers", "cond_stage_model.transformer.text_model.")},
-    "sd2": {"text_encoder": ("text_encoder.openclip", "cond_stage_model.model.")},
-    "sdxl": {
-        "text_encoder": ("text_encoder.transformers", "conditioner.embedders.0.transformer.text_model."),
-        "text_encoder_2": ("text_encoder.openclip", "conditioner.embedders.1.model."),
-    },
-    "refiner": {"text_encoder_2": ("text_encoder.openclip", "conditioner.embedders.0.model.")},
-}
-"""family -> text encoder -> its table and prefix in a single file."""
+from nativesd.weights.identity.identify import identify_all
+from nativesd.weights.maps.keymap import load_tables
+from nativesd.weights.model import Model, Part
+from nativesd.weights.writing import Entry, stored_parameters
 
 
 @dataclass(frozen=True)
@@ -64,152 +32,121 @@ class Converted:
 
 
 def convert(
-    source: str | Path, dest: str | Path, *, layout: str, dtype: str | None = None, maps: str | Path | None = None
+    source: str | Path,
+    dest: str | Path,
+    *,
+    layout: str,
+    dtype: str | None = None,
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
+    text_encoders: Sequence[str | Path] = (),
+    prune: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    fold_alpha: bool = False,
+    base: str | Path | None = None,
+    maps: str | Path | None = None,
 ) -> Converted:
-    """Write a model in another layout, streamed: one tensor is in memory at a time.
+    """Write a model, one component, or a LoRA in another layout, streamed: one tensor is in memory at a time.
 
-    source  a file, a model folder, or a hub id: a whole model, or one component
-    dest    the folder ("diffusers") or the .safetensors file ("ldm"; sgm for SDXL) to write; it must not exist
+    source  a file, a model folder, or a hub id: a whole model, one component, or a LoRA
+    dest    the folder ("diffusers") or the .safetensors file ("ldm"; sgm for SDXL) to write; it must not exist. Of a
+            LoRA it is a .safetensors file, and layout "kohya", "diffusers" or "peft" (`loras.change.convert_lora`,
+            which fold_alpha and base are of, too)
     dtype   "f16", "bf16" or "f32" for all floating-point tensors; default: as they are
+    unet, vae, text_encoders  sources of components that stand in for its own
+    prune   what is left out: "text", "vae"; and "ema" and "duplicates", which always are
+    keep    what alone is kept: "unet", "vae", "text"; with "ema" the UNet is the training's average
 
-    Everything is checked before anything is written. What the source says of its sampling is written as the target says
-    it: a scheduler's config, or marker tensors and metadata; a NativesdWarning names what it cannot say. Raises
-    UsageError, SourceError, WeightsError, NetworkError.
+    Everything is checked before anything is written, and what is written is read again before it appears. What the
+    source says of its sampling is written as the target says it: a scheduler's config, or marker tensors and metadata;
+    a NativesdWarning names what it cannot say. Raises UsageError, SourceError, WeightsError, NetworkError.
     """
-    if layout not in LAYOUTS:
-        raise UsageError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     path = Path(dest)
-    if (path.suffix == ".safetensors") != (layout == "ldm"):
-        kind = "a .safetensors file" if layout == "ldm" else "a folder"
-        raise UsageError(f"{layout} is {kind}: {dest} is not")
+    given: Mapping[str, object] = {
+        "dtype": dtype, "unet": unet, "vae": vae, "text_encoders": text_encoders, "prune": prune, "keep": keep,
+    }  # fmt: skip
+    if layout in ("kohya", "peft") or (layout == "diffusers" and path.suffix == ".safetensors" and _is_lora(source)):
+        if said := [name for name, value in given.items() if value]:
+            raise UsageError(f"{said[0]} is nothing of a LoRA, which {layout} is a layout of")
+        done = convert_lora(source, path, layout=layout, fold_alpha=fold_alpha, base=base)
+        return Converted(path, done.tensors, {})
+    if fold_alpha or base is not None:
+        option = "fold_alpha" if fold_alpha else "base"
+        raise UsageError(f"{option} is for LoRAs: their layouts are kohya, diffusers and peft")
+    check_target(path, layout, dtype)
+    for name, values, known in (("prune", prune, PRUNED), ("keep", keep, KEPT)):
+        if unknown := set(values) - set(known):
+            raise UsageError(f"{name} must be of {', '.join(known)}, not {sorted(unknown)[0]!r}")
     with fresh(path) as temporary:
         tables = load_tables(None if maps is None else Path(maps))
-        count, ignored = _convert(source, temporary, path, layout, dtype, tables)
-    return Converted(path, count, ignored)
+        model, ignored, _ = open_model(
+            source, tables, unet=unet, vae=vae, text_encoders=text_encoders, half=dtype == "f16"
+        )
+        model = _chosen(model, path, layout, prune, keep)
+        named: dict[str, dict[str, Entry]] = {}
+        for name, (member, component) in model.parts.items():
+            assert component.config is not None  # a model's components have modules
+            named[name], left_out = stored_parameters(member, component, expected(component.config))
+            ignored = {**ignored, **left_out}
+        model, named = _half(model, named, path, layout)
+        marked, count = write_model(model, named, temporary, path, layout=layout, dtype=dtype)
+    return Converted(path, count, {key: reason for key, reason in ignored.items() if key not in marked})
 
 
-def _convert(
-    source: str | Path, out: Path, dest: Path, layout: str, dtype: str | None, tables: Mapping[str, KeyMap]
-) -> tuple[int, dict[str, str]]:
-    """Write to `out`, which becomes `dest`; returns how many tensors, and what was left out with the reasons."""
-    place = locate_model(source, half=dtype == "f16")
-    identities = identify_known(place, open_source(place, half=dtype == "f16"), tables)
-    parts = {c.name: (member, c) for member, identity in identities for c in identity.components}
-    for name, (_, component) in parts.items():
-        if component.config is None:
-            raise UsageError(
-                f"{source} is a {name.replace('_', ' ')} ({component.layout}), which has no other layout here"
-            )
-    if len(parts) == 1:
-        [(name, (member, component))] = parts.items()
-        model = Model.of(place, name, member, component)
-    else:
-        model = choose(identify(Located(place), tables, half=dtype == "f16"))
-    cast_to = DTYPES[dtype] if dtype is not None else None
-    tensors: dict[str, dict[str, Entry]] = {}
-    ignored = {key: reason for _, identity in identities for key, reason in identity.ignored.items()}
-    for name, (member, component) in model.parts.items():
-        assert component.config is not None  # checked above
-        table = target(layout, model.family, name, component.config, alone=len(model.parts) == 1)
-        tensors[name], left_out = entries(member, component, expected(component.config), table, cast_to)
-        ignored |= left_out
-    metadata = {key: value for member, _ in model.parts.values() for key, value in member.metadata.items()}
-    metadata.setdefault("format", "pt")
-    if "unet" in model.parts and len(model.parts) > 1:
-        for lost in not_said(model, layout, dest.stem):
-            warnings.warn(f"{dest} will not say {lost}", NativesdWarning, stacklevel=3)
-        if layout == "ldm":
-            tensors["markers"] = markers(model)
-            metadata |= {key: value for key, value in spec(model).items() if key not in metadata}
-            ignored = {key: reason for key, reason in ignored.items() if key not in tensors["markers"]}
-    if layout == "ldm":
-        write(out, {key: entry for part in tensors.values() for key, entry in part.items()}, metadata)
-    else:
-        _write_folder(model, tensors, metadata, out)
-    return sum(map(len, tensors.values())), ignored
+PRUNED = ("ema", "text", "vae", "duplicates")
+KEPT = ("unet", "vae", "text", "ema")
 
 
-def _write_folder(
-    model: Model, tensors: Mapping[str, Mapping[str, Entry]], metadata: Mapping[str, str], out: Path
-) -> None:
-    jsons = _jsons(model)
-    for name, part in tensors.items():
-        folder = out / name if len(tensors) > 1 else out
-        folder.mkdir(parents=True)
-        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-        write(folder / f"{stem}.safetensors", part, metadata)
-    for file, data in jsons.items():
-        (out / file).parent.mkdir(parents=True, exist_ok=True)
-        (out / file).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    if len(tensors) > 1:
-        for name in model.text_encoders:
-            _copy_tokenizer(model, name, out / name.replace("text_encoder", "tokenizer"))
+def _is_lora(source: str | Path) -> bool:
+    """Whether a local file is a LoRA."""
+    path = Path(source)
+    if not path.is_file():
+        return False
+    found = identify_all(open_source(path), load_tables())
+    return {component.name for _, identity in found for component in identity.components} == {"lora"}
 
 
-SINGLES = {
-    "unet": ("unet.ldm", "model.diffusion_model."), "vae": ("vae.ldm", "first_stage_model."),
-    "controlnet": ("controlnet.ldm", "control_model."), "t2i_adapter": ("t2i_adapter.original", ""),
-}  # fmt: skip
-"""component -> its table and prefix in a single file."""
+def _chosen(model: Model, dest: Path, layout: str, prune: Sequence[str], keep: Sequence[str]) -> Model:
+    """The components that are to be written. Raises UsageError where there would be none, or no model of them."""
+    if "ema" in keep:
+        model = replace(model, parts={**model.parts, "unet": _averaged(model)})
+    wanted = set(keep) - {"ema"}
+    kinds = {name: "text" if name.startswith("text_encoder") else name for name in model.parts}
+    kept = [name for name, kind in kinds.items() if kind not in prune and (not wanted or kind in wanted)]
+    if not kept:
+        raise UsageError(f"nothing would be left of {model.path}, which has {', '.join(model.parts)}")
+    if 1 < len(kept) < len(model.parts) and layout == "diffusers":
+        raise UsageError(
+            f"{dest} would be a folder of {' and '.join(kept)}, which nothing loads: keep one, or write ldm"
+        )
+    return replace(model, parts={name: model.parts[name] for name in kept})
 
 
-def target(layout: str, family: str, name: str, config: Config, *, alone: bool) -> BoundMap:
-    """The table that writes a component. Raises UsageError where the layout cannot state it."""
-    tables = load_tables()
-    if layout == "diffusers":
-        table = "text_encoder.transformers" if name.startswith("text_encoder") else f"{name}.diffusers"
-        return tables[table].bind(prefix=tables[table].prefixes[0])
-    if isinstance(config, TinyVAEConfig):
-        if config.half is None:
-            raise UsageError("TAESD's original layout is two files, encoder and decoder: there is no single one")
-        return tables[f"tiny_{config.half}.original"].bind()
-    if alone and isinstance(config, TextEncoderConfig):
-        raise UsageError("a text encoder alone has no ldm layout: convert the whole model")
-    try:
-        dims = {} if isinstance(config, TextEncoderConfig) else config.dims
-    except ValueError as error:
-        raise UsageError(f"the {name} cannot be converted: {error}") from error
-    table, prefix = (SINGLES | TEXT_TABLES.get(family, {}))[name]
-    return tables[table].bind(dims, "" if alone and name == "vae" else prefix)
+def _averaged(model: Model) -> Part:
+    """The UNet of which every tensor is the average that ldm's training kept. Raises UsageError where there is none."""
+    if "unet" not in model.parts:
+        raise UsageError(f"{model.path} has no UNet, so there is no training average of one")
+    member, component = model.parts["unet"]
+    names = {key: f"{AVERAGE}{key.removeprefix('model.').replace('.', '')}" for key in component.found.keys}
+    names = {key: name if name in member.tensors else "" for key, name in names.items()}
+    if missing := [key for key, name in names.items() if not name]:
+        raise UsageError(f"{model.path} has no training average of {missing[0]}, so the average cannot be kept")
+    tensors = {**member.tensors, **{key: member.tensors[name] for key, name in names.items()}}
+    files = {**member.files, **{key: member.files[name] for key, name in names.items()}}
+    return replace(member, tensors=tensors, files=files), component
 
 
-def _component_json(config: Config, size: int) -> dict[str, Any]:
-    """The config.json of a component; `size` is the side of the pictures in latent cells. Raises UsageError."""
-    match config:
-        case UNetConfig():
-            return unet_json(config, size)
-        case VAEConfig():
-            return vae_json(config, size * config.factor)
-        case TextEncoderConfig():
-            return text_json(config)
-        case ControlNetConfig():
-            return controlnet_json(config)
-        case TinyVAEConfig():
-            return tiny_vae_json(config)
-        case T2IAdapterConfig():
-            return t2i_adapter_json(config)
-
-
-def _jsons(model: Model) -> dict[str, Any]:
-    """Every config file of the folder. Raises UsageError where diffusers cannot express a component."""
-    configs = {name: component.config for name, (_, component) in model.parts.items() if component.config is not None}
-    if len(configs) == 1:
-        [config] = configs.values()
-        return {"config.json": _component_json(config, model.size)}
-    out = {f"{name}/config.json": _component_json(config, model.size) for name, config in configs.items()}
-    encoders = {name: config for name, config in configs.items() if isinstance(config, TextEncoderConfig)}
-    out["scheduler/scheduler_config.json"] = dict(model.scheduler)
-    out["model_index.json"] = model_index(model.family, encoders, str(model.scheduler.get("_class_name")))
-    return out
-
-
-def _copy_tokenizer(model: Model, name: str, folder: Path) -> None:
-    """The model's own tokenizer, or the vocabulary in the package with the family's padding."""
-    own = model.path / name.replace("text_encoder", "tokenizer")
-    if sum(copy_file(own, file, folder) for file in FILES):
-        return
-    config = model.parts[name][1].config
-    assert isinstance(config, TextEncoderConfig)
-    ClipTokenizer(pad=pad_token(config), length=config.length).save(folder)
+def _half(
+    model: Model, named: dict[str, dict[str, Entry]], dest: Path, layout: str
+) -> tuple[Model, dict[str, dict[str, Entry]]]:
+    """Of a whole TAESD, whose original layout is two files, the half that the name of one says."""
+    halves: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
+    half = next((half for half in halves if half in dest.stem), None)
+    name = next(iter(model.parts))
+    member, component = model.parts[name]
+    config = component.config
+    if layout != "ldm" or half is None or not isinstance(config, TinyVAEConfig) or config.half is not None:
+        return model, named
+    own = {key: entry for key, entry in named[name].items() if key.startswith(f"{half}.")}
+    part = member, replace(component, config=replace(config, half=half))
+    return replace(model, parts={name: part}), {name: own}

@@ -25,9 +25,12 @@ from nativesd.loading.load import load
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.pipeline.arguments import Lora
 from nativesd.pipeline.pipeline import Pipeline
+from nativesd.pipeline.readers import real
 from nativesd.tuning.memory import memory_explained
 
 OnPart = Callable[[str, int, int], None]
+LEAST_FACTOR = 4
+"""Pixels along a side of a latent's cell, of the VAEs that there are: what is wrong for it is so for every model."""
 EXPORTED = ("text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder")
 
 
@@ -57,12 +60,13 @@ class Static:
     chunks: int = 1
 
     def request(self, factor: int) -> Request:
-        """In cells and tokens. Raises UsageError for sides that are not multiples of `factor` pixels."""
-        if min(self.width, self.height, self.batch, self.chunks) < 1 or self.width % factor or self.height % factor:
-            raise UsageError(
-                f"{self.width}x{self.height} pixels: sides must be multiples of {factor}, and counts at least 1"
-            )
-        return Request(self.batch, self.height // factor, self.width // factor, self.chunks * CHUNK)
+        """In cells and tokens. Raises UsageError for what cannot be, and sides that are no multiples of `factor`."""
+        size = f"static {self.width}x{self.height}"
+        if self.width % factor or self.height % factor:
+            raise UsageError(f"{size}: sides must be multiples of {factor} pixels")
+        request = Request(self.batch, self.height // factor, self.width // factor, self.chunks * CHUNK)
+        request.require_possible(size)
+        return request
 
 
 @memory_explained()
@@ -103,6 +107,10 @@ def export_onnx(
     DEST appears when all is written and, where it is checked, computes what PyTorch does: NativesdError otherwise.
     Raises UsageError for what cannot be exported, and what `load` raises.
     """
+    if static is not None:
+        static.request(LEAST_FACTOR)
+    if tolerance is not None:
+        tolerance = real(0)("tolerance", tolerance)
     done: list[Exported] = []
     said: dict[str, dict[str, Any]] = {}
     with fresh(dest) as folder:
@@ -171,6 +179,10 @@ def export_tensorrt(
         for target in targets
         for group in target.split(",")
     ]
+    for name in profiles:
+        ready_profile(name, "unet", native=512, factor=LEAST_FACTOR)
+    if tolerance is not None:
+        tolerance = real(0)("tolerance", tolerance)
     pipeline = _load(source, dtype, loras, maps)
     config, store = pipeline.config, Store(default_store() if engines is None else engines)
     wish = Wish(groups, backend, slots, weight_streaming, check, tolerance, again, on_progress)

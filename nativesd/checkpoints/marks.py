@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from nativesd.config import SD_VAE, SDXL_VAE, TextEncoderConfig, UNetConfig, VAEConfig
+from nativesd.config import SD_VAE, SDXL_VAE, Config, TextEncoderConfig, UNetConfig, VAEConfig
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.sampling.schedule import trained_sigmas
 from nativesd.weights.identity.describe import unet_config
@@ -26,7 +26,7 @@ def markers(model: Model) -> dict[str, Entry]:
     """The tensors by which a single file says how the model is sampled, as loaders of other programs read them too."""
     scheduler = SchedulerConfig.from_published(model.scheduler)
     values: dict[str, list[float] | float] = {}
-    vae = model.parts["vae"][1].config
+    vae = _vae(model)
     if scheduler.edm is not None and scheduler.prediction == "v":
         values |= {EDM_V[0]: scheduler.edm.largest, EDM_V[1]: scheduler.edm.smallest}
     elif scheduler.edm is not None and isinstance(vae, VAEConfig) and vae.mean is not None and vae.std is not None:
@@ -39,6 +39,11 @@ def markers(model: Model) -> dict[str, Entry]:
         if _turbo(model, scheduler):
             values["denoiser.sigmas"] = [float(sigma) for sigma in trained_sigmas(scheduler)]
     return {name: _entry(value) for name, value in values.items()}
+
+
+def _vae(model: Model) -> Config | None:
+    """The VAE's configuration, where the model still has one."""
+    return model.parts["vae"][1].config if "vae" in model.parts else None
 
 
 def _turbo(model: Model, scheduler: SchedulerConfig) -> bool:
@@ -93,7 +98,7 @@ def not_said(model: Model, layout: str, name: str) -> list[str]:
         for field in fields(SchedulerConfig)
         if getattr(source, field.name) != getattr(loaded, field.name)
     ]
-    config, vae = unet.config, model.parts["vae"][1].config
+    config, vae = unet.config, _vae(model)
     if isinstance(config, UNetConfig):
         by_rule, _ = unet_config(
             unet.found.parameters(member.shapes), config.added.pooled if config.added is not None else 1280

@@ -12,5 +12,6 @@ from nativesd.cli import machine as machine
 from nativesd.cli import pictures as pictures
 from nativesd.cli import serve as serve
 from nativesd.cli import stream as stream
+from nativesd.cli import workshop as workshop
 from nativesd.cli.common import main as main
 from nativesd.cli.common import run as run

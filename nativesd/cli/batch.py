@@ -16,7 +16,6 @@ import click
 from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, embedding_files, lora_use, main, print_tables, say
 from nativesd.cli.generate import BACKENDS
 from nativesd.cli.help import section
-from nativesd.cli.progress import listening
 
 if TYPE_CHECKING:
     from nativesd.batch.plan import Plan
@@ -108,6 +107,7 @@ def batch(
     from nativesd.batch.run import Run
     from nativesd.batch.shards import read_shard
     from nativesd.batch.studio import Setting
+    from nativesd.cli.progress import listening
     from nativesd.pipeline.arguments import split
 
     part = read_shard(shard)

@@ -1,16 +1,16 @@
-"""Checkpoints: what is in them, and changing their layout or their weights."""
+"""Checkpoints: what is in them, and changing their layout."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from rich.text import Text
 
-from nativesd.cli.common import SOURCE_HELP, Row, by_reason, count, lora_use, main, print_lines, size_text, some, tell
+from nativesd.cli.common import SOURCE_HELP, Row, by_reason, count, main, print_lines, say_left_out, size_text, some
 from nativesd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,49 +80,35 @@ def audit(
     sys.exit(0 if report.ok else 1)
 
 
-@main.command(help=f"Write SOURCE ({SOURCE_HELP}) to DEST in another layout: a folder, or a .safetensors file for ldm.")
+@main.command(
+    help=f"Write SOURCE ({SOURCE_HELP}) to DEST in another layout: a model as a folder, or as a .safetensors file for "
+    "ldm; a LoRA as a .safetensors file, in kohya's, diffusers' or peft's names."
+)
 @click.argument("source")
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--layout", required=True, type=click.Choice(["diffusers", "ldm"]), help="The layout of DEST.")
+@click.option(
+    "--layout", required=True, type=click.Choice(["diffusers", "ldm", "kohya", "peft"]), help="The layout of DEST."
+)
 @click.option("--dtype", type=click.Choice(["f16", "bf16", "f32"]), help="[default: as stored]")
+@click.option("--unet", help="The UNet of DEST, instead of SOURCE's.")
+@click.option("--vae", help="The VAE of DEST, instead of SOURCE's.")
+@click.option("--text-encoder", "text_encoders", multiple=True, help="A text encoder of DEST, instead of SOURCE's.")
+@click.option("--prune", multiple=True, type=click.Choice(["ema", "text", "vae", "duplicates"]), help="Leave this out.")
+@click.option(
+    "--keep",
+    multiple=True,
+    type=click.Choice(["unet", "vae", "text", "ema"]),
+    help="Keep this alone; with ema the UNet is the training's average.",
+)
+@click.option("--fold-alpha", is_flag=True, help="Of a LoRA: multiply its scale into the matrices.")
+@click.option("--base", help="Of a LoRA: the model that it is for. [default: the published one that it fits]")
 @click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
-def convert(source: str, dest: Path, layout: str, dtype: str | None, maps: Path | None) -> None:
+def convert(source: str, dest: Path, layout: str, **given: Any) -> None:
     """See the command's help."""
     from nativesd.checkpoints.convert import convert as run_convert
 
-    done = run_convert(source, dest, layout=layout, dtype=dtype, maps=maps)
-    for reason, keys in by_reason(done.ignored.items()).items():
-        tell(f"left out {some(keys)}: {reason}")
-    click.echo(done.path)
-
-
-@main.group()
-def lora() -> None:
-    """LoRA files."""
-
-
-@lora.command(
-    "merge", help=f"Write MODEL ({SOURCE_HELP.partition(',')[0]} or a model folder) with LORAs merged to DEST."
-)
-@click.argument("model")
-@click.argument("loras", nargs=-1, required=True, metavar="LORA[:SCALE[:TEXT]]...")
-@click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--lora-partial", "partial", is_flag=True, help="Apply a LoRA of which a part finds no place.")
-@click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override.")
-def merge(model: str, loras: Sequence[str], dest: Path, partial: bool, maps: Path | None) -> None:
-    """See the command's help."""
-    from nativesd.checkpoints.merge import merge_checkpoint
-    from nativesd.weights.lora.file import read_lora
-    from nativesd.weights.lora.resolve import Use, reasons
-
-    uses = [Use(read_lora(file), unet, text) for file, unet, text in map(lora_use, loras)]
-    done = merge_checkpoint(model, uses, dest, partial=partial, maps=maps)
-    for reason, keys in by_reason(done.ignored.items()).items():
-        tell(f"left out {some(keys)}: {reason}")
-    for use, unplaced in zip(uses, done.unplaced, strict=True):
-        for line in reasons(unplaced):
-            tell(f"not applied of {use.lora.path.name}: {line}")
-    tell(f"{done.changed} of {done.tensors} tensors changed")
+    done = run_convert(source, dest, layout=layout, **given)
+    say_left_out(done.ignored)
     click.echo(done.path)
 
 

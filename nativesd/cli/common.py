@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,10 @@ class Size(click.ParamType[tuple[int, int]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         """Parse, or fail with exit code 2."""
-        width, _, height = str(value).lower().partition("x")
-        if not (width.isdecimal() and height.isdecimal()):
+        found = re.fullmatch("([0-9]{1,9})[xX]([0-9]{1,9})", str(value))
+        if found is None:
             self.fail(f"{value!r} is not a size such as 512x768", param, ctx)
-        return int(width), int(height)
+        return int(found[1]), int(found[2])
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -147,6 +148,12 @@ def by_reason(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 def some(keys: Sequence[str]) -> str:
     """One key, or how many and the first."""
     return keys[0] if len(keys) == 1 else f"{len(keys)} tensors ({keys[0]}, ...)"
+
+
+def say_left_out(ignored: Mapping[str, str]) -> None:
+    """The keys that were left out, by the reasons, on stderr."""
+    for reason, keys in by_reason(ignored.items()).items():
+        tell(f"left out {some(keys)}: {reason}")
 
 
 def count(number: int) -> str:

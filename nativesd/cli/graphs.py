@@ -50,16 +50,16 @@ def _common(command: Command) -> Command:
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option("--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16.")
 @click.option("--static", type=Size(), metavar="WxH", help="One size in pixels [default: any].")
-@click.option("--batch", type=int, default=2, show_default=True, help="With --static: rows, two for guidance.")
-@click.option("--chunks", type=int, default=1, show_default=True, help="With --static: chunks of 77 tokens.")
+@click.option("--batch", type=int, help="With --static: rows, two for guidance [default: 2].")
+@click.option("--chunks", type=int, help="With --static: chunks of 77 tokens [default: 1].")
 @click.option("--opset", type=int, help="[default: 23; of the VAE 21]")
 @click.option("--names", type=click.Choice(NAMES), default=NAMES[0], help="Whose the UNet's inputs and outputs have.")
 def export_onnx(
     source: str,
     dest: Path,
     static: tuple[int, int] | None,
-    batch: int,
-    chunks: int,
+    batch: int | None,
+    chunks: int | None,
     no_check: bool,
     no_slots: bool,
     **given: Any,
@@ -68,7 +68,10 @@ def export_onnx(
     from nativesd.checkpoints.export import Static
     from nativesd.checkpoints.export import export_onnx as run_export
 
-    size = None if static is None else Static(*static, batch=batch, chunks=chunks)
+    counts = {name: number for name, number in (("batch", batch), ("chunks", chunks)) if number is not None}
+    if counts and static is None:
+        raise click.UsageError(f"--{next(iter(counts))} is of one size: pass --static too")
+    size = None if static is None else Static(*static, **counts)
     done = run_export(
         source, dest, static=size, slots=not no_slots, check=not no_check, on_part=_part, **_options(given)
     )

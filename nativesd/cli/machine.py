@@ -62,7 +62,7 @@ def smoke(device: str, families: Sequence[str], published_sizes: bool, as_json: 
 @click.option("--case", "names", multiple=True, help="Such as 'unet sd21 64x64 bf16', repeatable [default: that one].")
 @click.option("--device", help="cuda, cuda:1, ... or cpu [default: cuda where there is one].")
 @click.option("--threads", type=click.IntRange(1), help="On a CPU [default: one per core].")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Turns of every way.")
+@click.option("--rounds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Turns of every way.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def bench(names: Sequence[str], device: str | None, threads: int | None, rounds: int, as_json: bool) -> None:
     """Time UNet steps and VAE decodes at published sizes, with random weights, with and without the fast path."""

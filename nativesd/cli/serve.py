@@ -20,7 +20,7 @@ FOLDER = click.Path(path_type=Path)
 @section(
     "The address",
     click.option("--host", default="127.0.0.1", show_default=True, help="Beyond this machine only with a key."),
-    click.option("--port", type=int, default=7860, show_default=True, help="0 is a free one."),
+    click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 is a free one."),
     click.option("--api", "apis", help="Of sd (A1111's), openai, comfy, stream [default: all]."),
 )
 @section(
@@ -38,12 +38,22 @@ FOLDER = click.Path(path_type=Path)
 )
 @section(
     "Bounds",
-    click.option("--queue", type=int, default=32, show_default=True, help="Jobs that may wait."),
-    click.option("--max-side", "side", type=click.IntRange(64), default=2048, show_default=True, help="Pixels."),
-    click.option("--max-batch", "batch", type=click.IntRange(1), default=16, show_default=True, help="Pictures a job."),
-    click.option("--max-steps", "steps", type=click.IntRange(1), default=150, show_default=True, help="Of a picture."),
-    click.option("--max-streams", "streams", type=click.IntRange(1), default=4, show_default=True, help="At once."),
-    click.option("--max-body", "body", type=click.IntRange(1), default=64, show_default=True, help="MB of a request."),
+    click.option("--queue", type=click.IntRange(1, 10_000), default=32, show_default=True, help="Jobs that may wait."),
+    click.option(
+        "--max-side", "side", type=click.IntRange(64, 16_384), default=2048, show_default=True, help="Pixels."
+    ),
+    click.option(
+        "--max-batch", "batch", type=click.IntRange(1, 1000), default=16, show_default=True, help="Pictures a job."
+    ),
+    click.option(
+        "--max-steps", "steps", type=click.IntRange(1, 999), default=150, show_default=True, help="Of a picture."
+    ),
+    click.option(
+        "--max-streams", "streams", type=click.IntRange(1, 100), default=4, show_default=True, help="At once."
+    ),
+    click.option(
+        "--max-body", "body", type=click.IntRange(1, 4096), default=64, show_default=True, help="MB of a request."
+    ),
 )
 @section(
     "This machine",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nativesd.config import Prediction, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
 from nativesd.sampling.published import SchedulerConfig
@@ -36,6 +37,8 @@ class PipelineConfig:
     """What was chosen at load without being told, and from what."""
     words: frozenset[str] | None = None
     """All that the embedded model knows; None: of a model that was taught language."""
+    file: Path | None = None
+    """The single file that all of it is in; None: it is of several"""
 
     @property
     def smallest(self) -> int:

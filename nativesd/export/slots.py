@@ -15,6 +15,9 @@ from nativesd.config import ControlNetConfig, TextEncoderConfig, TinyVAEConfig, 
 from nativesd.errors import UsageError
 
 CHUNK = 77  # tokens of one chunk of a prompt, begin and end included
+MOST_ROWS = 2000  # for the pictures of one call, with guidance
+MOST_CELLS = 4096  # along a side: of 16384 pixels, with the smallest factor there is
+MOST_CHUNKS = 500  # that a prompt may have
 MIDDLE = "input_control_middle"
 OUTPUT = "out_sample"
 
@@ -51,6 +54,16 @@ class Request:
 
     def __str__(self) -> str:
         return f"{self.batch}x{self.height}x{self.width}, {self.tokens} tokens"
+
+    def require_possible(self, what: str) -> None:
+        """Raises UsageError, which begins with `what`, for less than one or more than a call ever asks for."""
+        for name, number, most in (
+            ("rows", self.batch, MOST_ROWS),
+            ("cells along a side", max(self.height, self.width), MOST_CELLS),
+            ("chunks of a prompt", self.tokens // CHUNK, MOST_CHUNKS),
+        ):
+            if not 1 <= number <= most:
+                raise UsageError(f"{what}: {number} {name}, which must be between 1 and {most}")
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,7 @@ def settle(
     scheduler, steps, inferred = settle_scheduler(model, modules.unet, prediction, None if file is None else file.stem)
     return PipelineConfig(
         name=name,
+        file=located.path if located.path.is_file() and located.unet is None else None,
         family=model.family,
         unet=modules.unet.config,
         vae=modules.vae.config,

@@ -7,6 +7,7 @@ their ratios hold where seconds do not.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -163,11 +164,13 @@ def run_bench(
 
     `progress` is told what every case will take, and then every call.
 
-    Raises UsageError for a case that is not in `CASES`, or a device that is not here.
+    Raises UsageError for a case that is not in `CASES`, a device that is not here, and more threads than cores.
     """
     cases = [_case(name) for name in names or ["unet sd21 64x64 bf16"]]
     place = find_device(device)
     if threads is not None:
+        if not 1 <= threads <= (cores := os.cpu_count() or 1):
+            raise UsageError(f"threads must be between 1 and {cores}, the cores that are here, not {threads}")
         torch.set_num_threads(threads)
     report = Report(machine(place, "wall"))
     for case in cases:

@@ -67,11 +67,11 @@ class Result:
         """The parameters of picture `index` in the text form that A1111 writes and many tools read.
 
         Of `parameters` these are needed: prompt, negative_prompt, steps, sampler, schedule, guidance_scale, width,
-        height, model. These are written where they are there and not None: strength, clip_skip, guidance (a text),
-        guidance_rescale, eta, noise ("cpu" or "cuda"), image_guidance_scale, mask_blur, literal, refiner (a name),
-        refiner_at, vae (a name), mask_fill, only_masked, steps_as, sdxl, sampling and variation (the fields of an
-        `SDXL`, a `Sampling`, a `Variation`), tiling, regions (of a `Region`'s fields each), hires
-        (`Hires.fields`) and loras (names to scales).
+        height, model. These are written where they are there and not None: model_hash, strength, clip_skip, guidance (a
+        text), guidance_rescale, eta, noise ("cpu" or "cuda"), image_guidance_scale, mask_blur, literal, refiner (a
+        name), refiner_at, vae (a name), mask_fill, only_masked, steps_as, sdxl, sampling and variation (the fields of
+        an `SDXL`, a `Sampling`, a `Variation`), tiling, regions (of a `Region`'s fields each), hires (`Hires.fields`)
+        and loras (names to scales).
         """
         p = self.parameters
         hires: Mapping[str, Any] = p.get("hires") or {}
@@ -84,6 +84,7 @@ class Result:
             "CFG scale": _number(p["guidance_scale"]),
             "Seed": self.seeds[index],
             "Size": f"{p['width']}x{p['height']}",
+            "Model hash": p.get("model_hash"),
             "Model": p["model"],
             "VAE": p.get("vae"),
             "Denoising strength": _number(strength),

@@ -15,6 +15,7 @@ from nativesd.pipeline.guiding import guidance_text
 from nativesd.pipeline.inputs import Inputs, unheeded
 from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedule
 from nativesd.sampling.published import Kind
+from nativesd.weights.files.hashes import known_hashes
 from nativesd.weights.lora.resolve import Use
 
 
@@ -83,6 +84,7 @@ def recorded(
         "width": inputs.width,
         "height": inputs.height,
         "model": config.name,
+        "model_hash": None if config.file is None or (known := known_hashes(config.file)) is None else known.auto_v2,
         "noise": asked.noise,
         "sdxl": None if asked.sdxl is None else asked.sdxl.chosen(),
         "variation": None if asked.variation is None else asdict(asked.variation),

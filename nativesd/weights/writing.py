@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from nativesd.errors import WeightsError
 from nativesd.weights.checkpoint import apply, revert
 from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import DTYPES, NAMES, read_tensor
+from nativesd.weights.formats.header import header_bytes
 from nativesd.weights.identity.identify import Component
 from nativesd.weights.maps.keymap import BoundMap
 from nativesd.weights.maps.plan import make_plan
@@ -30,46 +30,65 @@ class Entry:
     make: Callable[[], Tensor]
 
 
-def entries(
-    member: Member, component: Component, expected: Mapping[str, Shape], target: BoundMap, dtype: torch.dtype | None
+def stored_parameters(
+    member: Member, component: Component, expected: Mapping[str, Shape]
 ) -> tuple[dict[str, Entry], dict[str, str]]:
-    """What a component's tensors are in the target's layout, and the keys left out with their reasons.
+    """A component's parameters under our names, as they are stored, and the keys left out with their reasons.
 
-    Floating-point tensors become `dtype`, where one is given. Raises WeightsError where the component is not whole or
-    the target's layout has no name for a part of it.
+    Raises WeightsError where the component is not whole, or torch cannot hold a tensor of it.
     """
     own = {key: member.tensors[key] for key in component.found.keys}
     shapes, dtypes = {key: info.shape for key, info in own.items()}, {key: info.dtype for key, info in own.items()}
     plan = make_plan(component.table, shapes, expected, dtypes)
     if not plan.whole:
         raise WeightsError(f"the {component.name} does not load as it is, so it cannot be converted: see its audit")
-    groups: dict[tuple[str, ...], list[tuple[int, str]]] = {}
-    for name in plan.sources:
-        source = target.source(name)
-        if source is None:
-            raise WeightsError(f"the {component.name}'s {name} has no name in {target.keymap.name}: nothing is written")
-        groups.setdefault(source.keys, []).append((source.part, name))
-    out: dict[str, Entry] = {}
-    for (key,), parts in groups.items():  # no table writes several keys from one parameter
-        names = [name for _, name in sorted(parts)]
-        source = target.source(names[0])
-        assert source is not None  # found above
-        info = member.tensors[plan.sources[names[0]].keys[0]]
-        if info.dtype not in DTYPES:
-            raise WeightsError(f"{key} has the dtype {info.dtype}, which torch cannot hold: nothing is written")
-        stored = DTYPES[info.dtype]
-        kind = dtype if dtype is not None and stored.is_floating_point else stored
-        sources = [plan.sources[name] for name in names]
-        out[key] = Entry(
-            kind, source.published_shape(expected[names[0]]), partial(_make, member, sources, source, kind)
-        )
+    out = {
+        name: Entry(stored_dtype(member, source.keys[0]), expected[name], partial(_read, member, source))
+        for name, source in plan.sources.items()
+    }
     return out, plan.ignored
 
 
-def _make(member: Member, sources: list[Source], target: Source, dtype: torch.dtype) -> Tensor:
-    """One published tensor from the parameters that `sources` give."""
-    parameters = [apply([read_tensor(member, key) for key in source.keys], source) for source in sources]
-    [tensor] = revert(parameters, target)
+def stored_dtype(member: Member, key: str) -> torch.dtype:
+    """The dtype in which a tensor is read. Raises WeightsError for what torch cannot hold."""
+    info = member.tensors[key]
+    if info.dtype not in DTYPES:
+        raise WeightsError(f"{key} has the dtype {info.dtype}, which torch cannot hold: nothing is written")
+    return DTYPES[info.dtype]
+
+
+def _read(member: Member, source: Source) -> Tensor:
+    return apply([read_tensor(member, key) for key in source.keys], source)
+
+
+def laid_out(
+    named: Mapping[str, Entry], component: str, target: BoundMap, dtype: torch.dtype | None = None
+) -> dict[str, Entry]:
+    """What parameters under our names are in the target's layout.
+
+    Floating-point tensors become `dtype`, where one is given. Raises WeightsError where the target's layout has no name
+    for a part of the `component`.
+    """
+    groups: dict[tuple[str, ...], list[tuple[int, str]]] = {}
+    for name in named:
+        source = target.source(name)
+        if source is None:
+            raise WeightsError(f"the {component}'s {name} has no name in {target.keymap.name}: nothing is written")
+        groups.setdefault(source.keys, []).append((source.part, name))
+    out: dict[str, Entry] = {}
+    for (key,), parts in groups.items():  # no table writes several keys from one parameter
+        entries = [named[name] for _, name in sorted(parts)]
+        source = target.source(parts[0][1])
+        assert source is not None  # found above
+        first = entries[0]
+        kind = dtype if dtype is not None and first.dtype.is_floating_point else first.dtype
+        out[key] = Entry(kind, source.published_shape(first.shape), partial(_make, entries, source, kind))
+    return out
+
+
+def _make(entries: list[Entry], target: Source, dtype: torch.dtype) -> Tensor:
+    """One published tensor from the parameters that it is made of."""
+    [tensor] = revert([entry.make() for entry in entries], target)
     return cast_finite(tensor, dtype, target.keys[0])
 
 
@@ -91,14 +110,13 @@ def write(path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, str])
     """A safetensors file, one tensor in memory at a time, in the order of the safetensors library: larger elements
     first, then by name."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    placed: dict[str, tuple[str, Shape, int, int]] = {}
     at = 0
     for name, entry in ordered:
         size = entry.dtype.itemsize * torch.Size(entry.shape).numel()
-        header[name] = {"dtype": NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [at, at + size]}
+        placed[name] = (NAMES[entry.dtype], entry.shape, at, at + size)
         at += size
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw = header_bytes(placed, metadata)
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for _, entry in ordered:

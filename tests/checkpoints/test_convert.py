@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import nativesd
-from nativesd.checkpoints.convert import TEXT_TABLES
+from nativesd.checkpoints.layouts import TEXT_TABLES
 from nativesd.config import (
     SDXL_VAE,
     T2I_ADAPTERS,
@@ -72,17 +72,17 @@ MODELS: dict[str, dict[str, Config]] = {
 
 
 @cache
-def tensors(family: str) -> dict[str, dict[str, Tensor]]:
+def tensors(family: str, seed: int = 0) -> dict[str, dict[str, Tensor]]:
     """Random weights of a family's components, under our names."""
     out = {}
-    for seed, (name, config) in enumerate(MODELS[family].items()):
+    for number, (name, config) in enumerate(MODELS[family].items()):
         module = build(config).to_empty(device="cpu")
-        draw(module, seed)
+        draw(module, 10 * seed + number)
         out[name] = {key: tensor.detach().half() for key, tensor in module.state_dict().items()}
     return out
 
 
-def single(family: str, path: Path, *, without: str = "") -> Path:
+def single(family: str, path: Path, *, without: str = "", seed: int = 0) -> Path:
     """The family's single file, as ldm or sgm would have written it."""
     named: dict[str, Tensor] = {}
     for name, config in MODELS[family].items():
@@ -92,7 +92,7 @@ def single(family: str, path: Path, *, without: str = "") -> Path:
             "unet": ("unet.ldm", "model.diffusion_model."), "vae": ("vae.ldm", "first_stage_model."),
         }.get(name) or TEXT_TABLES[family][name]  # fmt: skip
         dims = config.dims if isinstance(config, UNetConfig | VAEConfig) else {}
-        named |= unmap(tensors(family)[name], load_table(table).bind(dims, prefix))
+        named |= unmap(tensors(family, seed)[name], load_table(table).bind(dims, prefix))
     extra = {"betas": torch.zeros(1000), "model_ema.decay": torch.tensor(0.5)}
     save_file({key: t.contiguous() for key, t in (named | extra).items()}, path, {"format": "pt", "note": "kept"})
     return path

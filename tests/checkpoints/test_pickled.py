@@ -17,7 +17,7 @@ from transformers import CLIPTextModel
 
 import nativesd
 from nativesd.checkpoints.convert import convert
-from nativesd.checkpoints.merge import merge_checkpoint
+from nativesd.checkpoints.loras.merge import merge_checkpoint
 from nativesd.errors import SourceError
 from nativesd.loading.control import load_control
 from nativesd.shipped import TINY

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nativesd.checkpoints.convert import target
+from nativesd.checkpoints.layouts import target
 from nativesd.config import (
     CLIP_L,
     CONTROLNETS,

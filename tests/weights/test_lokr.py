@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_lora import ldm_name, places
 
 import nativesd
-from nativesd.checkpoints.merge import merge_checkpoint
+from nativesd.checkpoints.loras.merge import merge_checkpoint
 from nativesd.errors import WeightsError
 from nativesd.weights.lora.file import read_lora
 from nativesd.weights.lora.resolve import Use, resolve

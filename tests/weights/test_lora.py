@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import nativesd
 from checkpoints.test_convert import single
-from nativesd.checkpoints.merge import merge_checkpoint
+from nativesd.checkpoints.loras.merge import merge_checkpoint
 from nativesd.config import SDXL_UNET
 from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.models.build import build, expected

@@ -42,7 +42,7 @@ def ready_profile(name: str, component: Component, *, native: int, factor: int =
 
     Raises UsageError for a name that says nothing, and sizes that have no whole number of cells.
     """
-    found = re.fullmatch(r"(?:dynamic|(\d+)(?:(x|to)(\d+))?)(?:-b(\d+)|-s(\d+))?(?:-c(\d+))?", name)
+    found = re.fullmatch(r"(?:dynamic|(N)(?:(x|to)(N))?)(?:-b(N)|-s(N))?(?:-c(N))?".replace("N", "[0-9]{1,9}"), name)
     if found is None:
         raise UsageError(
             f"{name!r} is not a profile: such as 512, 768x512, 512to1024 or dynamic, then -b2 for 2 pictures or -s2 "
@@ -65,7 +65,9 @@ def ready_profile(name: str, component: Component, *, native: int, factor: int =
     tokens = CHUNK if component == "text_encoder" else longest * CHUNK
 
     def request(batch: int, sides: tuple[int, int], length: int) -> Request:
-        return Request(batch, sides[1] // factor, sides[0] // factor, length)
+        out = Request(batch, sides[1] // factor, sides[0] // factor, length)
+        out.require_possible(f"profile {name}")
+        return out
 
     if slots is not None:
         streamed = component in ("unet", "controlnet")

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +152,18 @@ def header_length(head: bytes, file_size: int, name: str) -> int:
             f"{name} is cut short: its header should end at byte {8 + length}, but the file has {file_size}: {AGAIN}"
         )
     return length
+
+
+def header_bytes(tensors: Mapping[str, tuple[str, Sequence[int], int, int]], metadata: Mapping[str, str]) -> bytes:
+    """The JSON of a header, as the safetensors library writes it; its length stands before it in a file.
+
+    tensors  name -> its dtype, as the format names it, its shape, and the bytes [start, end) of the data
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, (dtype, shape, start, end) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return raw + b" " * (-len(raw) % 8)
 
 
 def _other_format(head: bytes) -> str | None:

@@ -39,7 +39,7 @@ def report_lora(
     if not found:
         width = context(groups, tensors)
         reason = f"no published base has a context {width} wide"
-        found = [Fit("", (), {key: reason for group in groups for key in group.keys.values()})]
+        found = [Fit("", {}, (), {key: reason for group in groups for key in group.keys.values()})]
     family, field = stated_family(metadata or {})
     named = [fit for fit in found if len(found) > 1 and fit.label == FAMILIES.get(family)]
     found = named or found

@@ -29,6 +29,7 @@ class Fit:
     """How a LoRA fits a published base."""
 
     label: str
+    places: Mapping[str, Place]
     changes: Sequence[Change]
     unplaced: Mapping[str, str]
 
@@ -65,7 +66,7 @@ def fits(
         unet = configs["unet"]
         if width is None or not isinstance(unet, UNetConfig) or unet.context == width:
             places = {name: place_of(config) for name, config in configs.items()}
-            out.append(Fit(label, *place(groups, tensors, places)))
+            out.append(Fit(label, places, *place(groups, tensors, places)))
             if len(groups) > MANY:  # it fits none, and one says why
                 break
     whole = [fit for fit in out if not fit.unplaced]

@@ -39,7 +39,7 @@ def infotext_info(parts: Sequence[Part], fields: Mapping[str, Any], notes: Seque
         "restore_faces": False,
         "face_restoration_model": None,
         "sd_model_name": parameters["model"],
-        "sd_model_hash": None,
+        "sd_model_hash": parameters.get("model_hash"),
         "sd_vae_name": None,
         "sd_vae_hash": None,
         "seed_resize_from_w": (varied[0].get("resize_from") or (-1, -1))[0],

@@ -20,6 +20,7 @@ from nativesd.server.apis.state import resident_bytes
 from nativesd.server.context import Context, context_of
 from nativesd.server.wire.answers import answering, json_answer
 from nativesd.version import __version__
+from nativesd.weights.files.hashes import known_hashes
 
 SCRIPTS = ["controlnet"]
 LISTED = [*SCRIPTS, "controlnet m2m"]
@@ -96,11 +97,12 @@ def _upscaler(name: str) -> dict[str, Any]:
 
 
 def _models(context: Context) -> list[dict[str, Any]]:
-    catalogue = context.catalogue
+    files = {name: context.catalogue.file(name) for name in context.catalogue.models}
+    known = {name: known_hashes(file) for name, file in files.items()}
     return [
-        {"title": name, "model_name": name, "hash": None, "sha256": None, "filename": str(catalogue.file(name)),
-         "config": None}
-        for name in catalogue.models
+        {"title": name, "model_name": name, "hash": hashes and hashes.auto_v2, "sha256": hashes and hashes.sha256,
+         "filename": str(files[name]), "config": None}
+        for name, hashes in known.items()
     ]  # fmt: skip
 
 

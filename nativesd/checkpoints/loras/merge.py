@@ -20,7 +20,7 @@ from nativesd.text.tokenizer import FILES
 from nativesd.weights.checkpoint import apply, revert
 from nativesd.weights.files.locate import locate_model
 from nativesd.weights.files.source import Member, components, open_source
-from nativesd.weights.files.tensors import DTYPES, read_tensor
+from nativesd.weights.files.tensors import read_tensor
 from nativesd.weights.identity.identify import Component
 from nativesd.weights.lora.merge import Applied, gather, merged
 from nativesd.weights.lora.place import Place
@@ -29,7 +29,7 @@ from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.maps.plan import make_plan
 from nativesd.weights.maps.rules import Source
 from nativesd.weights.model import identify_known
-from nativesd.weights.writing import Entry, cast_finite, write
+from nativesd.weights.writing import Entry, cast_finite, stored_dtype, write
 
 AVERAGE = "model_ema."
 """What the training averages in ldm's checkpoints begin with: without the LoRA they would be another model."""
@@ -146,7 +146,7 @@ def _changed(member: Member, component: Component, changes: Mapping[str, Sequenc
         if any(name in changes for name in names):
             sources = [(plan.sources[name], changes.get(name, ())) for name in names]
             for index, key in enumerate(keys):
-                kind = _dtype(member, key)
+                kind = stored_dtype(member, key)
                 out[key] = Entry(kind, member.shapes[key], functools.partial(_make, member, sources, index, kind))
     return out
 
@@ -165,15 +165,7 @@ def _make(
 
 
 def _as_it_is(member: Member, key: str) -> Entry:
-    return Entry(_dtype(member, key), member.shapes[key], functools.partial(read_tensor, member, key))
-
-
-def _dtype(member: Member, key: str) -> torch.dtype:
-    """Raises WeightsError for what torch cannot hold."""
-    info = member.tensors[key]
-    if info.dtype not in DTYPES:
-        raise WeightsError(f"{key} has the dtype {info.dtype}, which torch cannot hold: nothing is written")
-    return DTYPES[info.dtype]
+    return Entry(stored_dtype(member, key), member.shapes[key], functools.partial(read_tensor, member, key))
 
 
 def others(folder: Path) -> list[str]:

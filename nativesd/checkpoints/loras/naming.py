@@ -1,0 +1,282 @@
+"""The tensors of a LoRA under the names of a layout, with the scale said as its readers look for it.
+
+kohya      lora_unet_, lora_te_ (of SDXL lora_te1_ and lora_te2_) and the module's name with underscores: of SDXL's UNet
+           that of the single file, else that of diffusers' folders; `.alpha` beside the matrices
+diffusers  the component, the module's name in diffusers' folders, and `.lora.down.weight`, `.lora.up.weight`, of text
+           encoders `.lora_linear_layer.` instead of `.lora.`
+peft       the same with `.lora_A.weight` and `.lora_B.weight`, as diffusers writes now
+
+The last two have no alphas among their tensors. They say them in the metadata, by peft's settings
+(`lora_adapter_metadata`, which diffusers reads from 0.34 on).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nativesd.config import Config, TextEncoderConfig, UNetConfig
+from nativesd.errors import UsageError, WeightsError
+from nativesd.models.build import expected
+from nativesd.version import __version__
+from nativesd.weights.files.hashes import SHORT, between, training_start
+from nativesd.weights.files.locate import locate_model
+from nativesd.weights.files.source import open_source
+from nativesd.weights.files.tensors import NAMES, read_tensor
+from nativesd.weights.formats.header import TensorInfo
+from nativesd.weights.identity.describe import unet_family
+from nativesd.weights.lora.bases import fits
+from nativesd.weights.lora.file import LoraFile
+from nativesd.weights.lora.place import Change, Place, place
+from nativesd.weights.lora.resolve import reasons
+from nativesd.weights.lora.settings import METADATA
+from nativesd.weights.maps.keymap import KeyMap
+from nativesd.weights.model import identify_known
+from nativesd.weights.writing import Entry, write
+
+LAYOUTS = ("kohya", "diffusers", "peft")
+ENDINGS: Mapping[str, Mapping[str, str]] = {
+    "kohya": {"down": ".lora_down.weight", "up": ".lora_up.weight", "mid": ".lora_mid.weight"},
+    "diffusers": {"down": ".lora.down.weight", "up": ".lora.up.weight"},
+    "peft": {"down": ".lora_A.weight", "up": ".lora_B.weight"},
+}
+"""layout -> part -> what its key ends with; of kohya's other parts with their own names."""
+VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+"""family -> kohya's ss_base_model_version (sd-scripts, library/model_util.py and sdxl_model_util.py)"""
+
+
+@dataclass
+class Piece:
+    """What a LoRA does to one parameter: the tensors by the parts they play, and the alpha; None: the scale is 1."""
+
+    component: str
+    parameter: str
+    parts: dict[str, Tensor]
+    alpha: float | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of a product of two matrices."""
+        return self.parts["down"].shape[0]
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied with."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a product of two matrices and nothing else."""
+        return self.parts.keys() == {"down", "up"}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that LoRAs are for, by which their modules have names."""
+
+    places: Mapping[str, Place]
+
+    @property
+    def family(self) -> str:
+        """sd1, sd2, sdxl or refiner; "" where there is no UNet."""
+        unet = self.places["unet"].config if "unet" in self.places else None
+        return unet_family(unet)[0] if isinstance(unet, UNetConfig) else ""
+
+    @cached_property
+    def _names(self) -> dict[tuple[str, str], dict[str, str]]:
+        return {}
+
+    def module(self, component: str, parameter: str, layout: str) -> str:
+        """The name of the module that a parameter is of, with dots. Raises UsageError for one without."""
+        ldm = layout == "kohya" and component == "unet" and "text_encoder_2" in self.places
+        known = self._names.setdefault((component, "ldm" if ldm else "diffusers"), {})
+        if not known:
+            known.update(_module_names(self.places[component], ldm=ldm))
+        if parameter not in known:
+            raise UsageError(f"the {component}'s {parameter} has no name in LoRAs of the layout {layout}")
+        return known[parameter]
+
+    def prefix(self, component: str, layout: str) -> str:
+        """What the keys of a component begin with."""
+        if layout != "kohya":
+            return f"{component}."
+        number = "" if "text_encoder_2" not in self.places else "2" if component == "text_encoder_2" else "1"
+        return "lora_unet_" if component == "unet" else f"lora_te{number}_"
+
+
+def _module_names(place: Place, *, ldm: bool) -> dict[str, str]:
+    """parameter -> its module's name in a layout."""
+    config = place.config
+    if isinstance(config, TextEncoderConfig):
+        table = place.tables["text_encoder.transformers"].bind(prefix="text_model.")
+    elif ldm:
+        assert isinstance(config, UNetConfig)  # the only other one that LoRAs change
+        table = place.tables["unet.ldm"].bind(config.dims, "")
+    else:
+        table = place.tables["unet.diffusers"].bind(prefix="")
+    sources = {name: table.source(name) for name in place.shapes}
+    return {
+        name: source.keys[0].rpartition(".")[0]
+        for name, source in sources.items()
+        if source is not None and len(source.keys) == 1 and source.rule.op in ("copy", "conv1x1")
+    }
+
+
+def base_of(model: str | Path, tables: Mapping[str, KeyMap]) -> Base:
+    """The base that a model is. Raises UsageError where nothing of it takes a LoRA, and what reading it raises."""
+    place_of = locate_model(model)
+    configs: dict[str, Config] = {
+        component.name: component.config
+        for _, identity in identify_known(place_of, open_source(place_of), tables)
+        for component in identity.components
+        if isinstance(component.config, UNetConfig | TextEncoderConfig)
+    }
+    if not configs:
+        raise UsageError(f"{model} has neither a UNet nor a text encoder, so no LoRA is for it")
+    return Base({name: Place(config, expected(config), tables) for name, config in configs.items()})
+
+
+def published_base(lora: LoraFile, tables: Mapping[str, KeyMap]) -> Base:
+    """The published base that a LoRA fits as a whole. Raises WeightsError where there is none."""
+    kept: dict[Config, Place] = {}
+    best = fits(lora.groups, lora.member.tensors, tables, expected, kept)
+    for fit in best:
+        if not fit.unplaced and not lora.unplaced:
+            return Base(fit.places)
+    unplaced = {**lora.unplaced, **best[0].unplaced}
+    raise WeightsError(
+        f"{lora.path} fits no published base as a whole: name the model that it is for with base=; of "
+        f"{best[0].label} there is no place for\n  " + "\n  ".join(reasons(unplaced))
+    )
+
+
+def read_pieces(lora: LoraFile, base: Base) -> list[Piece]:
+    """What a LoRA does, parameter by parameter, in memory. Raises WeightsError where something finds no place."""
+    changes, unplaced = place(lora.groups, lora.member.tensors, base.places)
+    if unplaced := {**lora.unplaced, **unplaced}:
+        raise WeightsError(f"{lora.path} does not fit the base:\n  " + "\n  ".join(reasons(unplaced)))
+    return [_piece(lora, change) for change in changes]
+
+
+def _piece(lora: LoraFile, change: Change) -> Piece:
+    if change.target.source.rule.op not in ("copy", "conv1x1"):
+        key = next(iter(change.keys.values()))
+        raise WeightsError(f"{lora.path}: {key} is of a matrix that is several in one, which has no name elsewhere")
+    parts = {part: read_tensor(lora.member, key) for part, key in change.keys.items()}
+    alpha = parts.pop("alpha", None)
+    if alpha is not None:
+        number: float | None = float(alpha)
+        change.scale(number)  # refuses what no alpha can be
+    else:
+        number = None if change.stated is None else change.stated * (change.rank or 1)
+    return Piece(change.component, change.target.parameter, parts, number)
+
+
+@dataclass
+class Named:
+    """The tensors of a LoRA in a layout, and what its metadata has to say."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def name_pieces(pieces: Iterable[Piece], base: Base, layout: str, *, fold: bool = False) -> Named:
+    """Pieces under a layout's names.
+
+    fold  multiply the scale into the up matrices, so that nothing says an alpha
+
+    Raises UsageError for what the layout has no name for.
+    """
+    out = Named()
+    settings: dict[str, dict[str, tuple[int, float]]] = {}
+    for piece in pieces:
+        module = base.module(piece.component, piece.parameter, layout)
+        parts, alpha = dict(piece.parts), piece.alpha
+        if fold and alpha is not None and piece.is_plain:
+            parts["up"] = (parts["up"].float() * piece.scale).to(parts["up"].dtype)
+            alpha = None
+        stem = base.prefix(piece.component, layout) + (module.replace(".", "_") if layout == "kohya" else module)
+        for part, tensor in parts.items():
+            ending = ENDINGS[layout].get(part, f".{part}" if layout == "kohya" else None)
+            if ending is not None and layout == "diffusers" and piece.component != "unet":
+                ending = ending.replace(".lora.", ".lora_linear_layer.")
+            if ending is None:
+                raise UsageError(f"the layout {layout} has no name for {module}'s {part}: kohya's has")
+            out.tensors[stem + ending] = tensor
+        if alpha is None:
+            continue
+        if layout == "kohya":
+            out.tensors[f"{stem}.alpha"] = _as_tensor(alpha, next(iter(parts.values())).dtype)
+        else:
+            # ends of names count, and those of transformers 5 begin without this
+            settings.setdefault(piece.component, {})[module.removeprefix("text_model.")] = (piece.rank, alpha)
+    if settings:
+        out.metadata[METADATA] = json.dumps(_peft_settings(settings), sort_keys=True)
+    return out
+
+
+def _as_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
+    """An alpha in the dtype of its matrices, where it can be said so."""
+    out = torch.tensor(alpha, dtype=dtype)
+    return out if float(out) == alpha else torch.tensor(alpha, dtype=torch.float32)
+
+
+def _peft_settings(modules: Mapping[str, Mapping[str, tuple[int, float]]]) -> dict[str, object]:
+    """peft's settings of every component, as diffusers keeps them in a file's metadata."""
+    out: dict[str, object] = {}
+    for component, each in modules.items():
+        rank = Counter(rank for rank, _ in each.values()).most_common(1)[0][0]
+        alpha = Counter(alpha for _, alpha in each.values()).most_common(1)[0][0]
+        said = {
+            "peft_type": "LORA", "r": rank, "lora_alpha": alpha,
+            "rank_pattern": {name: own for name, (own, _) in each.items() if own != rank},
+            "alpha_pattern": {name: own for name, (_, own) in each.items() if own != alpha},
+            "target_modules": sorted(each),
+        }  # fmt: skip
+        out |= {f"{component}.{name}": value for name, value in said.items()}
+    return out
+
+
+def network_metadata(pieces: Iterable[Piece], family: str) -> dict[str, str]:
+    """What kohya's scripts say of a LoRA that A1111 and others show: its base, dimension and alpha."""
+    plain = [piece for piece in pieces if piece.is_plain]
+    ranks, alphas = {piece.rank for piece in plain}, {piece.alpha for piece in plain}
+    dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    alpha = str(alphas.pop()) if len(alphas) == 1 else "Dynamic"
+    version = {"ss_base_model_version": VERSIONS[family]} if family in VERSIONS else {}
+    return {
+        "ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alpha,
+        "ss_v2": str(family == "sd2"), **version, "software": f"nativesd {__version__}",
+    }  # fmt: skip
+
+
+def write_lora(path: Path, named: Named, metadata: Mapping[str, str]) -> None:
+    """Write a LoRA, with the hashes of its tensors by which A1111 knows it (`sshs_model_hash`, `sshs_legacy_hash`)."""
+    said = {key: value for key, value in metadata.items() if key not in (METADATA, *SSHS)} | named.metadata
+    ordered = sorted(named.tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    raw = {key: tensor.contiguous().flatten().view(torch.uint8).numpy() for key, tensor in ordered}
+    whole, at, infos = hashlib.sha256(), 0, dict[str, TensorInfo]()
+    for key, tensor in ordered:
+        whole.update(raw[key].data)
+        infos[key] = TensorInfo(NAMES[tensor.dtype], tuple(tensor.shape), at, at + len(raw[key]))
+        at += len(raw[key])
+    start = training_start(infos, said)
+    said["sshs_model_hash"] = whole.hexdigest()
+    if start <= SHORT[0]:
+        legacy = hashlib.sha256()
+        for key, data in raw.items():
+            legacy.update(between(data.data, start + infos[key].start, *SHORT))
+        said["sshs_legacy_hash"] = legacy.hexdigest()[:8]
+    entries = {key: Entry(t.dtype, tuple(t.shape), partial(named.tensors.__getitem__, key)) for key, t in ordered}
+    write(path, entries, said)
+
+
+SSHS = ("sshs_model_hash", "sshs_legacy_hash")

@@ -1,0 +1,213 @@
+"""Checkpoints merged into one, in any layouts: parameter by parameter through the maps, with constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nativesd.checkpoints.layouts import DTYPES, check_target, write_model
+from nativesd.checkpoints.merging.blocks import Given, alphas, parse_blocks
+from nativesd.checkpoints.merging.methods import How, Method, combine
+from nativesd.checkpoints.merging.recipe import Recipe, read_recipe, source_hashes
+from nativesd.checkpoints.sources import open_model, open_side, require_alike
+from nativesd.config import UNetConfig
+from nativesd.destination import fresh
+from nativesd.errors import SourceError, UsageError, WeightsError
+from nativesd.models.build import expected
+from nativesd.weights.maps.keymap import KeyMap, load_tables
+from nativesd.weights.writing import Entry, stored_parameters
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` wrote: how many tensors, what became of what only some of the models have, and what was left out of
+    the first one, with the reasons."""
+
+    path: Path
+    tensors: int
+    choices: Mapping[str, str] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
+
+
+def merge(
+    sources: Sequence[str | Path] | None,
+    dest: str | Path,
+    *,
+    method: str = "weighted-sum",
+    alpha: float | None = None,
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    blocks: Given | None = None,
+    only: Sequence[str] = (),
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
+    text_encoders: Sequence[str | Path] = (),
+    layout: str | None = None,
+    dtype: str | None = None,
+    recipe: str | Path | None = None,
+    maps: str | Path | None = None,
+) -> Merged:
+    """Write the merge of several models, or of one component of each, computed in float32, one parameter in memory.
+
+    sources  files, model folders or hub ids, each in a layout of its own: A, B, C ... of the method's formula
+    dest     the .safetensors file ("ldm") or the folder ("diffusers") to write; it must not exist
+    method   one of `methods.METHODS`, which say their formulas
+    alpha    how much of the others; [the method's own]
+    weights  with "sum": one for each model, adding up to 1 [all the same]
+    density  with "ties", "dare" and "magnitude": the part of the differences that is kept, above 0 and at most 1
+    seed     with "dare": what the part that is dropped is drawn by
+    blocks   alphas of blocks: 26 numbers for SD1.x and SD2.x, 20 for SDXL, BASE first; or names with numbers, such as
+             "IN00-IN03=0.2, M00=1", {"unet.down.0.*": 0.2, "text_encoder": 0}; the last that fits counts
+    only     the components to merge ("unet", "text_encoder", "text_encoder_2", "vae"); the others are the first model's
+    unet, vae, text_encoders  components of the result, instead of merged ones
+    layout   "ldm" or "diffusers" [by dest]
+    dtype    "f16", "bf16" or "f32" [as the first model has it]
+    recipe   a .toml file with all of this, or a checkpoint that `merge` wrote: made again, and nothing else is said
+
+    Of an inpainting or editing model, which must be the first, the channels are merged that the others have; the rest
+    stays. The result says in its metadata how it was made. Raises UsageError, SourceError, WeightsError, NetworkError.
+    """
+    if recipe is not None:
+        if sources:
+            raise UsageError("a recipe names its models: pass no others beside recipe=")
+        asked = read_recipe(Path(recipe))
+    else:
+        asked = Recipe(
+            tuple(map(str, sources or ())), method, alpha, None if weights is None else tuple(map(float, weights)),
+            density, seed, None if blocks is None else parse_blocks(blocks), tuple(only),
+            None if unet is None else str(unet), None if vae is None else str(vae), tuple(map(str, text_encoders)),
+            layout, dtype,
+        )  # fmt: skip
+    path = Path(dest)
+    asked.check()
+    asked = replace(asked, layout=asked.layout or ("ldm" if path.suffix == ".safetensors" else "diffusers"))
+    assert asked.layout is not None  # said above
+    check_target(path, asked.layout, asked.dtype)
+    tables = load_tables(None if maps is None else Path(maps))
+    with fresh(path) as temporary:
+        return _merge(asked, temporary, path, tables)
+
+
+def _merge(recipe: Recipe, out: Path, dest: Path, tables: Mapping[str, KeyMap]) -> Merged:
+    first, *others = recipe.sources
+    hashes: dict[str, str] = {}
+    sides = [open_side(source, tables) for source in others]
+    model, ignored, given = open_model(
+        first, tables, unet=recipe.unet, vae=recipe.vae, text_encoders=recipe.text_encoders,
+        others=[part for side in sides for part in side.parts.values()],
+    )  # fmt: skip
+    own = open_side(first, tables)
+    for side in (own, *sides):
+        hashes |= source_hashes(side.name, side.place, side.files)
+    _check_hashes(recipe, hashes)
+    choices: dict[str, str] = {}
+    for name in model.parts.keys() - given - own.parts.keys() - {"tiny_vae"}:
+        giver = next((side.name for side in sides if name in side.parts), None)
+        if giver is not None:
+            choices[name] = f"{first} has none: that of {giver} is taken"
+    require_alike(own, sides)
+    plain_names = {
+        name: list(expected(component.config)) for name, (_, component) in model.parts.items() if component.config
+    }
+    config = model.parts["unet"][1].config if "unet" in model.parts else None
+    how = recipe.settings()
+    amounts = alphas(recipe.blocks or {}, how.alpha, config if isinstance(config, UNetConfig) else None, plain_names)
+    named: dict[str, dict[str, Entry]] = {}
+    for name, (member, component) in model.parts.items():
+        assert component.config is not None  # a model's components have modules
+        entries, left_out = stored_parameters(member, component, expected(component.config))
+        ignored = {**ignored, **left_out}
+        lacking = [side.name for side in sides if name not in side.parts]
+        if name in given or name in choices or (recipe.only and name not in recipe.only):
+            named[name] = entries
+        elif lacking:
+            choices[name] = f"{lacking[0]} has none: that of {first} is kept"
+            named[name] = entries
+        else:
+            models = [side.parameters(name) for side in sides]
+            wanted = None if recipe.dtype is None else DTYPES[recipe.dtype]
+            part = _Part(name, recipe.how, how, amounts, wanted, (first, *(side.name for side in sides)))
+            named[name] = part.merged(entries, models, choices)
+    if not any(name in side.parts for side in sides for name in named):
+        raise UsageError(f"{first} and {others[0]} have no component in common, so there is nothing to merge")
+    said = replace(recipe, hashes=hashes).metadata()
+    assert recipe.layout is not None  # `merge` says it
+    marked, count = write_model(model, named, out, dest, layout=recipe.layout, dtype=recipe.dtype, metadata=said)
+    return Merged(dest, count, choices, {key: reason for key, reason in ignored.items() if key not in marked})
+
+
+def _check_hashes(recipe: Recipe, found: Mapping[str, str]) -> None:
+    """Raises SourceError where a file is not the one that a recipe was made with."""
+    for name, sha in recipe.hashes.items():
+        if name not in found:
+            raise SourceError(f"the models have no file {name}, which the recipe was made with")
+        if found[name] != sha:
+            raise SourceError(
+                f"{name} is not the file that the recipe was made with: its SHA-256 begins with {found[name][:10]}, "
+                f"that of the recipe's with {sha[:10]}"
+            )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One component as it is merged."""
+
+    name: str
+    method: Method
+    how: How
+    amounts: Mapping[tuple[str, str], float]
+    dtype: torch.dtype | None
+    sources: tuple[str, ...]
+
+    def merged(
+        self, own: Mapping[str, Entry], models: Sequence[Mapping[str, Entry]], choices: dict[str, str]
+    ) -> dict[str, Entry]:
+        """The component's parameters; what only some of the models have goes into `choices`."""
+        out = {}
+        for name, entry in own.items():
+            path = f"{self.name}.{name}"
+            alpha = self.amounts[self.name, name]
+            others = [model[name] for model in models if name in model]
+            if len(others) < len(models):
+                lacking = next(s for s, model in zip(self.sources[1:], models, strict=True) if name not in model)
+                choices[path] = f"{lacking} has none: that of {self.sources[0]} is kept"
+                out[name] = entry
+            elif alpha == 0 and self.method.begins_with_a:
+                out[name] = entry
+            elif alpha == 1 and self.method.ends_in_b and others[0].shape == entry.shape:
+                out[name] = replace(entry, make=others[0].make)
+            else:
+                kind = entry.dtype if self.dtype is None else self.dtype
+                how = replace(self.how, alpha=alpha, name=path)
+                make = partial(self._make, how, [entry, *others], kind)
+                out[name] = Entry(kind, entry.shape, make)
+        for source, model in zip(self.sources[1:], models, strict=True):
+            for name in model.keys() - own.keys():
+                choices[f"{self.name}.{name}"] = f"{self.sources[0]} has none: that of {source} is left out"
+        return out
+
+    def _make(self, how: How, entries: Sequence[Entry], dtype: torch.dtype) -> Tensor:
+        """One merged parameter. Raises WeightsError where it is not finite."""
+        models = [entry.make() for entry in entries]
+        whole = models[0]
+        channels = min(model.shape[1] for model in models) if whole.ndim == 4 else 0
+        if any(model.shape != whole.shape for model in models):
+            models = [model[:, :channels] for model in models]
+        out = combine(self.method, models, how, dtype)
+        if not out.sum(dtype=torch.float32).isfinite() and not out.isfinite().all():
+            for source, model in zip(self.sources, models, strict=True):
+                if not model.isfinite().all():
+                    raise WeightsError(f"{how.name} of {source} holds values that are not finite: nothing is written")
+            raise WeightsError(
+                f"{how.name} would not be finite in {str(dtype)[6:]}: an alpha or a weight is too large, or choose "
+                "another dtype"
+            )
+        if out.shape == whole.shape:
+            return out
+        return torch.cat([out, whole[:, channels:].to(dtype)], 1)
