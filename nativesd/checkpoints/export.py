@@ -63,7 +63,7 @@ class Static:
         """In cells and tokens. Raises UsageError for what cannot be, and sides that are no multiples of `factor`."""
         size = f"static {self.width}x{self.height}"
         if self.width % factor or self.height % factor:
-            raise UsageError(f"{size}: sides must be multiples of {factor} pixels")
+            raise UsageError(f"{size}: sides must be multiples of {factor}, in pixels")
         request = Request(self.batch, self.height // factor, self.width // factor, self.chunks * CHUNK)
         request.require_possible(size)
         return request
