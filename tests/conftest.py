@@ -1,6 +1,7 @@
 """What several files of tests share: the console script, the markers, and the cores.
 
-Real sizes and GPU tests run when their marker is asked for (-m full, -m gpu), and say so otherwise. Of several
+Real sizes, GPU tests and those of Ray run when their marker is asked for (-m full, -m gpu, -m ray), and say so
+otherwise. Of several
 processes (-n) each computes with one thread.
 """
 
@@ -19,7 +20,8 @@ import torch
 from nativesd import cli
 
 pytest_plugins = ["server.fixtures"]
-REASONS = {"full": "real sizes: run with -m full", "gpu": "needs a CUDA device: run with -m gpu"}
+REASONS = {"full": "real sizes: run with -m full", "gpu": "needs a CUDA device: run with -m gpu",
+           "ray": "needs Ray, 600 MB: install .[ray], run with -m ray"}  # fmt: skip
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -27,7 +27,7 @@ WINDOW = 512
 """Of them at a time."""
 
 
-def _nothing(_: object) -> None:
+def nothing(_: object) -> None:
     """For who does not want to be told."""
 
 
@@ -46,22 +46,21 @@ class Tally:
     """Neither painted nor failed, as the run was ended."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Why rows failed, and how many by each reason."""
-    examples: dict[str, Job] = field(default_factory=dict)
-    """The first row of each reason."""
+    examples: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """The id and line of the first row of each reason."""
 
     @property
     def failed(self) -> int:
         """Rows that failed."""
         return self.reasons.total()
 
-    def count(self, outcomes: Sequence[Outcome]) -> None:
-        """Take in what came of rows."""
-        for outcome in outcomes:
-            if outcome.error is None:
-                self.painted += 1
-            else:
-                self.reasons[outcome.error] += 1
-                self.examples.setdefault(outcome.error, outcome.job)
+    def add(self, name: str, line: int, error: str | None) -> None:
+        """Take in what came of a row."""
+        if error is None:
+            self.painted += 1
+        else:
+            self.reasons[error] += 1
+            self.examples.setdefault(error, (name, line))
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Run:
     on_error: OnError = "skip"
 
     @contextmanager
-    def opened(self, tally: Tally, looked: Callable[[int], object] = _nothing) -> Iterator[Results]:
+    def opened(self, tally: Tally, looked: Callable[[int], object] = nothing) -> Iterator[Results]:
         """The shard's results, which no other process writes meanwhile, with what is done skipped in the plan.
 
         looked  called with the number of pictures that were looked at since it was called last
@@ -109,8 +108,8 @@ class Run:
     def __call__(
         self,
         ending: Event | None = None,
-        told: Callable[[Tally], object] = _nothing,
-        looked: Callable[[int], object] = _nothing,
+        told: Callable[[Tally], object] = nothing,
+        looked: Callable[[int], object] = nothing,
     ) -> Tally:
         """Paint what is left.
 
@@ -137,7 +136,8 @@ class Run:
         for outcome in outcomes:
             save(self.out, outcome, self.setting.suffix)
         results.add(outcome.line(self.setting.suffix) for outcome in outcomes)
-        tally.count(outcomes)
+        for outcome in outcomes:
+            tally.add(outcome.job.id, outcome.job.line, outcome.error)
 
     def _skip_done(self, tally: Tally, looked: Callable[[int], object]) -> None:
         """Skip, of the jobs that results tell of, those whose pictures are there as they are asked for."""

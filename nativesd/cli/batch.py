@@ -43,6 +43,10 @@ REASONS = 20
     ),
     click.option("--keep", "kept", multiple=True, metavar="COLUMN", help="Pass a column through; repeatable."),
     click.option("--check", is_flag=True, help="Check the file, and paint nothing."),
+    click.option(
+        "--ray", "address", is_flag=False, flag_value="", metavar="[ADDRESS]", help="Have a Ray cluster paint [here]."
+    ),
+    click.option("--workers", type=click.IntRange(1), help="Of Ray [default: one on each GPU, or CPU but one]."),
 )  # fmt: skip
 @section(
     "For rows that do not say it themselves",
@@ -90,6 +94,8 @@ def batch(
     suffix: str,
     kept: Sequence[str],
     check: bool,
+    address: str | None,
+    workers: int | None,
     model: str,
     pixels: tuple[int, int] | None,
     refiner: str | None,
@@ -102,6 +108,7 @@ def batch(
     The columns are the options of a call by their names in Python; OUT/results.*.jsonl says of every row what came of
     it. Exit code 1: rows failed.
     """
+    from nativesd.batch.cluster import run_on_ray
     from nativesd.batch.columns import Columns, said
     from nativesd.batch.plan import Plan
     from nativesd.batch.run import Run
@@ -110,6 +117,10 @@ def batch(
     from nativesd.cli.progress import listening
     from nativesd.pipeline.arguments import split
 
+    if address is not None and shard is not None:
+        raise click.UsageError("--ray shares out the rows itself: leave --shard out")
+    if address is None and workers is not None:
+        raise click.UsageError("--workers does nothing without --ray")
     part = read_shard(shard)
     options = {name: value for name, value in given.items() if value not in (None, ())}
     if "loras" in options:
@@ -135,7 +146,10 @@ def batch(
         with _ending() as ending, listening():
             told = Told(plan)
             try:
-                tally = run(ending, told, told.looked)
+                if address is None:
+                    tally = run(ending, told, told.looked)
+                else:
+                    tally = run_on_ray(run, address or None, workers, ending, told, told.looked)
             finally:
                 told.close()
     return _report(tally, told)
@@ -216,8 +230,8 @@ def _report(tally: Tally, told: Told) -> int:
     if tally.reasons:
         table = Table("rows", "the first", "line", "why", box=None, pad_edge=False)
         for reason, count in tally.reasons.most_common(REASONS):
-            first = tally.examples[reason]
-            table.add_row(str(count), first.id, str(first.line), reason)
+            name, line = tally.examples[reason]
+            table.add_row(str(count), name, str(line), reason)
         print_tables(table)
         if len(tally.reasons) > REASONS:
             click.echo(f"and {len(tally.reasons) - REASONS} more reasons, which the results have")
