@@ -57,9 +57,10 @@ class Stub:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one part of a run: milliseconds a row, and by how many MB the memory's peak rose."""
+    """Of one part of a run: milliseconds a row, on the clock and of all threads, and by how many MB the peak rose."""
 
     milliseconds: float
+    computed: float
     grown: float
 
 
@@ -94,9 +95,10 @@ def measured(rows: int, side: int, size: int, folder: Path) -> dict[str, Cost]:
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
-        before, begun = peak(), time.perf_counter()
+        before, begun, computed = peak(), time.perf_counter(), time.process_time()
         yield
-        costs[name] = Cost((time.perf_counter() - begun) * 1000 / rows, peak() - before)
+        seconds = time.perf_counter() - begun, time.process_time() - computed
+        costs[name] = Cost(seconds[0] * 1000 / rows, seconds[1] * 1000 / rows, peak() - before)
 
     with stubbed(side):
         for turn in ("first", "second"):
@@ -126,7 +128,8 @@ def main() -> None:
     print(f"{given.rows} rows, pictures of {given.side}x{given.side}; {peak():.0f} MB before")
     with tempfile.TemporaryDirectory(prefix="bench-batch-") as folder:
         for name, cost in measured(given.rows, given.side, given.size, Path(folder)).items():
-            print(f"{name:<20} {cost.milliseconds:8.3f} ms a row, {cost.grown:6.0f} MB more at the peak")
+            times = f"{cost.milliseconds:8.3f} ms a row, {cost.computed:8.3f} ms of threads"
+            print(f"{name:<20} {times}, {cost.grown:6.0f} MB more at the peak")
 
 
 if __name__ == "__main__":
