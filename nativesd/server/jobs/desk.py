@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
-from nativesd.errors import Interrupted, NativesdError, NoMemoryError, UsageError
+from nativesd.errors import Interrupted, NativesdError, NoMemoryError, UsageError, quote
 from nativesd.server.jobs.job import Failure, Job, Status
 from nativesd.server.jobs.shelf import Shelf
 from nativesd.server.jobs.turn import Ended, Turn
@@ -18,6 +18,8 @@ KEPT = 1000
 KEPT_SECONDS = 3600.0
 KEPT_BYTES = 256 << 20
 """Of their pictures; the oldest go first."""
+MOST_NAME = 200
+"""Characters of a job's id, where its client gives it."""
 USUAL_SECONDS = 5.0
 """A job's, before there was one."""
 log = logging.getLogger("nativesd.server")
@@ -58,7 +60,9 @@ class Desk:
             worker.start()
 
     def submit(self, job: Job) -> Job:
-        """Have a job wait. Raises QueueFull, Closing, and UsageError for a name that another job has."""
+        """Have a job wait. Raises QueueFull, Closing, and UsageError for a name that is none, or that another has."""
+        if not (job.id.isprintable() and len(job.id) <= MOST_NAME):
+            raise UsageError(f"a job's id must be printable, of at most {MOST_NAME} characters, not {quote(job.id)}")
         with self._changed:
             if self.closing:
                 raise Closing("the server is shutting down")
