@@ -8,7 +8,7 @@ presets stand below the records in one file, as each is read beside what its fie
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 Prediction = Literal["epsilon", "v", "sample"]
 """What the UNet's output means: the noise, the velocity (Salimans & Ho 2022, section 2.4), or the clean latents."""
@@ -45,6 +45,23 @@ class TextTime:
     def width(self) -> int:
         """Length of the vector that enters the embedding MLP: 2816 for SDXL base, 2560 for the refiner."""
         return self.pooled + self.ids * self.id_width
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """Where a UNet attends to its context: stage `stage` of a `part` ("down", "up", "mid"), layer, and block in it."""
+
+    part: str
+    stage: int
+    layer: int
+    block: int
+    level: int
+    width: int
+
+    @property
+    def transformer(self) -> tuple[str, int, int]:
+        """The transformer that it is in."""
+        return self.part, self.stage, self.layer
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,24 @@ class UNetConfig:
                 height, width = -(-height // 2), -(-width // 2)
                 shapes.append((batch, level.width, height, width))
         return [*shapes, (batch, self.levels[-1].width, height, width)]
+
+    @property
+    def cross_attentions(self) -> tuple[CrossAttention, ...]:
+        """Every cross-attention in the order in which IP-Adapters count them: going down, going up, the middle."""
+        out, last = [], len(self.levels) - 1
+        stages = [("down", i, i, level.down) for i, level in enumerate(self.levels)]
+        stages += [("up", i, last - i, level.up) for i, level in enumerate(reversed(self.levels))]
+        stages += [("mid", 0, last, self.mid)]
+        for part, stage, level, depths in stages:
+            width = self.levels[level].width
+            for layer, depth in enumerate(depths):
+                out += [CrossAttention(part, stage, layer, block, level, width) for block in range(depth or 0)]
+        return tuple(out)
+
+    @property
+    def attended_levels(self) -> tuple[int, ...]:
+        """The levels that have cross-attention."""
+        return tuple(sorted({place.level for place in self.cross_attentions}))
 
     def adapter_shapes(self, batch: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
         """Shapes (B, C, H, W) of the features of a T2I-Adapter for `height` x `width` latent cells.
@@ -156,6 +191,29 @@ class TextEncoderConfig:
     """Whether the final layer norm is applied to the context (SD1.x and 2.x) or not (SDXL)."""
     vocabulary: int = 49408
     length: int = 77
+
+
+@dataclass(frozen=True)
+class VisionEncoderConfig:
+    """A CLIP vision transformer: pictures to hidden states, and the class token's to an embedding."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    activation: Activation
+    projection: int | None
+    """Width of the picture's embedding; None: there is none, only hidden states."""
+    image: int = 224
+    """Side of the pictures, in pixels."""
+    patch: int = 14
+    """Side in pixels of the squares that become tokens."""
+    image_channels: int = 3
+
+    @property
+    def tokens(self) -> int:
+        """Of a picture: its squares, and the class token before them (224 pixels: 257)."""
+        return (self.image // self.patch) ** 2 + 1
 
 
 @dataclass(frozen=True)
@@ -234,6 +292,37 @@ class T2IAdapterConfig:
         """What the original layout needs to know: how many blocks of the full form, and stages of the light one."""
         stages = len(self.stages)
         return {"blocks": 0 if self.light else stages * self.layers, "light": stages if self.light else 0}
+
+
+IPAdapterKind = Literal["base", "plus", "full", "faceid", "faceid-plus"]
+
+
+@dataclass(frozen=True)
+class IPAdapterConfig:
+    """An IP-Adapter: a projection of a picture to tokens, and keys and values of these for every cross-attention."""
+
+    kind: IPAdapterKind
+    widths: tuple[int, ...]
+    """Of the UNet's cross-attentions, in the order of `UNetConfig.cross_attentions`."""
+    context: int
+    """Width of the tokens: that of the UNet's context."""
+    image: int | None
+    """Width of what an image encoder gives: the embedding (base), or the states; None: it takes none (FaceID)."""
+    tokens: int
+    """How many a picture becomes; with "full" as many as the encoder's states."""
+    mlp: int = 0
+    """Width between two linear layers: of the projection (full, FaceID) or of the identity vector (FaceID plus)."""
+    width: int = 0
+    """Of the resampler's layers, where there is one; `heads`, `depth` and `hidden` are its own, too."""
+    heads: int = 0
+    depth: int = 0
+    hidden: int = 0
+    identity: int = 512
+    """Length of the vector of a face's identity, which FaceID takes."""
+    lora: int | None = None
+    """Rank of the LoRA of the UNet's attentions that is in the file (FaceID); None: there is none."""
+    shortcut: bool = False
+    """Whether the identity's own tokens are added to the resampler's (FaceID plus v2)."""
 
 
 def _levels(widths: tuple[int, ...], heads: tuple[int, ...], down: tuple[Depth, ...], layers: int) -> tuple[Level, ...]:
@@ -324,6 +413,38 @@ OPENCLIP_H = TextEncoderConfig(1024, 23, 16, 4096, "gelu")
 SDXL_CLIP_L = replace(CLIP_L, hidden=-2, hidden_norm=False)
 SDXL_BIGG = TextEncoderConfig(1280, 32, 20, 5120, "gelu", projection=1280, hidden=-2, hidden_norm=False)
 
+# openai/clip-vit-large-patch14 vision_config; h94/IP-Adapter models/image_encoder and sdxl_models/image_encoder, which
+# are OpenCLIP's ViT-H/14 and ViT-bigG/14 (laion2b)
+CLIP_VISION_L = VisionEncoderConfig(1024, 24, 16, 4096, "quick_gelu", projection=768)
+CLIP_VISION_H = VisionEncoderConfig(1280, 32, 16, 5120, "gelu", projection=1024)
+CLIP_VISION_BIGG = VisionEncoderConfig(1664, 48, 16, 8192, "gelu", projection=1280)
+
+
+def _ip_adapter(unet: UNetConfig, kind: IPAdapterKind, image: int | None, tokens: int, **more: Any) -> IPAdapterConfig:
+    widths = tuple(place.width for place in unet.cross_attentions)
+    return IPAdapterConfig(kind, widths, unet.context, image, tokens, **more)
+
+
+# h94/IP-Adapter models/ip-adapter{,-plus,-full-face}_sd15 and sdxl_models/ip-adapter{,-plus}_sdxl{,_vit-h}; and
+# h94/IP-Adapter-FaceID ip-adapter-faceid{,-plus}_{sd15,sdxl}
+IP_ADAPTERS = {
+    "sd15": _ip_adapter(SD15_UNET, "base", 1024, 4),
+    "sd15-plus": _ip_adapter(SD15_UNET, "plus", 1280, 16, width=768, heads=12, depth=4, hidden=3072),
+    "sd15-full": _ip_adapter(SD15_UNET, "full", 1280, 257, mlp=1280),
+    "sd15-vit-g": _ip_adapter(SD15_UNET, "base", 1280, 4),
+    "sdxl": _ip_adapter(SDXL_UNET, "base", 1280, 4),
+    "sdxl-vit-h": _ip_adapter(SDXL_UNET, "base", 1024, 4),
+    "sdxl-plus-vit-h": _ip_adapter(SDXL_UNET, "plus", 1280, 16, width=1280, heads=20, depth=4, hidden=5120),
+    "sd15-faceid": _ip_adapter(SD15_UNET, "faceid", None, 4, mlp=1024, lora=128),
+    "sdxl-faceid": _ip_adapter(SDXL_UNET, "faceid", None, 4, mlp=1024, lora=128),
+    "sd15-faceid-plus": _ip_adapter(
+        SD15_UNET, "faceid-plus", 1280, 4, mlp=1024, width=768, heads=12, depth=4, hidden=3072, lora=128
+    ),
+    "sdxl-faceid-plus": _ip_adapter(
+        SDXL_UNET, "faceid-plus", 1280, 4, mlp=1024, width=2048, heads=32, depth=4, hidden=8192, lora=128
+    ),
+}
+
 
 def _encoder(config: UNetConfig) -> UNetConfig:
     """The part of a UNet that a ControlNet copies: nothing going up."""
@@ -367,11 +488,15 @@ UNETS = {
 }  # fmt: skip
 VAES = {"sd": SD_VAE, "sdxl": SDXL_VAE}
 TEXT_ENCODERS = {"clip-l": CLIP_L, "openclip-h": OPENCLIP_H, "sdxl-clip-l": SDXL_CLIP_L, "bigg": SDXL_BIGG}
+VISION_ENCODERS = {"clip-l": CLIP_VISION_L, "openclip-h": CLIP_VISION_H, "bigg": CLIP_VISION_BIGG}
 CONTROLNETS = {
     "sd15": SD15_CONTROLNET, "sd21": SD21_CONTROLNET, "sdxl": SDXL_CONTROLNET, "sdxl-small": SDXL_SMALL_CONTROLNET,
     "sdxl-union": SDXL_UNION, "sdxl-promax": SDXL_PROMAX,
 }  # fmt: skip
 T2I_ADAPTERS = {"sd15": SD15_ADAPTER, "sd15-light": SD15_LIGHT_ADAPTER, "sdxl": SDXL_ADAPTER}
 
-Config = UNetConfig | VAEConfig | TextEncoderConfig | ControlNetConfig | TinyVAEConfig | T2IAdapterConfig
+Config = (
+    UNetConfig | VAEConfig | TextEncoderConfig | ControlNetConfig | TinyVAEConfig | T2IAdapterConfig
+    | VisionEncoderConfig | IPAdapterConfig
+)  # fmt: skip
 """The configuration of any component."""

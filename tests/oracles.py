@@ -17,17 +17,35 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, T2IAdapter, UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
-from nativesd.config import ControlNetConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from nativesd.config import (
+    ControlNetConfig,
+    IPAdapterConfig,
+    IPAdapterKind,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+    VisionEncoderConfig,
+)
 from nativesd.models.clip import TextEncoder, TextOutput
+from nativesd.models.clip_vision import VisionEncoder
 from nativesd.models.controlnet import ControlNet
+from nativesd.models.ip_adapter import IPAdapter
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
+from nativesd.weights.checkpoint import unmap
 from nativesd.weights.maps.keymap import BoundMap, load_table
 from nativesd.weights.maps.plan import make_plan
-from nativesd.weights.maps.published import controlnet_json, text_json, unet_json, vae_json
+from nativesd.weights.maps.published import controlnet_json, text_json, unet_json, vae_json, vision_json
 
 TOLERANCE = 1e-5
 """The largest `difference` that counts as the same result in float32."""
@@ -138,6 +156,8 @@ def draw(module: nn.Module, seed: int) -> None:
                     case nn.Linear() | nn.Conv2d():
                         std = 0.1 if name == "bias" else parameter[0].numel() ** -0.5  # 1 / sqrt(fan-in)
                         parameter.normal_(0.0, std, generator=generator)
+                    case _ if name in ("class_embedding", "latents"):
+                        parameter.normal_(generator=generator)
                     case _:
                         raise TypeError(f"no rule for the parameters of {type(part).__name__}")
         for name, buffer in module.named_buffers():
@@ -399,3 +419,59 @@ def save_union_and_adapter(unet: UNet2DConditionModel, root: Path) -> None:
     adapter = T2IAdapter(channels=[32, 64], num_res_blocks=2, downscale_factor=8, adapter_type="full_adapter")
     randomise(adapter, 4)
     adapter.save_pretrained(root / "adapter")
+
+
+def published_image_encoder(config: VisionEncoderConfig) -> CLIPVisionModelWithProjection:
+    """transformers' image encoder of our config, on meta."""
+    with torch.device("meta"):
+        return CLIPVisionModelWithProjection(CLIPVisionConfig(**arguments(vision_json(config))))
+
+
+def vision_pair(config: VisionEncoderConfig, seed: int = 0) -> tuple[VisionEncoder, CLIPVisionModelWithProjection]:
+    """Our image encoder and transformers' with the same random tensors."""
+    reference = published_image_encoder(config)
+    with torch.device("meta"):
+        ours = VisionEncoder(config)
+    draw(reference, seed)
+    share(reference, ours, "image_encoder.transformers")
+    return ours, reference
+
+
+@torch.inference_mode()
+def run_published_image_encoder(reference: CLIPVisionModelWithProjection, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The embedding and the last hidden states but one, from transformers."""
+    out = reference(pixels, output_hidden_states=True)
+    return out.image_embeds, out.hidden_states[-2]
+
+
+def drawn_adapter(config: IPAdapterConfig, seed: int = 0) -> tuple[IPAdapter, dict[str, dict[str, Tensor]]]:
+    """Our IP-Adapter with random tensors, and these as tencent-ailab's files have them: by their two halves."""
+    with torch.device("meta"):
+        ours = IPAdapter(config)
+    draw(ours, seed)
+    halves: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in unmap(ours.state_dict(), load_table("ip_adapter").bind()).items():
+        half, _, name = key.partition(".")
+        halves[half][name] = tensor.contiguous()
+    return ours.requires_grad_(False), halves
+
+
+def adapter_of(unet: UNetConfig, kind: IPAdapterKind, **fields: Any) -> IPAdapterConfig:
+    """A small IP-Adapter of a kind for a UNet; its resampler's heads are 64 wide, as all are."""
+    width, image = unet.context, 40
+    resampler = {"width": width, "heads": 1, "depth": 4, "hidden": 4 * width}
+    of_kind: dict[str, dict[str, Any]] = {
+        "base": {"image": image, "tokens": 4}, "plus": {"image": image, "tokens": 5, **resampler},
+        "full": {"image": image, "tokens": 257, "mlp": image}, "faceid": {"image": None, "tokens": 4, "mlp": 24},
+        "faceid-plus": {"image": image, "tokens": 4, "mlp": 24, **resampler},
+    }  # fmt: skip
+    widths = tuple(place.width for place in unet.cross_attentions)
+    return IPAdapterConfig(
+        kind=kind, widths=widths, context=unet.context, **{"identity": 12, **of_kind[kind], **fields}
+    )
+
+
+def save_adapter(halves: dict[str, dict[str, Tensor]], path: Path) -> Path:
+    """The file that such an adapter is published as."""
+    save_file({f"{half}.{name}": t for half, tensors in halves.items() for name, t in tensors.items()}, path)
+    return path

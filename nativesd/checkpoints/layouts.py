@@ -14,11 +14,13 @@ from nativesd.checkpoints.marks import markers, not_said, spec
 from nativesd.config import (
     Config,
     ControlNetConfig,
+    IPAdapterConfig,
     T2IAdapterConfig,
     TextEncoderConfig,
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
+    VisionEncoderConfig,
 )
 from nativesd.destination import copy_file
 from nativesd.errors import NativesdWarning, SourceError, UsageError, WeightsError
@@ -34,6 +36,7 @@ from nativesd.weights.maps.published import (
     tiny_vae_json,
     unet_json,
     vae_json,
+    vision_json,
 )
 from nativesd.weights.model import Model, identify_known
 from nativesd.weights.writing import Entry, laid_out, write
@@ -132,7 +135,7 @@ def _write_folder(
     for name, part in tensors.items():
         folder = out / name if len(tensors) > 1 else out
         folder.mkdir(parents=True)
-        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+        stem = "model" if name in TRANSFORMERS else "diffusion_pytorch_model"
         write(folder / f"{stem}.safetensors", part, metadata)
     for file, data in jsons.items():
         (out / file).parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +145,8 @@ def _write_folder(
             _copy_tokenizer(model, name, out / name.replace("text_encoder", "tokenizer"))
 
 
+TRANSFORMERS = ("text_encoder", "text_encoder_2", "image_encoder")
+"""The components whose folders are transformers', not diffusers'."""
 SINGLES = {
     "unet": ("unet.ldm", "model.diffusion_model."), "vae": ("vae.ldm", "first_stage_model."),
     "controlnet": ("controlnet.ldm", "control_model."), "t2i_adapter": ("t2i_adapter.original", ""),
@@ -153,7 +158,7 @@ def target(layout: str, family: str, name: str, config: Config, *, alone: bool) 
     """The table that writes a component. Raises UsageError where the layout cannot state it."""
     tables = load_tables()
     if layout == "diffusers":
-        table = "text_encoder.transformers" if name.startswith("text_encoder") else f"{name}.diffusers"
+        table = f"{name.removesuffix('_2')}.{'transformers' if name in TRANSFORMERS else 'diffusers'}"
         return tables[table].bind(prefix=tables[table].prefixes[0])
     if isinstance(config, TinyVAEConfig):
         if config.half is None:
@@ -161,6 +166,8 @@ def target(layout: str, family: str, name: str, config: Config, *, alone: bool) 
                 "TAESD's original layout is two files: say encoder or decoder in the name of what is written"
             )
         return tables[f"tiny_{config.half}.original"].bind()
+    if isinstance(config, VisionEncoderConfig | IPAdapterConfig):
+        raise UsageError(f"there is no ldm layout of an {name.replace('_', ' ')}: pass layout='diffusers'")
     if alone and isinstance(config, TextEncoderConfig):
         raise UsageError("a text encoder alone has no ldm layout: convert the whole model")
     try:
@@ -186,6 +193,10 @@ def _component_json(config: Config, size: int) -> dict[str, Any]:
             return tiny_vae_json(config)
         case T2IAdapterConfig():
             return t2i_adapter_json(config)
+        case VisionEncoderConfig():
+            return vision_json(config)
+        case IPAdapterConfig():
+            raise UsageError("an IP-Adapter has no config.json: it is a file")
 
 
 def _jsons(model: Model) -> dict[str, Any]:

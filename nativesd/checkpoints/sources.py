@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from nativesd.config import TextEncoderConfig, UNetConfig, VAEConfig
+from nativesd.config import IPAdapterConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from nativesd.errors import NativesdWarning, UsageError, WeightsError
 from nativesd.models.build import expected
 from nativesd.weights.files.locate import locate, locate_model
@@ -51,12 +51,16 @@ def open_model(
     identities = identify_known(located.path, open_source(located.path, half=half), tables)
     parts = {c.name: (member, c) for member, identity in identities for c in identity.components}
     for name, (_, component) in parts.items():
-        if component.config is None:
+        if component.config is None or isinstance(component.config, IPAdapterConfig):
             raise UsageError(
                 f"{source} is a {name.replace('_', ' ')} ({component.layout}), which has no other layout here"
             )
     ignored = {key: reason for _, identity in identities for key, reason in identity.ignored.items()}
     found = identify(located, tables, half=half)
+    if towers := [part for part in found.own if part[1].name == "image_encoder" and len(found.own) > 1]:
+        keys = (key for _, component in towers for key in component.found.keys)
+        ignored |= dict.fromkeys(keys, "a whole CLIP's image tower: no text encoder")
+        found = replace(found, own=tuple(part for part in found.own if part not in towers))
     if len(found.own) == 1 and not any(found.replacing.values()):
         [(member, component)] = found.own  # the halves of an autoencoder are joined
         return Opened(Model.of(located.path, component.name, member, component), ignored, frozenset())

@@ -10,15 +10,19 @@ from torch import nn
 from nativesd.config import (
     Config,
     ControlNetConfig,
+    IPAdapterConfig,
     T2IAdapterConfig,
     TextEncoderConfig,
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
+    VisionEncoderConfig,
 )
 from nativesd.errors import WeightsError
 from nativesd.models.clip import TextEncoder
+from nativesd.models.clip_vision import VisionEncoder
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
+from nativesd.models.ip_adapter import IPAdapter
 from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import UNet
@@ -48,6 +52,10 @@ def _build(config: Config) -> nn.Module:
                 return TinyVAE(config)
             case T2IAdapterConfig():
                 return T2IAdapter(config)
+            case VisionEncoderConfig():
+                return VisionEncoder(config)
+            case IPAdapterConfig():
+                return IPAdapter(config)
 
 
 @cache

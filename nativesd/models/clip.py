@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nativesd.config import TextEncoderConfig
-from nativesd.models.layers import CLIPLayer, embedding
+from nativesd.models.clip_layers import CLIPLayer
+from nativesd.models.layers import embedding
 
 
 class TextOutput(NamedTuple):

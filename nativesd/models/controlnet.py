@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nativesd.config import ControlNetConfig
-from nativesd.models.layers import CLIPLayer, Context, EmbeddingMLP, embedding, sinusoidal
+from nativesd.models.clip_layers import CLIPLayer
+from nativesd.models.layers import Context, EmbeddingMLP, embedding, sinusoidal
 from nativesd.models.unet import Time, UNetEncoder
 
 

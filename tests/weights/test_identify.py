@@ -11,7 +11,15 @@ from safetensors.torch import load_file, save_file
 
 import nativesd
 from nativesd.checkpoints.convert import convert
-from nativesd.config import CLIP_L, OPENCLIP_H, PLAYGROUND_VAE, SDXL_BIGG, SDXL_CLIP_L, TextEncoderConfig
+from nativesd.config import (
+    CLIP_L,
+    CLIP_VISION_L,
+    OPENCLIP_H,
+    PLAYGROUND_VAE,
+    SDXL_BIGG,
+    SDXL_CLIP_L,
+    TextEncoderConfig,
+)
 from nativesd.weights.identity.identify import Identity, identify
 from nativesd.weights.identity.stated import FewSteps, few_steps
 from nativesd.weights.maps.keymap import load_tables
@@ -125,9 +133,13 @@ def vision_tower(layers: int, width: int) -> dict[str, Shape]:
 def test_the_image_tower_is_no_text_encoder() -> None:
     text = MANIFESTS["sd15.text_encoder.transformers"].shapes
     whole = {**text, **vision_tower(24, 1024), "text_projection.weight": (768, 768), "logit_scale": ()}
-    [component] = identity_of(whole).components
-    assert (component.config, set(component.found.keys)) == (CLIP_L, set(whole))
-    assert not identity_of(vision_tower(24, 1024)).components
+    found = {component.name: component for component in identity_of(whole).components}
+    assert {name: component.config for name, component in found.items()} == {
+        "text_encoder": CLIP_L, "image_encoder": CLIP_VISION_L,
+    }  # fmt: skip
+    assert {key for component in found.values() for key in component.found.keys} == set(whole)
+    [alone] = identity_of(vision_tower(24, 1024)).components
+    assert (alone.name, alone.config) == ("image_encoder", CLIP_VISION_L)
 
 
 @pytest.mark.parametrize(

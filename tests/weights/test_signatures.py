@@ -64,7 +64,6 @@ KINDS: dict[str, Mapping[str, Shape]] = {
     "asymmetric autoencoder": {"decoder.condition_encoder.layers.0.weight": (3,), "encoder.conv_in.weight": (3,)},
     "T5": {"encoder.block.0.layer.0.SelfAttention.q.weight": (4096, 4096), "shared.weight": (32128, 4096)},
     "SigLIP": {"vision_model.head.probe": (1, 1, 1152), "vision_model.encoder.layers.0.mlp.fc1.bias": (4304,)},
-    "CLIP image tower": {"vision_model.encoder.layers.0.mlp.fc1.bias": (5120,)},
     "safety checker": {"concept_embeds": (17, 768), "vision_model.vision_model.embeddings.class_embedding": (9,)},
     "language model": {"model.layers.0.self_attn.q_proj.weight": (4096, 4096)},
 }  # fmt: skip

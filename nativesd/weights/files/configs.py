@@ -1,6 +1,7 @@
 """The config.json of a component: the fields that are honoured, what each may hold, and the network that they describe.
 
 Fields that would make another network than the one that is built are refused by `_require`; all others are left alone.
+The readers of all networks are in one file, so that what each honours is read beside what the others do.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nativesd.config import (
     UNetConfig,
     UnionConfig,
     VAEConfig,
+    VisionEncoderConfig,
 )
 from nativesd.errors import SourceError, quote
 from nativesd.reading import read_json
@@ -107,6 +109,17 @@ TEXT = (
     Field("vocab_size", whole(1, 1_000_000), 49408),
     Field("max_position_embeddings", whole(3, 4096), 77),
 )
+VISION = (
+    Field("hidden_size", WIDTH, REQUIRED),
+    Field("num_hidden_layers", whole(1, 128), REQUIRED),
+    Field("num_attention_heads", WIDTH, REQUIRED),
+    Field("intermediate_size", whole(1, 65536), REQUIRED),
+    Field("hidden_act", one_of(*ACTIVATIONS), "quick_gelu"),  # transformers' default
+    Field("projection_dim", WIDTH, 512),
+    Field("image_size", whole(1, 4096), 224),
+    Field("patch_size", whole(1, 1024), 32),
+    Field("num_channels", CHANNELS, 3),
+)
 
 
 def component_config(path: Path) -> Config | None:
@@ -131,6 +144,8 @@ def component_config(path: Path) -> Config | None:
             case "CLIPTextModel" | "CLIPTextModelWithProjection" as name:
                 sdxl = name == "CLIPTextModelWithProjection" or (model / "text_encoder_2").is_dir()
                 return text_config(data, where, sdxl=sdxl)
+            case "CLIPVisionModel" | "CLIPVisionModelWithProjection" as name:
+                return vision_config(data, where, projected=name == "CLIPVisionModelWithProjection")
     except ValueError as error:
         raise SourceError(f"{path}: {error}") from error
     return None
@@ -342,4 +357,22 @@ def text_config(data: Json, where: str, *, sdxl: bool) -> TextEncoderConfig:
         hidden_norm=not sdxl,
         vocabulary=said["vocab_size"],
         length=said["max_position_embeddings"],
+    )
+
+
+def vision_config(data: Json, where: str, *, projected: bool) -> VisionEncoderConfig:
+    """transformers' CLIPVisionConfig. Raises SourceError, ValueError."""
+    _require(data, layer_norm_eps=1e-5)
+    said = read_fields(data, VISION, where)
+    _require_divisible("hidden_size", said["hidden_size"], said["num_attention_heads"], "heads")
+    return VisionEncoderConfig(
+        width=said["hidden_size"],
+        layers=said["num_hidden_layers"],
+        heads=said["num_attention_heads"],
+        mlp=said["intermediate_size"],
+        activation=ACTIVATIONS[said["hidden_act"]],
+        projection=said["projection_dim"] if projected else None,
+        image=said["image_size"],
+        patch=said["patch_size"],
+        image_channels=said["num_channels"],
     )

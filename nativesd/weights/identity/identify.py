@@ -21,10 +21,18 @@ from nativesd.config import (
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
+    VisionEncoderConfig,
 )
 from nativesd.weights.files.beside import Beside
 from nativesd.weights.files.source import UNUSED, Member
-from nativesd.weights.identity.adapters import controlnet_config, t2i_adapter_config, tiny_vae_config
+from nativesd.weights.identity.adapters import (
+    VISION_ENCODERS,
+    controlnet_config,
+    ip_adapter_config,
+    t2i_adapter_config,
+    tiny_vae_config,
+    vision_config,
+)
 from nativesd.weights.identity.believed import Believed, as_believed
 from nativesd.weights.identity.describe import (
     FAMILIES,
@@ -108,14 +116,11 @@ def identify(
     if believed is None and (signature := recognise(shapes)) is not None:
         return Identity(family=family, unrecognised=list(shapes), unsupported=signature)
     detection = detect(shapes, tables)
-    unsupported = recognise({key: shapes[key] for key in detection.unrecognised}, after=True)
     if believed is not None:
         detection = as_believed(detection, shapes, tables, believed)
-    elif unsupported is None and (words := _nameless_words(detection, shapes, tables)) is not None:
+    elif (words := _nameless_words(detection, shapes, tables)) is not None:
         detection = Detection([words], detection.ignored)
-    identity = Identity(
-        family=family, ignored=detection.ignored, unrecognised=detection.unrecognised, unsupported=unsupported
-    )
+    identity = Identity(family=family, ignored=detection.ignored, unrecognised=detection.unrecognised)
     if not family and not any(found.component == "unet" for found in detection.found):
         identity.family, _ = stated_family(metadata or {})
     order = {id(found): i for i, found in enumerate(detection.found)}
@@ -284,6 +289,14 @@ def _component(
         if isinstance(given, T2IAdapterConfig):
             config, evidence = given, [STATED]
         label = "SDXL" if config.unshuffle == 16 else "SD1.x"
+    elif kind == "image_encoder":
+        config, evidence = vision_config(parameters)
+        if isinstance(given, VisionEncoderConfig):
+            config, evidence = given, [STATED]
+        label = VISION_ENCODERS.get(config.width, "CLIP")
+    elif kind == "ip_adapter":
+        config, evidence = ip_adapter_config(parameters)
+        label = CONTEXTS.get(config.context, "")
     elif kind == "textual_inversion":
         words = find_words({key: shapes[key] for key in found.keys}, found.table.keymap)
         label, evidence = describe_words(words.words if words else (), shapes)
@@ -304,10 +317,10 @@ CONTEXTS = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL", 1280: "SDXL refiner"}
 
 
 def adapter_family(shapes: Mapping[str, Shape]) -> str:
-    """The family that an adapter (LoRA, IP-Adapter) fits, by the input width of its cross-attention projections."""
+    """The family that a LoRA fits, by the input width of its cross-attention projections."""
     for key, shape in shapes.items():
         cross = "attn2" in key and any(part in key for part in ("to_k", "to_v"))
         down = key.endswith(("down.weight", "lora_A.weight", "lora_A.default.weight"))
-        if ((cross and down) or key.endswith("to_k_ip.weight")) and len(shape) >= 2 and shape[1] in CONTEXTS:
+        if cross and down and len(shape) >= 2 and shape[1] in CONTEXTS:
             return CONTEXTS[shape[1]]
     return ""

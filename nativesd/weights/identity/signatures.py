@@ -28,7 +28,6 @@ class Signature:
     any: tuple[str, ...] = ()
     none: tuple[str, ...] = ()
     shape: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
-    after: bool = False
 
     def fits(self, text: str, shapes: Mapping[str, Shape]) -> bool:
         """Whether the names, one a line in `text` with a break before the first, fulfil the conditions."""
@@ -61,7 +60,7 @@ def load_signatures(path: Path = TABLES / SIGNATURES) -> tuple[Signature, ...]:
 
 def _signature(table: str, number: int, data: Mapping[str, Any]) -> Signature:
     """One entry. Raises TableError."""
-    if unknown := set(data) - {"name", "says", "all", "any", "none", "shape", "after"}:
+    if unknown := set(data) - {"name", "says", "all", "any", "none", "shape"}:
         raise TableError(f"{table} signature {number}: unknown field {', '.join(sorted(unknown))}")
     if not {"name", "says"} <= set(data) or not set(data) & {"all", "any", "shape"}:
         raise TableError(f"{table} signature {number}: needs name and says, and one of all, any and shape")
@@ -72,7 +71,6 @@ def _signature(table: str, number: int, data: Mapping[str, Any]) -> Signature:
         any=_parts(data.get("any", ())),
         none=_parts(data.get("none", ())),
         shape={end: tuple(shape) for end, shape in data.get("shape", {}).items()},
-        after=data.get("after", False),
     )
 
 
@@ -81,13 +79,7 @@ def _parts(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name.replace("^", "\n").replace("$", "\n") for name in names)
 
 
-def recognise(shapes: Mapping[str, Shape], *, after: bool = False) -> Signature | None:
-    """What that is not supported a checkpoint is, by its names and shapes.
-
-    `after`: the names are those that no table knows.
-    """
+def recognise(shapes: Mapping[str, Shape]) -> Signature | None:
+    """What that is not supported a checkpoint is, by its names and shapes."""
     text = "\n" + "\n".join(shapes) + "\n"
-    for signature in load_signatures():
-        if signature.after == after and signature.fits(text, shapes):
-            return signature
-    return None
+    return next((signature for signature in load_signatures() if signature.fits(text, shapes)), None)

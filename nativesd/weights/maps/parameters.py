@@ -13,16 +13,20 @@ from typing import Literal
 
 from nativesd.config import (
     CONTROLNETS,
+    IP_ADAPTERS,
     T2I_ADAPTERS,
     TAESD,
     TEXT_ENCODERS,
     UNETS,
     VAES,
+    VISION_ENCODERS,
     Config,
     ControlNetConfig,
+    IPAdapterConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
+    VisionEncoderConfig,
 )
 from nativesd.shipped import PARAMETERS
 from nativesd.weights.maps.rules import Shape
@@ -38,6 +42,10 @@ def plain(config: Config) -> Config:
             return replace(config, scaling=1.0, mean=None, std=None, force_upcast=False, groups=32)
         case TextEncoderConfig():
             return replace(config, heads=1, activation="gelu", hidden=-1, hidden_norm=True)
+        case IPAdapterConfig():
+            return replace(config, shortcut=False)
+        case VisionEncoderConfig():
+            return replace(config, heads=1, activation="gelu")
         case ControlNetConfig():
             unet = plain(config.unet)
             assert isinstance(unet, UNetConfig)
@@ -49,7 +57,8 @@ def published() -> dict[str, Config]:
     """Every configuration whose parameters are kept, by the name they are kept under."""
     vae = VAES["sd"]
     every: list[Config] = [
-        *UNETS.values(), *TEXT_ENCODERS.values(), *CONTROLNETS.values(), *T2I_ADAPTERS.values(), vae, TAESD,
+        *UNETS.values(), *TEXT_ENCODERS.values(), *CONTROLNETS.values(), *T2I_ADAPTERS.values(),
+        *VISION_ENCODERS.values(), *IP_ADAPTERS.values(), vae, TAESD,
         replace(UNETS["sd15"], guidance=256), replace(UNETS["sdxl"], guidance=256),
         *(replace(vae, half=half) for half in HALVES), *(replace(TAESD, half=half) for half in HALVES),
     ]  # fmt: skip

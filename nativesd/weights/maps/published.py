@@ -18,6 +18,7 @@ from nativesd.config import (
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
+    VisionEncoderConfig,
 )
 from nativesd.errors import UsageError
 
@@ -197,6 +198,25 @@ def text_json(config: TextEncoderConfig) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 1,
+    }
+    return data if config.projection is None else data | {"projection_dim": config.projection}
+
+
+def vision_json(config: VisionEncoderConfig) -> dict[str, Any]:
+    """CLIPVisionModel's (or ...WithProjection's) config.json."""
+    data = {
+        "architectures": ["CLIPVisionModel" if config.projection is None else "CLIPVisionModelWithProjection"],
+        "model_type": "clip_vision_model",
+        "attention_dropout": 0.0,
+        "hidden_act": ACTIVATIONS[config.activation],
+        "hidden_size": config.width,
+        "image_size": config.image,
+        "intermediate_size": config.mlp,
+        "layer_norm_eps": 1e-5,
+        "num_attention_heads": config.heads,
+        "num_channels": config.image_channels,
+        "num_hidden_layers": config.layers,
+        "patch_size": config.patch,
     }
     return data if config.projection is None else data | {"projection_dim": config.projection}
 
