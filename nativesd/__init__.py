@@ -34,10 +34,14 @@ if TYPE_CHECKING:
     from nativesd.diffusion.guiding.guiders import DynamicThreshold as DynamicThreshold
     from nativesd.diffusion.guiding.guiders import FreeU as FreeU
     from nativesd.diffusion.guiding.guiders import Interval as Interval
+    from nativesd.diffusion.image_prompts import ImageEmbeddings as ImageEmbeddings
+    from nativesd.diffusion.image_prompts import ImagePrompt as ImagePrompt
     from nativesd.diffusion.prompting import SDXL as SDXL
     from nativesd.diffusion.regions import Region as Region
     from nativesd.latents.preview import Step as Step
     from nativesd.loading.control import load_control as load_control
+    from nativesd.loading.image_prompts import load_image_adapter as load_image_adapter
+    from nativesd.loading.image_prompts import load_image_encoder as load_image_encoder
     from nativesd.loading.load import load as load
     from nativesd.pictures.preprocess import canny as canny
     from nativesd.pictures.result import Result as Result
@@ -64,7 +68,9 @@ _HOMES = {
     "pictures.result": ("Result",),
     "diffusion.control": ("Control",),
     "diffusion.guiding.guiders": ("APG", "PAG", "SEG", "SLG", "TCFG", "DynamicThreshold", "FreeU", "Interval"),
+    "diffusion.image_prompts": ("ImageEmbeddings", "ImagePrompt"),
     "loading.control": ("load_control",),
+    "loading.image_prompts": ("load_image_adapter", "load_image_encoder"),
     "loading.load": ("load",),
     "pipeline.hires": ("Hires",),
     "latents.preview": ("Step",),
@@ -92,6 +98,8 @@ __all__ = [
     "Frame",
     "FreeU",
     "Hires",
+    "ImageEmbeddings",
+    "ImagePrompt",
     "Interrupted",
     "Interval",
     "NativesdError",
@@ -117,6 +125,8 @@ __all__ = [
     "join_loras",
     "load",
     "load_control",
+    "load_image_adapter",
+    "load_image_encoder",
     "merge",
     "options_from",
     "resize_lora",

@@ -60,8 +60,8 @@ class CrossAttention:
 
     @property
     def transformer(self) -> tuple[str, int, int]:
-        """The transformer that it is in."""
-        return self.part, self.stage, self.layer
+        """The transformer that it is in: part, level, and layer."""
+        return self.part, self.level, self.layer
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from nativesd.cli.help import flag, section, with_flags
 
 if TYPE_CHECKING:
     from nativesd.diffusion.control import Control
+    from nativesd.diffusion.image_prompts import ImagePrompt
     from nativesd.diffusion.regions import Region
     from nativesd.pipeline.arguments import GenerateOptions, LoadOptions
 
@@ -22,7 +23,8 @@ NEEDS = {
     **dict.fromkeys(("mask", "strength", "steps_as", "resize", "outpaint", "image_guidance_scale"), ("image",)),
     **dict.fromkeys(("churn_min", "churn_max"), ("churn",)),
     "variation_seed": ("variation_strength",), "mask_blur": ("mask", "outpaint"), "mask_fill": ("mask", "outpaint"),
-    "only_masked": ("mask",), "refiner_at": ("refiner",), "guess_mode": ("control",), "engines": ("backend",),
+    "only_masked": ("mask",), "refiner_at": ("refiner",), "guess_mode": ("control",),
+    "image_encoder": ("image_prompts",), "engines": ("backend",),
 }  # fmt: skip
 """Options that do nothing without one of others; those whose names go on after another's (--hires-steps) need that."""
 
@@ -106,6 +108,26 @@ NEEDS = {
     click.option("--control-preprocess", multiple=True, help="canny, one of controlnet_aux, or none [default]."),
     click.option("--control-kind", multiple=True, help="For a ControlNetUnion: what the hint is, such as depth."),
     click.option("--guess-mode", is_flag=True, default=None, help="ControlNets act for the prompt only."),
+)
+@section(
+    "Pictures as prompts",
+    click.option(
+        "--image-prompt",
+        "image_prompts",
+        nargs=2,
+        multiple=True,
+        metavar="ADAPTER PICTURE",
+        help="IP-Adapter, and a picture or saved embeddings; repeatable.",
+    ),
+    click.option("--image-prompt-scale", type=float, multiple=True, help="One per --image-prompt [default: 1]."),
+    click.option(
+        "--image-prompt-start", type=float, multiple=True, help="From which part of the steps on [default: 0]."
+    ),
+    click.option("--image-prompt-end", type=float, multiple=True, help="Up to which part of the steps [default: 1]."),
+    click.option("--image-prompt-layers", multiple=True, help="style, layout, or none [default: everywhere]."),
+    click.option("--image-prompt-mask", multiple=True, help="White where it acts, or none [default: everywhere]."),
+    click.option("--image-prompt-crop", multiple=True, help="center [default], top, bottom, left, right or pad."),
+    click.option("--image-encoder", type=click.Path(), help="CLIP image encoder [default: beside the adapter]."),
 )
 @section(
     "A second pass",
@@ -278,6 +300,8 @@ def _for_python(options: dict[str, Any]) -> dict[str, Any]:
         options["regions"] = [_region(where, prompt) for where, prompt in options["regions"]]
     if control := _controls(options):
         options["control"] = control
+    if prompts := _image_prompts(options):
+        options["image_prompts"] = prompts
     told = {
         "prompt_2": "prompt_2", "negative_prompt_2": "negative_prompt_2", "original_size": "original",
         "crop_top_left": "crop", "target_size": "target",
@@ -321,14 +345,27 @@ def _controls(options: dict[str, Any]) -> list[Control]:
     from nativesd.diffusion.control import Control
 
     controls = options.pop("control", ())
-    settings: dict[str, tuple[Any, ...]] = {
-        name: options.pop(f"control_{name}", ()) for name in ("scale", "start", "end", "preprocess", "kind")
-    }
+    chosen = _by_order(options, "control", len(controls), ("scale", "start", "end", "preprocess", "kind"))
+    return [Control(model, image, **each) for (model, image), each in zip(controls, chosen, strict=True)]
+
+
+def _image_prompts(options: dict[str, Any]) -> list[ImagePrompt]:
+    """The --image-prompt options, in the same way."""
+    from nativesd.diffusion.image_prompts import ImagePrompt
+
+    prompts = options.pop("image_prompts", ())
+    settings = ("scale", "start", "end", "layers", "mask", "crop")
+    chosen = _by_order(options, "image-prompt", len(prompts), settings)
+    return [ImagePrompt(adapter, picture, **each) for (adapter, picture), each in zip(prompts, chosen, strict=True)]
+
+
+def _by_order(options: dict[str, Any], of: str, count: int, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The settings --OF-NAME that go with a repeated option --OF, taken out of `options`, for each of its `count`."""
+    settings: dict[str, tuple[Any, ...]] = {name: options.pop(f"{of}_{name}".replace("-", "_"), ()) for name in names}
     for name, values in settings.items():
-        if len(values) > len(controls):
-            raise click.UsageError(f"{len(values)} --control-{name} for {len(controls)} --control")
-    out = []
-    for i, (model, image) in enumerate(controls):
-        chosen = {name: values[i] for name, values in settings.items() if i < len(values) and values[i] != "none"}
-        out.append(Control(model, image, **chosen))
-    return out
+        if len(values) > count:
+            raise click.UsageError(f"{len(values)} --{of}-{name} for {count} --{of}")
+    return [
+        {name: values[i] for name, values in settings.items() if i < len(values) and values[i] != "none"}
+        for i in range(count)
+    ]

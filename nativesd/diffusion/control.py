@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from nativesd.config import UNetConfig
 from nativesd.diffusion.conditioning import Conditioning
+from nativesd.diffusion.prompting import step_at
 from nativesd.diffusion.turns import Turns
 from nativesd.errors import UsageError
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
@@ -150,7 +152,19 @@ def adapter_features(model: ControlModel, unet: UNetConfig, height: int, width: 
     return features
 
 
-def acts(hint: Hint | Control, step: int, steps: int) -> bool:
+class Acts(Protocol):
+    """What acts in a part of the steps."""
+
+    @property
+    def start(self) -> float:
+        """From which part of them on."""
+
+    @property
+    def end(self) -> float:
+        """Up to which part."""
+
+
+def acts(hint: Acts, step: int, steps: int) -> bool:
     """Whether a hint acts in a step, of which the first is 0: it lies between start and end as a whole."""
     return step / steps >= hint.start and (step + 1) / steps <= hint.end
 
@@ -196,10 +210,8 @@ class Steering:
         return any(isinstance(hint.model.module, ControlNetUnion) for hint in self.networks)
 
     def active(self, hint: Hint, sigma: float) -> bool:
-        """Whether a hint acts at a sigma; between two of the schedule, as at the earlier one."""
-        total = len(self.sigmas)
-        index = max((i for i, each in enumerate(self.sigmas) if each >= sigma * (1 - 1e-9)), default=0)
-        return acts(hint, index, total)
+        """Whether a hint acts at a sigma."""
+        return acts(hint, step_at(self.sigmas, sigma), len(self.sigmas))
 
     def residuals(self, latents: Tensor, time: float, sigma: float, side: Conditioning) -> list[Tensor] | None:
         """The sum of all ControlNets' residuals for latents (n * B, C, h, w), as the UNet takes them; None: none."""

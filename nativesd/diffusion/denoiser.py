@@ -16,9 +16,16 @@ from nativesd.diffusion.guiding.combine import At, Combiner, Guidance
 from nativesd.diffusion.prompting import Sides, step_at
 from nativesd.errors import NativesdWarning
 from nativesd.models.edits import Edits
-from nativesd.models.unet import UNet
+from nativesd.models.unet import ImageContext, UNet
 from nativesd.sampling.methods.onestep import Denoiser
 from nativesd.sampling.published import EDM
+
+
+class Shows(Protocol):
+    """What the UNet is shown beside the text: image prompts (`nativesd.diffusion.image_keys.ImagePrompting`)."""
+
+    def at(self, sigma: float, group: Group) -> ImageContext | None:
+        """For the rows of a group, what the UNet takes as `images`."""
 
 
 class Steers(Protocol):
@@ -39,7 +46,7 @@ class Guided:
     """What samplers call: noisy latents (B, C, h, w) and sigma to the predicted clean latents, float32.
 
     `sides` gives the conditionings that `guidance` and `combiners` combine, each for all B pictures. `edits` are those
-    of every call of the UNet. `edm` is the scheduler's.
+    of every call of the UNet, `shown` image prompts. `edm` is the scheduler's.
     """
 
     def __init__(
@@ -55,10 +62,11 @@ class Guided:
         *,
         combiners: Sequence[Combiner] = (),
         edits: Edits = (),
+        shown: Shows | None = None,
     ) -> None:
         self._unet, self._sides, self._guidance, self._timestep = unet, sides, guidance, timestep
         self._prediction, self._dtype, self._steering, self._edm = prediction, dtype, steering, edm
-        self._combiners, self._edits = combiners, edits
+        self._combiners, self._edits, self._shown = combiners, edits, shown
         self._spread = 1.0 if edm is None else edm.data  # of clean latents
         self._sequential = guidance.sequential
         self._prepared: dict[int, _Prepared] = {}
@@ -123,7 +131,7 @@ class Guided:
             pooled=side.pooled, time_ids=side.time_ids, guidance=side.guidance,
             residuals=None if steering is None else steering.residuals(scaled.to(self._dtype), time, sigma, side),
             adapter=() if steering is None else steering.adapter(sigma, len(scaled)),
-            edits=(*side.edits, *self._edits),
+            edits=(*side.edits, *self._edits), images=None if self._shown is None else self._shown.at(sigma, group),
         )  # fmt: skip
         return output.float()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nativesd.diffusion.config import PipelineConfig
 from nativesd.diffusion.control import ControlModel
+from nativesd.diffusion.image_prompts import ImageAdapter, ImageEncoder
 from nativesd.diffusion.turns import Turns
 from nativesd.errors import NoMemoryError
 from nativesd.latents import autoencoder
@@ -79,9 +80,16 @@ class Loaded:
     """What LoRAs are merged into, and which are in it now."""
     load_control: Callable[[str | Path], ControlModel] | None = None
     """Loads the models of a `Control` that names one."""
+    load_image_adapter: Callable[[str | Path], ImageAdapter] | None = None
+    """Loads the adapter of an `ImagePrompt` that names one."""
+    load_image_encoder: Callable[[str | Path], ImageEncoder] | None = None
+    find_image_encoder: Callable[[ImageAdapter], Path | None] | None = None
+    """The image encoder that lies where an adapter is published with it."""
     turns: Turns = field(default_factory=Turns)
     """Of the calls on these weights; pipelines that share the weights share them too."""
     _controls: dict[str, ControlModel] = field(default_factory=dict)
+    _image_adapters: dict[str, ImageAdapter] = field(default_factory=dict)
+    _image_encoders: dict[str, ImageEncoder] = field(default_factory=dict)
     _loras: dict[str, LoraFile] = field(default_factory=dict)
     _lora_words: dict[str, Embedding] = field(default_factory=dict)
     """Learnt words that came with the LoRAs which are merged now"""

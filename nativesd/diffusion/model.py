@@ -16,6 +16,8 @@ from nativesd.diffusion.control import Control, make_hint, steer
 from nativesd.diffusion.denoiser import Guided, guidance_embedding, keep_known, watch
 from nativesd.diffusion.guiding.combine import Guidance
 from nativesd.diffusion.guiding.guiders import Guider, combiners_of, guided_sides
+from nativesd.diffusion.image_keys import ImageKeyring, ImagePrompting
+from nativesd.diffusion.image_prompts import Prepared
 from nativesd.diffusion.loaded import Loaded, going_around
 from nativesd.diffusion.prompting import SDXL, Frame, Sides, negative_side, over_steps, prompt_sides
 from nativesd.diffusion.regions import Region, with_regions
@@ -60,6 +62,7 @@ class Job:
     refiner: Diffusion | None
     refiner_at: float
     on_step: Callable[[Step], object] | None
+    image_prompts: Sequence[Prepared] = ()
     guiders: Sequence[Guider] = ()
     regions: Sequence[Region] = ()
     tiling: Tiling | None = None
@@ -165,6 +168,12 @@ class Diffusion(Loaded):
                     hints, self.config.unet, sigmas, batch=len(x), cells=(x.shape[2], x.shape[3]),
                     device=self.device, guess=job.guess,
                 )  # fmt: skip
+            shown = None
+            if job.image_prompts and model is self:
+                keyring = ImageKeyring(
+                    job.image_prompts, self.config.unet, (x.shape[2], x.shape[3]), device=self.device, dtype=self.dtype
+                )
+                shown = ImagePrompting(keyring, sigmas)
             guided = Guided(
                 model.unet,
                 sides,
@@ -176,6 +185,7 @@ class Diffusion(Loaded):
                 model.config.scheduler.edm,
                 combiners=combiners_of(job.guiders),
                 edits=job.edits(model.config.unet),
+                shown=shown,
             )
             denoise = guided if keep is None else keep_known(guided, *keep)
             settings, eta = job.choice.settings(model.config.scheduler), job.choice.eta(job.eta)

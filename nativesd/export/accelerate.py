@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nativesd.errors import NativesdWarning, UsageError
+from nativesd.export.graphs import image_inputs
 from nativesd.export.runner import Runner
 from nativesd.export.slots import Request
 from nativesd.models.clip import TextEncoder, TextOutput
@@ -21,7 +22,7 @@ from nativesd.models.controlnet import ControlNet
 from nativesd.models.edits import Edits
 from nativesd.models.layers import CachedContext, Context, repeat_to
 from nativesd.models.tiny_vae import TinyVAE
-from nativesd.models.unet import CachedTime, Time, UNet
+from nativesd.models.unet import CachedTime, ImageContext, Time, UNet
 from nativesd.models.vae import VAE
 
 Stale = Callable[[], str | None]
@@ -109,12 +110,15 @@ class AcceleratedUNet(UNet):
         residuals: Sequence[Tensor] | None = None,
         adapter: Sequence[Tensor] = (),
         edits: Edits = (),
+        images: ImageContext | None = None,
     ) -> Tensor:
         """As `UNet.forward`."""
         slots = self.delegate.runner.schema.control
         unfit = "exported UNets have no inputs for a T2I-Adapter's features" if adapter else None
         if edits:
             unfit = "exported UNets compute as they were trained to, and this call asks for other attention or skips"
+        if images is not None and not self.delegate.runner.schema.images:
+            unfit = "this graph was exported without slots for image prompts"
         if residuals is not None and not slots:
             unfit = "this graph was exported without control slots"
         states = _states(context)
@@ -125,13 +129,15 @@ class AcceleratedUNet(UNet):
         }  # fmt: skip
         if residuals is not None and unfit is None:
             given |= {slot.name: residual for slot, residual in zip(slots, residuals, strict=True)}
+        if images is not None and unfit is None:
+            given |= image_inputs(images, rows, self.delegate.runner.schema)
         answer = self.delegate.run(given, unfit=unfit)
         if answer is not None:
             return answer["out_sample"].to(latents)
         fetch(self, latents.device)
         return super().forward(
             latents, timestep, context, pooled=pooled, time_ids=time_ids, guidance=guidance, residuals=residuals,
-            adapter=adapter, edits=edits,
+            adapter=adapter, edits=edits, images=images,
         )  # fmt: skip
 
 

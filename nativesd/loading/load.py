@@ -12,6 +12,7 @@ import torch
 from nativesd.config import Prediction, TextEncoderConfig
 from nativesd.errors import UsageError
 from nativesd.loading.control import load_control
+from nativesd.loading.image_prompts import find_image_encoder, load_image_adapter, load_image_encoder
 from nativesd.loading.modules import build_modules, by_name, fill_modules, speed_up
 from nativesd.loading.placement import find_placement
 from nativesd.loading.settle import settle
@@ -114,6 +115,13 @@ def load(
         load_control=functools.partial(
             load_control, device=placement.home, dtype=placement.dtype, maps=maps, unet=modules.unet, fast=fast
         ),
+        load_image_adapter=functools.partial(
+            load_image_adapter, device=placement.home, dtype=placement.dtype, maps=maps
+        ),
+        load_image_encoder=functools.partial(
+            load_image_encoder, device=placement.home, dtype=placement.dtype, maps=maps
+        ),
+        find_image_encoder=find_image_encoder,
     )
     if own_loras:
         pipeline.set_loras(own_loras, partial=bool(partial))

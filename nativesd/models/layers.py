@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nativesd.config import Activation
 from nativesd.models.edits import Edits, Place, cross_attended, self_attended
 
 
@@ -87,11 +86,19 @@ class Upsample(nn.Conv2d):
         return super().forward(F.interpolate(input, size, scale, mode="nearest"))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, causal: bool = False) -> Tensor:
-    """Multi-head scaled dot-product attention: (B, T, C), (B, S, C), (B, S, C) -> (B, T, C)."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, *, causal: bool = False, bias: Tensor | None = None
+) -> Tensor:
+    """Multi-head scaled dot-product attention: (B, T, C), (B, S, C), (B, S, C) -> (B, T, C).
+
+    `bias` (B, S) is added to the logits of all queries.
+    """
+    added = None
+    if bias is not None:
+        added = bias[:, None, None].expand(-1, 1, q.shape[1], -1)  # (B, S) -> (B, 1, T, S), which ONNX Runtime needs
     # (B, T, C) -> (B, H, T, D)
     q, k, v = (torch.unflatten(t, 2, (heads, t.shape[2] // heads)).transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, is_causal=causal)
     return out.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
 
 
@@ -128,6 +135,29 @@ class CachedContext:
 Context: TypeAlias = Tensor | CachedContext
 
 
+class ImageKeys(NamedTuple):
+    """What image prompts add at one cross-attention: G groups of S tokens, each with a softmax of its own.
+
+    keys, values  (B, G, S, C); a prompt's scale is in its values
+    bias          (B, G, S), added to the logits: 0 for a token, far below for what only fills a group up
+    mask          (B or 1, G, T, 1): how much of a group is added at every cell; None: all of it
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+
+    def found(self, q: Tensor, heads: int) -> Tensor:
+        """What queries (B, T, C) find, summed over the groups: (B, T, C)."""
+        groups = self.keys.shape[1]
+        queries = q[:, None].expand(-1, groups, -1, -1).flatten(0, 1)  # (B, T, C) -> (B * G, T, C)
+        bias = None if self.bias is None else self.bias.flatten(0, 1)  # (B, G, S) -> (B * G, S)
+        each = attention(queries, self.keys.flatten(0, 1), self.values.flatten(0, 1), heads, bias=bias)
+        each = torch.unflatten(each, 0, (q.shape[0], groups))  # (B * G, T, C) -> (B, G, T, C)
+        return (each if self.mask is None else each * self.mask).sum(1)
+
+
 class Attention(nn.Module):
     """Attention of (B, T, C) over `context` (B, S, context width), or over itself when no context is given.
 
@@ -152,9 +182,14 @@ class Attention(nn.Module):
             return context.keys_values(self)
         return self.to_k(context), self.to_v(context)
 
-    def over(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, T, C) and keys and values (B, S, C) -> (B, T, C)."""
-        out: Tensor = self.to_out(self.attend(x, k, v))
+    def over(self, x: Tensor, k: Tensor, v: Tensor, images: ImageKeys | None = None) -> Tensor:
+        """(B, T, C) and keys and values (B, S, C) -> (B, T, C); what `images` add is added before `to_out`."""
+        if images is None:
+            found = self.attend(x, k, v)
+        else:
+            q = self.to_q(x)
+            found = attention(q, k, v, self.heads) + images.found(q, self.heads)
+        out: Tensor = self.to_out(found)
         return out
 
     def attend(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -197,23 +232,25 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(width)
         self.ff = GEGLU(width)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, images: ImageKeys | None = None) -> Tensor:
         """(B, T, C) -> (n * B, T, C), for `attn2`'s keys and values (n * B, S, C) of the context.
 
         All n parts see the same `x` up to the attention to the context.
         """
         x = repeat_to(x + self.attn1(self.norm1(x)), k.shape[0])
-        x = x + self.attn2.over(self.norm2(x), k, v)
+        x = x + self.attn2.over(self.norm2(x), k, v, images)
         out: Tensor = x + self.ff(self.norm3(x))
         return out
 
-    def edited(self, x: Tensor, k: Tensor, v: Tensor, edits: Edits, place: Place) -> Tensor:
+    def edited(
+        self, x: Tensor, k: Tensor, v: Tensor, edits: Edits, place: Place, images: ImageKeys | None = None
+    ) -> Tensor:
         """`forward` with edits; never compiled."""
         if any(edit.skips(place) for edit in edits):
             return repeat_to(x, k.shape[0])
         x = x + self_attended(edits, place, self.attn1, self.norm1(x), self.attn1)
         x = repeat_to(x, k.shape[0])
-        x = x + cross_attended(edits, place, self.attn2, self.norm2(x), lambda y: self.attn2.over(y, k, v))
+        x = x + cross_attended(edits, place, self.attn2, self.norm2(x), lambda y: self.attn2.over(y, k, v, images))
         out: Tensor = x + self.ff(self.norm3(x))
         return out
 
@@ -232,85 +269,43 @@ class SpatialTransformer(nn.Module):
         self.proj_out: nn.Module = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.linear = linear
 
-    def forward(self, x: Tensor, context: Context, edits: Edits = (), place: Place | None = None) -> Tensor:
-        """(B, C, H, W), (n * B, S, context width) -> (n * B, C, H, W). Edits are told the place that this is."""
+    def forward(
+        self,
+        x: Tensor,
+        context: Context,
+        keys: Tensor | None = None,
+        values: Tensor | None = None,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        edits: Edits = (),
+        place: Place | None = None,
+    ) -> Tensor:
+        """(B, C, H, W), (n * B, S, context width) -> (n * B, C, H, W). Edits are told the place that this is.
+
+        keys, values  those of image prompts, as `ImageKeys` has them, for every block: (blocks, n * B, G, S, C)
+        bias, mask    (n * B, G, S) and (n * B or 1, G, H, W), for all of them
+        """
         h: Tensor = self.norm(x)
         if not self.linear:
             h = self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, HW, C)
         if self.linear:
             h = self.proj_in(h)
+        if mask is not None:
+            mask = mask.flatten(2)[..., None]  # (B, G, H, W) -> (B, G, HW, 1)
         for number, block in enumerate(cast("Iterable[TransformerBlock]", self.blocks)):
-            keys_values = block.attn2.keys_values(context)
+            images, keys_values = None, block.attn2.keys_values(context)
+            if keys is not None and values is not None:
+                images = ImageKeys(keys[number], values[number], bias, mask)
             if edits and place is not None:
                 here = replace(place, block=number, size=(x.shape[2], x.shape[3]))
-                h = block.edited(h, *keys_values, edits, here)
+                h = block.edited(h, *keys_values, edits, here, images)
             else:
-                h = block(h, *keys_values)
+                h = block(h, *keys_values, images)
         if self.linear:
             h = self.proj_out(h)
         h = h.transpose(1, 2).reshape(-1, *x.shape[1:])  # (n * B, HW, C) -> (n * B, C, H, W)
         if not self.linear:
             h = self.proj_out(h)
         return repeat_to(x, h.shape[0]) + h
-
-
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """quick_gelu is x * sigmoid(1.702 x) (OpenAI's CLIP), gelu the exact one (OpenCLIP)."""
-    match activation:
-        case "quick_gelu":
-            return x * torch.sigmoid(1.702 * x)
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-
-
-class SelfAttention(nn.Module):
-    """CLIP's self-attention; with `causal` a token sees only itself and those before it."""
-
-    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.causal = causal
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        out: Tensor = self.out(attention(self.q(x), self.k(x), self.v(x), self.heads, causal=self.causal))
-        return out
-
-
-class MLP(nn.Module):
-    """CLIP's feed-forward: width -> hidden -> width."""
-
-    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-        self.activation: Activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        out: Tensor = self.fc2(activate(self.fc1(x), self.activation))
-        return out
-
-
-class CLIPLayer(nn.Module):
-    """CLIP's pre-norm transformer layer (`ResidualAttentionBlock` of openai/CLIP clip/model.py)."""
-
-    def __init__(self, width: int, heads: int, hidden: int, activation: Activation, *, causal: bool) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = SelfAttention(width, heads, causal=causal)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, hidden, activation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out

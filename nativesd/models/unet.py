@@ -6,8 +6,10 @@ conditioning Stability-AI/generative-models sgm/modules/diffusionmodules/openaim
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from types import MappingProxyType
 from typing import TypeAlias, cast
 
 import torch
@@ -69,14 +71,18 @@ class Stage(nn.Module):
         x: Tensor,
         embedding: Tensor,
         context: Context,
+        images: Sequence[Tensor | None] = (),
         edits: Edits = (),
         place: Place | None = None,
     ) -> Tensor:
-        """Residual block `j` and its transformer: (B, widths_in[j], H, W) -> (B, width, H, W)."""
+        """Residual block `j` and its transformer: (B, widths_in[j], H, W) -> (B, width, H, W).
+
+        `images` is what image prompts add in the transformer, as it takes it; (): nothing.
+        """
         x = self.resnets[j](x, repeat_to(embedding, x.shape[0]))
         if str(j) in self.attentions:
-            transformer = self.attentions[str(j)]
-            x = transformer(x, context, edits, place) if edits else transformer(x, context)
+            transformer, more = self.attentions[str(j)], {"edits": edits, "place": place} if edits else {}
+            x = transformer(x, context, *images, **more)
         return x
 
 
@@ -92,6 +98,37 @@ class CachedTime:
 
 
 Time: TypeAlias = Tensor | float | CachedTime
+Transformer: TypeAlias = tuple[str, int, int]
+"""Where a transformer is: part ("down", "up", "mid"), level, and layer in it."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageContext:
+    """The keys and values of image prompts for all cross-attentions: G groups of S tokens, see `ImageKeys`.
+
+    keys, values  by width: those of the attentions of that width, in the order of `UNetConfig.cross_attentions`, (L, B,
+                  G, S, width) for B rows of the context
+    bias          (B, G, S), for all of them; None: all are tokens
+    masks         by level that has attention: (B or 1, G, h, w), of its cells; None: everywhere
+    """
+
+    keys: Mapping[int, Tensor]
+    values: Mapping[int, Tensor]
+    bias: Tensor | None = None
+    masks: Mapping[int, Tensor] | None = None
+
+    def places(self, config: UNetConfig) -> dict[Transformer, tuple[Tensor | None, ...]]:
+        """What every transformer of a UNet takes."""
+        out: dict[Transformer, tuple[Tensor | None, ...]] = {}
+        taken = dict.fromkeys(self.keys, 0)
+        for place, attentions in groupby(config.cross_attentions, key=lambda attention: attention.transformer):
+            every = list(attentions)
+            width = every[0].width
+            own = slice(taken[width], taken[width] + len(every))
+            taken[width] = own.stop
+            mask = None if self.masks is None else self.masks[every[0].level]
+            out[place] = (self.keys[width][own], self.values[width][own], self.bias, mask)
+        return out
 
 
 class UNetEncoder(nn.Module):
@@ -141,16 +178,23 @@ class UNetEncoder(nn.Module):
         return embedding
 
     def encode(
-        self, x: Tensor, embedding: Tensor, context: Context, adapter: Sequence[Tensor] = (), edits: Edits = ()
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        context: Context,
+        adapter: Sequence[Tensor] = (),
+        images: Mapping[Transformer, Sequence[Tensor | None]] = MappingProxyType({}),
+        edits: Edits = (),
     ) -> tuple[Tensor, list[Tensor]]:
         """conv_in's output through down path and middle: (B, C, h, w), and the skips in `residual_shapes` order.
 
-        The features of `adapter` are added as `adapter_shapes` says.
+        The features of `adapter` are added as `adapter_shapes` says; `images` are those of `ImageContext.places`.
         """
         skips, features = [x], list(adapter)
         for level, stage in enumerate(cast("Iterable[Stage]", self.down)):
             for j in range(len(stage)):
-                x = stage.layer(j, x, embedding, context, edits, Place("down", level, j))
+                shown, place = images.get(("down", level, j), ()), Place("down", level, j)
+                x = stage.layer(j, x, embedding, context, shown, edits, place)
                 skips.append(x)
             if features and len(stage.attentions):
                 skips[-1] = x = x + features.pop(0)
@@ -160,7 +204,9 @@ class UNetEncoder(nn.Module):
             if features and not len(stage.attentions):
                 skips[-1] = x = x + features.pop(0)
         for j in range(len(self.mid)):
-            x = self.mid.layer(j, x, embedding, context, edits, Place("mid", len(self.down) - 1, j))
+            level = len(self.down) - 1
+            shown, place = images.get(("mid", level, j), ()), Place("mid", level, j)
+            x = self.mid.layer(j, x, embedding, context, shown, edits, place)
         if features:
             x = x + features.pop(0)
         return x, skips
@@ -200,6 +246,7 @@ class UNet(UNetEncoder):
         guidance: Tensor | None = None,
         residuals: Sequence[Tensor] | None = None,
         adapter: Sequence[Tensor] = (),
+        images: ImageContext | None = None,
         edits: Edits = (),
     ) -> Tensor:
         """Predict from `latents` (B, in_channels, H, W) at `timestep` (a number, () or (B,); 0..999 or between).
@@ -211,12 +258,14 @@ class UNet(UNetEncoder):
         guidance   (B, config.guidance): LCM's embedding of the guidance scale
         residuals  tensors of `residual_shapes(B, H, W)`, in that order: added to the skips, and to the middle's output
         adapter    tensors of `config.adapter_shapes(B, H, W)`, in that order, the last one optional: a T2I-Adapter's
+        images     what image prompts add, for the rows of the context
         edits      what is done otherwise than the network was trained to (`nativesd.models.edits`)
 
         Returns (B, out_channels, H, W). Raises ValueError where residuals have other shapes.
         """
         embedding = self.embed(latents, timestep, pooled, time_ids, guidance)
-        x, skips = self.encode(self.conv_in(latents), embedding, context, adapter, edits)
+        shown = {} if images is None else images.places(self.config)
+        x, skips = self.encode(self.conv_in(latents), embedding, context, adapter, shown, edits)
         if residuals is not None:
             expected = self.residual_shapes(latents.shape[0], latents.shape[2], latents.shape[3])
             found = [tuple(residual.shape) for residual in residuals]
@@ -230,7 +279,8 @@ class UNet(UNetEncoder):
                 place, skip = Place("up", level, j), repeat_to(skips.pop(), x.shape[0])
                 if edits:
                     x, skip = joined(edits, place.within((x.shape[2], x.shape[3])), x, skip)
-                x = stage.layer(j, torch.cat([x, skip], dim=1), embedding, context, edits, place)
+                x = torch.cat([x, skip], dim=1)
+                x = stage.layer(j, x, embedding, context, shown.get(("up", level, j), ()), edits, place)
             if stage.upsample is not None:
                 x = stage.upsample(x, skips[-1].shape[-2:])
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))

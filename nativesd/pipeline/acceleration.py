@@ -51,6 +51,8 @@ class Acceleration:
     """Find or make other graphs where other LoRAs are in the weights"""
     weight_budget: int | None = None
     """Bytes of an engine's weights that stay on the GPU, for those that stream them"""
+    image_prompts: bool = False
+    """Whether the UNet's graph has inputs for image prompts"""
     runners: list[Runner] = field(default_factory=list)
 
     @cached_property
@@ -88,7 +90,8 @@ class Acceleration:
         weights = Weights(module, self.merged, own=self.backend == "cudagraphs")
         for component in components:
             label = name if component == name or len(components) == 1 else component
-            part = Part(label, component, module, self.family, self.source, self.merged)
+            images = self.image_prompts and component == "unet"
+            part = Part(label, component, module, self.family, self.source, self.merged, images)
             try:
                 runner = self.runner(part)
             except UsageError as error:
@@ -189,6 +192,7 @@ def accelerate(
     components: Sequence[str] | None = None,
     refit: bool = False,
     weight_budget: int | None = None,
+    image_prompts: bool = False,
     away: bool = False,
 ) -> Model:
     """`model` with the components named run by `backend`; the given one stays as it is and shares the weights.
@@ -218,7 +222,7 @@ def accelerate(
         raise UsageError(f"weight_budget is for TensorRT engines, and the backend is {backend}: leave it out")
     graphs = Acceleration(
         backend, Store(default_store() if engines is None else engines), model.device, model.config.family,
-        model.config.name, model.lora_state, refit, weight_budget,
+        model.config.name, model.lora_state, refit, weight_budget, image_prompts,
     )  # fmt: skip
     away = away and backend.startswith("tensorrt")
     encoders, unet, vae, load = model.text_encoders, model.unet, model.vae, model.load_control

@@ -7,14 +7,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from nativesd.diffusion.control import Control, ControlModel
+from nativesd.diffusion.image_prompts import (
+    ImageAdapter,
+    ImageEmbeddings,
+    ImageEncoder,
+    ImagePrompt,
+    Prepared,
+    encode_pictures,
+    one_or_several,
+    prepare,
+)
 from nativesd.diffusion.model import Diffusion
 from nativesd.errors import NativesdError, NativesdWarning, UsageError
+from nativesd.pictures.clip import Crop
+from nativesd.pictures.images import ImageSource, read_image
 from nativesd.pipeline.arguments import Lora
 from nativesd.pipeline.records import read_loras
 from nativesd.text.embedding import Embedding, read_embeddings, words_of
 from nativesd.tuning.fp8 import is_fp8
 from nativesd.weights.lora.file import LoraFile, read_lora
+from nativesd.weights.lora.identity import identity_lora
 from nativesd.weights.lora.merge import set_loras
 from nativesd.weights.lora.resolve import Use, reasons
 
@@ -85,6 +100,82 @@ class Adapted(Diffusion):
             warnings.warn(f"the learnt words in {lora.path} are not used: {error}", NativesdWarning, stacklevel=5)
             return []
         return list(words)
+
+    def encode_image(
+        self,
+        picture: ImageSource | Sequence[ImageSource],
+        image_encoder: ImageEncoder | str | Path,
+        *,
+        crop: Crop = "center",
+    ) -> ImageEmbeddings:
+        """What an image encoder says of one picture or several, to be given in place of them, and to be saved.
+
+        Raises what `ImagePrompt` does.
+        """
+        pictures = [read_image(each) for each in one_or_several(picture)]
+        with self.turns.wait(), torch.inference_mode():
+            encoder = self._image_encoder(image_encoder)
+            with self._visiting(encoder.module):
+                return encode_pictures(encoder, pictures, crop)
+
+    def adapted(self, prompts: Sequence[ImagePrompt]) -> list[ImagePrompt]:
+        """The image prompts with their adapters, which are loaded once for all calls."""
+        out = []
+        for prompt in prompts:
+            key = str(prompt.adapter)
+            if not isinstance(prompt.adapter, ImageAdapter) and key not in self._image_adapters:
+                if self.load_image_adapter is None:
+                    raise UsageError(f"{key}: load it first, with nativesd.load_image_adapter()")
+                self._image_adapters[key] = self.load_image_adapter(prompt.adapter)
+            loaded = prompt.adapter if isinstance(prompt.adapter, ImageAdapter) else self._image_adapters[key]
+            out.append(replace(prompt, adapter=loaded))
+        return out
+
+    def prepared(
+        self, prompts: Sequence[ImagePrompt], image_encoder: ImageEncoder | str | Path | None
+    ) -> list[Prepared]:
+        """Image prompts, whose adapters are loaded, made ready. Raises UsageError for what does not fit."""
+        out = []
+        for prompt in prompts:
+            assert isinstance(prompt.adapter, ImageAdapter)  # `adapted` has loaded it
+
+            def encoder(adapter: ImageAdapter) -> ImageEncoder:
+                return self._image_encoder(self._near(adapter) if image_encoder is None else image_encoder)
+
+            out.append(prepare(prompt, self.config.unet, encoder))
+        return out
+
+    def identity_loras(self, prompts: Sequence[ImagePrompt]) -> list[tuple[str, float, float]]:
+        """The LoRAs that come in FaceID adapters, as `merge` takes them."""
+        out = []
+        for prompt in prompts:
+            adapter = prompt.adapter
+            assert isinstance(adapter, ImageAdapter)  # `adapted` has loaded it
+            if adapter.module.config.lora is not None and prompt.lora_scale:
+                key = str(adapter.path)
+                if key not in self._loras:
+                    self._loras[key] = identity_lora(adapter.path, adapter.member, self.config.unet)
+                out.append((key, prompt.lora_scale, 0.0))
+        return out
+
+    def _image_encoder(self, source: ImageEncoder | str | Path) -> ImageEncoder:
+        if isinstance(source, ImageEncoder):
+            return source
+        key = str(source)
+        if key not in self._image_encoders:
+            if self.load_image_encoder is None:
+                raise UsageError(f"{key}: load it first, with nativesd.load_image_encoder()")
+            self._image_encoders[key] = self.load_image_encoder(source)
+        return self._image_encoders[key]
+
+    def _near(self, adapter: ImageAdapter) -> Path:
+        """The image encoder that lies where an adapter's should. Raises UsageError where none does."""
+        found = None if self.find_image_encoder is None else self.find_image_encoder(adapter)
+        if found is None:
+            raise UsageError(
+                f"{adapter.name} needs an image encoder, and none lies beside it (image_encoder/): pass image_encoder="
+            )
+        return found
 
     def uses(self) -> tuple[Use, ...]:
         """The LoRAs that are in the weights now."""

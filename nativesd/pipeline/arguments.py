@@ -33,6 +33,7 @@ from torch import Tensor
 from nativesd.config import Prediction
 from nativesd.diffusion.control import Control
 from nativesd.diffusion.guiding.guiders import Guider
+from nativesd.diffusion.image_prompts import ImageEncoder, ImagePrompt
 from nativesd.diffusion.model import Diffusion
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
@@ -55,6 +56,8 @@ from nativesd.pipeline.records import (
     read_control,
     read_folders,
     read_hires,
+    read_image_encoder,
+    read_image_prompts,
     read_latents,
     read_loras,
     read_picture,
@@ -138,6 +141,8 @@ class CallOptions(TypedDict, total=False):
     partial: bool | None
     control: Control | Sequence[Control] | None
     guess_mode: bool | None
+    image_prompts: ImagePrompt | Sequence[ImagePrompt] | None
+    image_encoder: ImageEncoder | str | Path | None
     guidance_rescale: float | None
     eta: float | None
     sampling: Sampling | None
@@ -172,6 +177,10 @@ ELSEWHERE = {
     "conditioning_scale": "the scale of a nativesd.Control",
     "control_guidance_start": "the start of a nativesd.Control",
     "control_guidance_end": "the end of a nativesd.Control",
+    "ip_adapter_image": "image_prompts, with nativesd.ImagePrompt(adapter, picture)",
+    "ip_adapter_image_embeds": "image_prompts, with nativesd.ImagePrompt(adapter, nativesd.ImageEmbeddings(...))",
+    "ip_adapter_masks": "the mask of a nativesd.ImagePrompt",
+    "ip_adapter_scale": "the scale of a nativesd.ImagePrompt",
     "callback": "on_step", "callback_on_step_end": "on_step", "progress_callback": "on_step",
     "generator": "seed (the number that the generator was seeded with)", "random_seed": "seed",
     "s_churn": "sampling (its churn)", "s_tmin": "sampling (its churn_min)", "s_tmax": "sampling (its churn_max)",
@@ -322,6 +331,8 @@ class Checked:
     partial: Annotated[bool, flag] = False
     control: Annotated[Sequence[Control], read_control] = ()
     guess_mode: Annotated[bool, flag] = False
+    image_prompts: Annotated[Sequence[ImagePrompt], read_image_prompts] = ()
+    image_encoder: Annotated[ImageEncoder | str | Path | None, read_image_encoder] = None
     guidance_rescale: Annotated[float, real(0, 1)] = 0.0
     eta: Annotated[float | None, real(0, 1)] = None
     sampling: Annotated[Sampling, read_sampling] = PLAIN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from nativesd.diffusion.config import EDITING, PipelineConfig
@@ -106,6 +107,8 @@ def recorded(
         "refiner": None if asked.refiner is None else asked.refiner.config.name,
         "refiner_at": None if asked.refiner is None else asked.refiner_at,
         "loras": {use.lora.path.stem: (use.unet, use.text_encoder) for use in loras} or None,
+        "image_prompts": [Path(str(getattr(each.adapter, "name", each.adapter))).stem for each in asked.image_prompts]
+        or None,
         "control": [str(getattr(each.model, "name", each.model)) for each in asked.control] or None,
         "inferred": dict(chosen.inferred),
         "notes": [*inputs.notes, *unheeded(config, asked, chosen.guidance_scale, chosen.choice.sampler, words)],

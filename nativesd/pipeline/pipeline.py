@@ -89,6 +89,9 @@ class Pipeline(Adapted):
         lora_dirs       folders in which LoRAs are that prompts name, as <lora:name:0.8>
         control         ControlNets and T2I-Adapters with their pictures, as `Control`; they add up
         guess_mode      ControlNets act for the prompt only, and the deeper the stronger
+        image_prompts   pictures as prompts, by IP-Adapters, each an `ImagePrompt`; they add up
+        image_encoder   the CLIP image encoder that they need: a file, a folder, or a loaded one. Default: the one that
+                        lies where the adapter is published with it
         guidance_rescale  0 to 1: against the contrast of strong guidance (for zero-terminal-SNR models 0.7)
         sampling        noise on the way, and the ends of a schedule: a `Sampling`
         eta             0 to 1: how much noise a sampler adds again; default: the sampler's own
@@ -145,7 +148,9 @@ class Pipeline(Adapted):
         prompts, loras = asked.prompts, self.own_loras if asked.loras is None else asked.loras
         if not asked.literal:
             prompts, loras = tagged_prompts(prompts, loras, asked.lora_dirs)
-        self.merge(loras, partial=asked.partial or self.own_partial)
+        image_prompts = self.adapted(asked.image_prompts)
+        identities = self.identity_loras(image_prompts)
+        self.merge([*loras, *identities], partial=asked.partial or self.own_partial)
         job = Job(
             prompts=prompts,
             negatives=asked.negative_prompt,
@@ -175,6 +180,7 @@ class Pipeline(Adapted):
             refiner=asked.refiner,
             refiner_at=asked.refiner_at,
             on_step=on_step,
+            image_prompts=self.prepared(image_prompts, asked.image_encoder),
         )
 
         start = None
@@ -194,7 +200,9 @@ class Pipeline(Adapted):
             start = Start(
                 STRENGTH if asked.strength is None else asked.strength, latents=known, steps_as=asked.steps_as
             )
-        parameters = recorded(config, asked, inputs, chosen, start, self.uses(), self.words)
+        own = {key for key, _, _ in identities}
+        uses = [use for use in self.uses() if str(use.lora.path) not in own]
+        parameters = recorded(config, asked, inputs, chosen, start, uses, self.words)
 
         def finish(latents: Tensor, *notes: str) -> Result:
             return Result(
@@ -222,6 +230,7 @@ class Pipeline(Adapted):
         components: Sequence[str] | None = None,
         refit: bool = False,
         weight_budget: int | None = None,
+        image_prompts: bool = False,
     ) -> Pipeline:
         """This pipeline with its components run by another backend; it shares the weights of this one, which stays.
 
@@ -236,6 +245,8 @@ class Pipeline(Adapted):
                     OpenVINO), which takes time once; without, PyTorch runs what they are in
         weight_budget  bytes of weights that stay on the GPU, of engines that were built with --weight-streaming;
                     default: what there is room for
+        image_prompts  give the UNet's graph inputs for image prompts, which one graph then takes from any adapter; a
+                    step is a little slower where there are none
 
         LoRAs that are merged now are in the graphs (cudagraphs takes any later). Weights that are written to afterwards
         (not through `.data`) are noticed, and PyTorch runs them. What a graph has no input for
@@ -247,8 +258,9 @@ class Pipeline(Adapted):
 
         with self.turns.wait():
             return accelerate(
-                self, backend, engines=engines, components=components, refit=refit, weight_budget=weight_budget
-            )
+                self, backend, engines=engines, components=components, refit=refit, weight_budget=weight_budget,
+                image_prompts=image_prompts,
+            )  # fmt: skip
 
     def stream(self, prompt: str | None = None, **options: Unpack[StreamOptions]) -> Stream:
         """Open a stream: frames in, pictures of `prompt` out, several frames at work at once, each at a noise level.
@@ -269,6 +281,7 @@ class Pipeline(Adapted):
         renoise         put noise on a frame again between its steps. Default True
         control         ControlNets and T2I-Adapters; one without a picture is steered by every frame itself
         control_scales  one number for each control, instead of its own
+        image_prompts   pictures as prompts, as in a call, with image_encoder; they can be changed between frames
         skip_similar    True, or a `Similar`: frames like the last one are skipped. Default False
         loras           as in a call; few steps need an LCM-LoRA or a model that was made for them
         output          "pil", "array" or "tensor"

@@ -15,13 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from nativesd.diffusion.control import Control
+from nativesd.diffusion.image_layers import WeightType
+from nativesd.diffusion.image_prompts import ImageAdapter, ImageEncoder, ImagePrompt
 from nativesd.diffusion.model import Diffusion
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
 from nativesd.errors import UsageError
 from nativesd.models.tiling import Tiling
+from nativesd.pictures.clip import Crop
 from nativesd.pipeline.hires import UPSCALERS, Hires, Upscaler
-from nativesd.pipeline.readers import Reader, is_list, is_path, pixels, real, shown, text, to_whole, whole
+from nativesd.pipeline.readers import Reader, is_list, is_path, one_of, pixels, real, shown, text, to_whole, whole
 from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import SEEDS, Variation
 
@@ -238,6 +241,35 @@ def read_control(name: str, value: Any) -> list[Control]:
         if control.image is None:
             raise UsageError(f"a {name} steers by a picture: pass nativesd.Control(model, image)")
     return controls
+
+
+def read_image_prompts(name: str, value: Any) -> list[ImagePrompt]:
+    """One image prompt or several, each with its numbers in range."""
+    given = list(value) if is_list(value) else [value]
+    for prompt in given:
+        if not isinstance(prompt, ImagePrompt):
+            raise UsageError(f"{name} must be nativesd.ImagePrompt(adapter, picture), or several, not {shown(prompt)}")
+        if not isinstance(prompt.adapter, ImageAdapter) and not is_path(prompt.adapter):
+            raise UsageError(f"the adapter of {name} must be loaded, or a file, not {shown(prompt.adapter)}")
+    return [
+        dataclasses.replace(
+            prompt,
+            scale=real(-MOST_SCALE, MOST_SCALE)(f"the scale of {name}", prompt.scale),
+            start=real(0, 1)(f"the start of {name}", prompt.start),
+            end=real(0, 1)(f"the end of {name}", prompt.end),
+            weight_type=one_of(*get_args(WeightType))(f"the weight_type of {name}", prompt.weight_type),
+            crop=one_of(*get_args(Crop))(f"the crop of {name}", prompt.crop),
+            lora_scale=real(-MOST_SCALE, MOST_SCALE)(f"the lora_scale of {name}", prompt.lora_scale),
+        )
+        for prompt in given
+    ]
+
+
+def read_image_encoder(name: str, value: Any) -> ImageEncoder | str | Path:
+    """A loaded image encoder, or its file or folder."""
+    if not isinstance(value, ImageEncoder | str | Path):
+        raise UsageError(f"{name} must be a file, a folder, or nativesd.load_image_encoder(...), not {shown(value)}")
+    return value
 
 
 def read_refiner(name: str, value: Any) -> Diffusion:

@@ -1,0 +1,293 @@
+"""Pictures as prompts: IP-Adapters and image encoders, and from what a call names to the tokens that stand for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nativesd.config import IPAdapterConfig, UNetConfig
+from nativesd.destination import fresh
+from nativesd.diffusion.image_layers import Layers, WeightType, layer_scales
+from nativesd.diffusion.turns import Turns
+from nativesd.errors import SourceError, UsageError
+from nativesd.models.clip_vision import VisionEncoder
+from nativesd.models.ip_adapter import IPAdapter
+from nativesd.pictures.clip import Crop, clip_pixels
+from nativesd.pictures.images import ImageSource, read_image
+from nativesd.pictures.masks import read_mask
+from nativesd.weights.files.source import Member, open_source
+from nativesd.weights.files.tensors import read_tensor
+from nativesd.weights.identity.adapters import EMBEDDINGS, VISION_ENCODERS
+from nativesd.weights.identity.identify import CONTEXTS
+from nativesd.weights.writing import Entry, write
+
+PARTS = ("embedding", "states", "negative_states")
+
+
+@dataclass(frozen=True, repr=False)
+class ImageAdapter:
+    """A loaded IP-Adapter, the name it is spoken of by, and the file it is from."""
+
+    name: str
+    module: IPAdapter
+    path: Path
+    member: Member
+    turns: Turns = field(default_factory=Turns, compare=False)
+    """Of the calls that use it."""
+
+    def __repr__(self) -> str:
+        return f"<IPAdapter {self.name} ({self.module.config.kind})>"
+
+
+@dataclass(frozen=True, repr=False)
+class ImageEncoder:
+    """A loaded CLIP image encoder, and the name it is spoken of by."""
+
+    name: str
+    module: VisionEncoder
+
+    def __repr__(self) -> str:
+        return f"<VisionEncoder {self.name}>"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEmbeddings:
+    """What an image encoder says of N pictures, so that it need not be there when they are prompts.
+
+    embedding        (N, P), what base adapters take
+    states           (N, S, W), what all others take, and negative_states (1 or N, S, W) those of a picture of zeros
+    """
+
+    embedding: Tensor | None = None
+    states: Tensor | None = None
+    negative_states: Tensor | None = None
+
+    def save(self, path: str | Path) -> Path:
+        """Write a .safetensors file, from which `ImagePrompt` takes them again. Raises UsageError, as files do."""
+        tensors = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
+        entries = {
+            name: Entry(tensor.dtype, tuple(tensor.shape), tensor.detach().cpu().clone)
+            for name, tensor in tensors.items()
+        }
+        with fresh(path, replace=True) as temporary:
+            write(temporary, entries, {"nativesd": "image embeddings"})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ImageEmbeddings:
+        """Read what `save` has written. Raises SourceError."""
+        members = open_source(path)
+        keys = set(members[0].tensors)
+        if len(members) > 1 or not keys or not keys <= set(PARTS):
+            raise SourceError(f"{path} holds no image embeddings: they have no other tensors than {', '.join(PARTS)}")
+        return cls(**{key: read_tensor(members[0], key) for key in keys})
+
+    def to(self, like: Tensor) -> ImageEmbeddings:
+        """In the dtype and on the device of a tensor."""
+        return ImageEmbeddings(*(None if each is None else each.to(like) for each in self._parts()))
+
+    def _parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.embedding, self.states, self.negative_states
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """A picture as a prompt, by an IP-Adapter.
+
+    adapter      a loaded `ImageAdapter`, or its file
+    picture      one picture or several, or what an image encoder says of them: an `ImageEmbeddings`, or its file
+    scale        factor on all that the adapter adds
+    start, end   from which and up to which part of the steps it acts
+    layers       where in the UNet it acts: "style", "layout", "style and layout", or factors by layer; None: everywhere
+    mask         where in the picture it acts: white; one mask, or one for each of several pictures
+    weight_type  how its scale changes from layer to layer, such as "ease in" (ComfyUI's weight types)
+    identity     for FaceID: the vector of a face recogniser, (512,), or (N, 512) of several pictures of a face
+    crop         which square of the picture is seen: "center", "top" (where faces are), ..., or "pad": all of it
+    lora_scale   for FaceID: factor on the adapter's own LoRA
+
+    Several pictures of one prompt are seen together; with a mask for each, each by itself.
+    """
+
+    adapter: ImageAdapter | str | Path
+    picture: ImageSource | Sequence[ImageSource] | ImageEmbeddings | None = None
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    layers: Layers | None = None
+    mask: ImageSource | Sequence[ImageSource] | None = None
+    weight_type: WeightType = "linear"
+    identity: Tensor | None = None
+    crop: Crop = "center"
+    lora_scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An image prompt made ready for a UNet.
+
+    groups  (2, S, context) each: the tokens of the prompt and those of the negative prompt; every group is attended to
+            by itself, and added where its mask is white ("L", of any size; None: everywhere)
+    scales  of every cross-attention
+    """
+
+    adapter: ImageAdapter
+    groups: Sequence[Tensor]
+    masks: Sequence[Image.Image | None]
+    scales: Sequence[float]
+    start: float
+    end: float
+
+
+def prepare(prompt: ImagePrompt, unet: UNetConfig, encoder: Callable[[ImageAdapter], ImageEncoder]) -> Prepared:
+    """A prompt, whose adapter is loaded, for a UNet; `encoder` is asked for where pictures have to be encoded.
+
+    Raises UsageError for an adapter of another family, an encoder of another size, and for what is missing.
+    """
+    adapter = prompt.adapter
+    assert isinstance(adapter, ImageAdapter)  # the pipeline has loaded it
+    _check_family(adapter, unet)
+    if not 0 <= prompt.start <= prompt.end <= 1:
+        raise UsageError(
+            f"{adapter.name}: start and end must be 0 <= start <= end <= 1, not {prompt.start}, {prompt.end}"
+        )
+    factors = layer_scales(unet, prompt.layers, prompt.weight_type)
+    tokens, negative = _tokens(prompt, adapter, encoder)
+    masks = _masks(prompt, adapter, len(tokens))
+    if len(masks) > 1:
+        groups = [torch.stack(pair) for pair in zip(tokens, negative, strict=True)]
+    else:
+        groups = [torch.stack([tokens.flatten(0, 1), negative.flatten(0, 1)])]  # N times (S, C) -> (2, N * S, C)
+    scales = [prompt.scale * factor for factor in factors]
+    return Prepared(adapter, groups, masks, scales, prompt.start, prompt.end)
+
+
+def one_or_several(given: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
+    """The pictures of an argument that takes one, or a list of them."""
+    return cast("list[ImageSource]", list(given) if isinstance(given, list | tuple) else [given])
+
+
+def encode_pictures(
+    encoder: ImageEncoder, pictures: Sequence[Image.Image], crop: Crop, *, states: bool = True
+) -> ImageEmbeddings:
+    """What an encoder says of pictures; without `states` their embeddings alone, which is half the work of one."""
+    module = encoder.module
+    if module.config.image_channels != 3:
+        raise UsageError(f"{encoder.name} takes pictures of {module.config.image_channels} channels, not of 3")
+    pixels = clip_pixels(pictures, module.config.image, crop).to(module.class_embedding)
+    out = module(pixels)
+    if not states:
+        return ImageEmbeddings(out.embedding)
+    return ImageEmbeddings(out.embedding, out.hidden, module(torch.zeros_like(pixels[:1])).hidden)
+
+
+def _check_family(adapter: ImageAdapter, unet: UNetConfig) -> None:
+    config, widths = adapter.module.config, tuple(place.width for place in unet.cross_attentions)
+    if config.context != unet.context:
+        theirs, ours = CONTEXTS.get(config.context, "another model"), CONTEXTS.get(unet.context, "another")
+        raise UsageError(
+            f"{adapter.name} is an IP-Adapter for {theirs} (context {config.context}), and the model is {ours} "
+            f"(context {unet.context})"
+        )
+    if config.widths != widths:
+        raise UsageError(
+            f"{adapter.name} is an IP-Adapter for a UNet with {len(config.widths)} attentions, and the model's has "
+            f"{len(widths)}, or of other widths: it was made for another form of UNet"
+        )
+
+
+def _tokens(
+    prompt: ImagePrompt, adapter: ImageAdapter, encoder: Callable[[ImageAdapter], ImageEncoder]
+) -> tuple[Tensor, Tensor]:
+    """The tokens (N, S, context) of N pictures, and as many of the negative prompt."""
+    config, like = adapter.module.config, next(adapter.module.parameters())
+    identity = _identity(prompt, adapter, config)
+    image: Tensor | None = None
+    nothing: Tensor | None = None
+    if config.image is not None:
+        told = _embeddings(prompt, adapter, encoder)
+        image = told.embedding if config.kind == "base" else told.states
+        nothing = None if image is None else torch.zeros_like(image)
+        if config.kind != "base":
+            nothing = told.negative_states
+        if image is None or nothing is None:
+            needed = "embedding" if config.kind == "base" else "states and negative_states"
+            raise UsageError(f"{adapter.name} takes a picture's {needed}, which the image embeddings do not have")
+        _require_width(adapter, image.shape[-1], "the image embeddings have")
+        image, nothing = image.to(like), nothing.to(like).expand(image.shape)
+    if identity is not None:
+        identity = identity.to(like)
+        if image is not None and len(image) != len(identity):
+            raise UsageError(f"{adapter.name}: {len(image)} pictures and {len(identity)} identities: as many of each")
+    tokens = adapter.module.tokens(image, identity)
+    negative = adapter.module.tokens(nothing, None if identity is None else torch.zeros_like(identity))
+    if not tokens.isfinite().all():
+        raise UsageError(f"{adapter.name} makes no finite numbers of this picture: try dtype='float32'")
+    return tokens, negative
+
+
+def _identity(prompt: ImagePrompt, adapter: ImageAdapter, config: IPAdapterConfig) -> Tensor | None:
+    """The identity vectors (N, identity), where the adapter takes such."""
+    if not config.kind.startswith("faceid"):
+        if prompt.identity is not None:
+            raise UsageError(f"{adapter.name} takes no identity: it is no FaceID adapter")
+        return None
+    if prompt.identity is None:
+        raise UsageError(
+            f"{adapter.name} is a FaceID adapter: pass identity=, the {config.identity} numbers that a face recogniser "
+            "(InsightFace) gives for the face"
+        )
+    identity = torch.as_tensor(prompt.identity)
+    if identity.ndim == 1:
+        identity = identity[None]
+    if identity.ndim != 2 or identity.shape[1] != config.identity or not identity.is_floating_point():
+        raise UsageError(
+            f"identity must be ({config.identity},) or (N, {config.identity}), not {tuple(identity.shape)}"
+        )
+    if config.image is None and prompt.picture is not None:
+        raise UsageError(f"{adapter.name} sees the identity alone: pass no picture with it")
+    return identity
+
+
+def _embeddings(
+    prompt: ImagePrompt, adapter: ImageAdapter, encoder: Callable[[ImageAdapter], ImageEncoder]
+) -> ImageEmbeddings:
+    """What is known of the pictures, or what the encoder says of them."""
+    given = prompt.picture
+    if isinstance(given, str | Path) and str(given).lower().endswith(".safetensors"):
+        return ImageEmbeddings.load(given)
+    if isinstance(given, ImageEmbeddings):
+        return given
+    if given is None:
+        raise UsageError(f"{adapter.name} is prompted by a picture: pass one, or image embeddings")
+    pictures = [read_image(each) for each in one_or_several(given)]
+    config, by = adapter.module.config, encoder(adapter)
+    gives = by.module.config.projection if config.kind == "base" else by.module.config.width
+    _require_width(adapter, gives or 0, f"the image encoder {by.name} gives")
+    return encode_pictures(by, pictures, prompt.crop, states=config.kind != "base")
+
+
+def _require_width(adapter: ImageAdapter, width: int, who: str) -> None:
+    """Raises UsageError where what an encoder gives is of another width than an adapter takes."""
+    config = adapter.module.config
+    if width != config.image:
+        what, names = ("an embedding", EMBEDDINGS) if config.kind == "base" else ("states", VISION_ENCODERS)
+        takes, given = (names.get(each or 0, "another encoder") for each in (config.image, width))
+        raise UsageError(
+            f"{adapter.name} takes {what} {config.image} wide ({takes}), and {who} {what} {width} wide ({given})"
+        )
+
+
+def _masks(prompt: ImagePrompt, adapter: ImageAdapter, pictures: int) -> list[Image.Image | None]:
+    """One mask for all pictures together, or one for each."""
+    if prompt.mask is None:
+        return [None]
+    given = one_or_several(prompt.mask)
+    if len(given) not in (1, pictures):
+        raise UsageError(f"{adapter.name}: {len(given)} masks for {pictures} pictures: one for all, or one for each")
+    return [read_mask(mask).image for mask in given]

@@ -1,0 +1,108 @@
+"""From a source to an IP-Adapter or a CLIP image encoder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nativesd.config import IPAdapterConfig, VisionEncoderConfig
+from nativesd.diffusion.image_prompts import ImageAdapter, ImageEncoder
+from nativesd.errors import NativesdError, SourceError
+from nativesd.loading.placement import find_placement
+from nativesd.models.build import build
+from nativesd.models.clip_vision import VisionEncoder
+from nativesd.models.ip_adapter import IPAdapter
+from nativesd.tuning.memory import memory_explained
+from nativesd.weights.checkpoint import fill
+from nativesd.weights.files.locate import locate_part
+from nativesd.weights.files.source import Member, open_source
+from nativesd.weights.identity.identify import Component, identify_all
+from nativesd.weights.maps.keymap import load_tables
+
+ENCODERS = ("image_encoder", "../models/image_encoder", "../sdxl_models/image_encoder")
+"""Where image encoders lie in h94/IP-Adapter, as seen from its adapters."""
+
+
+@memory_explained()
+def load_image_adapter(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    maps: str | Path | None = None,
+    shortcut: bool | None = None,
+) -> ImageAdapter:
+    """Load an IP-Adapter: a file, or a folder with one.
+
+    shortcut  whether a FaceID plus adapter is of the second version, which its tensors do not say. Default: whether its
+              file's name has "v2"
+
+    The other options are those of `load`. Raises SourceError for what cannot be read or is none.
+    """
+    placement, path = find_placement(device, dtype), locate_part(source)
+    found = _component(path, IPAdapterConfig, maps)
+    if found is None:
+        raise SourceError(f"{source} is no IP-Adapter: see its audit")
+    member, component = found
+    config = component.config
+    assert isinstance(config, IPAdapterConfig)
+    second = "v2" in path.stem.lower() if shortcut is None else shortcut
+    module = build(replace(config, shortcut=second and config.kind == "faceid-plus"))
+    assert isinstance(module, IPAdapter)
+    fill(module, member, component, device=placement.home, dtype=placement.dtype)
+    module.loras = nn.ModuleList()  # they are merged into the UNet, from the file
+    return ImageAdapter(path.stem, module.eval(), path, member)
+
+
+@memory_explained()
+def load_image_encoder(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    maps: str | Path | None = None,
+) -> ImageEncoder:
+    """Load a CLIP image encoder for IP-Adapters: a file, a folder, or a hub id; of a whole CLIP its image tower.
+
+    The options are those of `load`. Raises SourceError for what cannot be read or has none.
+    """
+    placement, path = find_placement(device, dtype), locate_part(source, stem="model")
+    found = _component(path, VisionEncoderConfig, maps)
+    if found is None:
+        raise SourceError(f"{source} has no CLIP image encoder: see its audit")
+    member, component = found
+    assert component.config is not None
+    module = build(component.config)
+    assert isinstance(module, VisionEncoder)
+    fill(module, member, component, device=placement.home, dtype=placement.dtype)
+    return ImageEncoder(path.name if path.is_dir() else path.stem, module.eval())
+
+
+def find_image_encoder(adapter: ImageAdapter) -> Path | None:
+    """The image encoder in one of the places where an adapter is published with one, which gives what it takes."""
+    config = adapter.module.config
+    for place in ENCODERS:
+        folder = (adapter.path if adapter.path.is_dir() else adapter.path.parent) / place
+        if not folder.is_dir():
+            continue
+        try:
+            found = _component(folder, VisionEncoderConfig, None)
+        except NativesdError:  # the one that is named with image_encoder= is to say what is wrong with it
+            continue
+        if found is not None and isinstance(found[1].config, VisionEncoderConfig):
+            gives = found[1].config.projection if config.kind == "base" else found[1].config.width
+            if gives == config.image:
+                return folder
+    return None
+
+
+def _component(path: Path, kind: type, maps: str | Path | None) -> tuple[Member, Component] | None:
+    """The component of a source whose configuration is of a kind."""
+    for member, identity in identify_all(open_source(path), load_tables(None if maps is None else Path(maps))):
+        for component in identity.components:
+            if isinstance(component.config, kind):
+                return member, component
+    return None
