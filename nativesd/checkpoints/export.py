@@ -79,6 +79,7 @@ def export_onnx(
     loras: Sequence[Lora] = (),
     dtype: str | torch.dtype = "float32",
     slots: bool = True,
+    image_prompts: bool = False,
     static: Static | None = None,
     opset: int | None = None,
     names: Convention = "nativesd",
@@ -96,6 +97,7 @@ def export_onnx(
     components  of text_encoder, unet, controlnet, vae_encoder, vae_decoder; controlnet are those of `control`
     loras       merged into the weights before, as `Pipeline.__call__` takes them
     slots       whether the UNet has inputs for control residuals; zeros in them cost next to nothing
+    image_prompts  whether the UNet has inputs for image prompts, of any IP-Adapter
     static      one size and batch; else batch, sides and chunks of the prompt are dynamic
     opset       default: 23 (attention is one node), for the VAE 21 (a group norm is one node)
     names       of the UNet's inputs and outputs: nativesd's, or those that comfyui or streamdiffusion bind
@@ -116,7 +118,7 @@ def export_onnx(
     with fresh(dest) as folder:
         pipeline = _load(source, dtype, loras, maps)
         request = None if static is None else static.request(pipeline.config.vae.factor)
-        for part in _turns(_parts(pipeline, components, control), on_part):
+        for part in _turns(_parts(pipeline, components, control, image_prompts), on_part):
             file = folder / part.name / FILE
             file.parent.mkdir(parents=True)
             details = write_onnx(
@@ -146,6 +148,7 @@ def export_tensorrt(
     loras: Sequence[Lora] = (),
     dtype: str | torch.dtype = "float16",
     slots: bool = True,
+    image_prompts: bool = False,
     weight_streaming: bool = False,
     check: bool = True,
     tolerance: float | None = None,
@@ -187,7 +190,7 @@ def export_tensorrt(
     config, store = pipeline.config, Store(default_store() if engines is None else engines)
     wish = Wish(groups, backend, slots, weight_streaming, check, tolerance, again, on_progress)
     done = []
-    for part in _turns(_parts(pipeline, components, control), on_part):
+    for part in _turns(_parts(pipeline, components, control, image_prompts), on_part):
         ready = [ready_profile(name, part.component, native=config.size, factor=config.vae.factor) for name in profiles]
         for made in build(part, store, ready, wish):
             path, details = (None, {}) if made.entry is None else (made.entry.path, dict(made.entry.details))
@@ -208,7 +211,9 @@ def _load(source: str | Path, dtype: str | torch.dtype, loras: Sequence[Lora], m
     return pipeline
 
 
-def _parts(pipeline: Pipeline, components: Sequence[str], control: Sequence[str | Path]) -> list[Part]:
+def _parts(
+    pipeline: Pipeline, components: Sequence[str], control: Sequence[str | Path], image_prompts: bool = False
+) -> list[Part]:
     """The components that are asked for. Raises UsageError for one that there is not."""
     if unknown := set(components) - set(EXPORTED):
         raise UsageError(f"there is no component {', '.join(sorted(unknown))}: there are {', '.join(EXPORTED)}")
@@ -220,7 +225,7 @@ def _parts(pipeline: Pipeline, components: Sequence[str], control: Sequence[str 
             for i, encoder in enumerate(pipeline.text_encoders, 1)
         ]
     if "unet" in components:
-        out.append(Part("unet", "unet", pipeline.unet, family, source, merged))
+        out.append(Part("unet", "unet", pipeline.unet, family, source, merged, image_prompts))
     if "controlnet" in components and pipeline.load_control is not None:
         for i, each in enumerate(control, 1):
             model = pipeline.load_control(each)

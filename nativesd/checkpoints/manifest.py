@@ -33,9 +33,14 @@ LAST_IDS = {5: ["aesthetic score"], 6: ["target height", "target width"]}
 AXES = {
     "batch": "rows: pictures, twice as many for guidance in one call",
     "tokens": "of the prompt: 77 for every chunk",
+    "groups": "image prompts, each attended to by itself; 1 where there are none",
+    "image_tokens": "of the longest image prompt; 1 where there are none",
     "h": "the picture's height in latent cells: its pixels divided by vae.factor",
     "w": "the picture's width in latent cells",
 }
+
+OF_IMAGES = ("groups", "image_tokens")
+"""The axes that only inputs of image prompts have."""
 
 
 def write_manifest(folder: Path, pipeline: Pipeline, components: Mapping[str, Mapping[str, Any]]) -> None:
@@ -73,11 +78,16 @@ def write_manifest(folder: Path, pipeline: Pipeline, components: Mapping[str, Ma
             "scaling_factor": config.vae.scaling, "factor": config.vae.factor,
             "latent_channels": config.vae.latent_channels, **_moved(config.vae),
         },
-        "axes": AXES,
+        "axes": {axis: words for axis, words in AXES.items() if axis not in OF_IMAGES or axis in _axes(components)},
         "components": components,
         "files": {name: {"bytes": file.size, "sha256": file.sha256} for name, file in files.items()},
     }  # fmt: skip
     (folder / MANIFEST).write_text(_on_one_line(json.dumps(manifest, indent=2)) + "\n", encoding="utf-8")
+
+
+def _axes(components: Mapping[str, Mapping[str, Any]]) -> set[Any]:
+    """The axes of all inputs."""
+    return {axis for each in components.values() for slot in each["inputs"] for axis in slot["shape"]}
 
 
 def _moved(vae: VAEConfig | TinyVAEConfig) -> dict[str, Any]:

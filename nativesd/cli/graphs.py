@@ -39,6 +39,7 @@ def _common(command: Command) -> Command:
         click.option("--no-check", is_flag=True, help="Do not run what is written against PyTorch."),
         click.option("--tolerance", type=click.FloatRange(0), help="Largest relative difference that is allowed."),
         click.option("--no-slots", is_flag=True, help="Leave out the UNet's inputs for control residuals."),
+        click.option("--image-prompts", is_flag=True, help="Give the UNet inputs for image prompts (IP-Adapters)."),
         click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override."),
     ]):  # fmt: skip
         command = option(command)

@@ -21,8 +21,8 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """max|difference| / max|float32's|, by the graph's dtype, on a CPU."""
 MULTIPLE = 2.0
 """Of the error that PyTorch itself has in that dtype, which a graph may have where that is more: sharp attention."""
-SIZES = (Request(1, 16, 16), Request(2, 17, 24, 2 * CHUNK), Request(4, 24, 9))
-"""Even, odd and oblong; one and two chunks of tokens."""
+SIZES = (Request(1, 16, 16), Request(2, 17, 24, 2 * CHUNK, 2, 5), Request(4, 24, 9, CHUNK, 1, 16))
+"""Even, odd and oblong; one and two chunks of tokens; one and two groups of image prompts, where there are slots."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Reference:
 
     request: Request
     control: str
-    """"zero", "random", or "" for a graph without control slots"""
+    """"zero", "random", or "" for a graph without slots for control or image prompts"""
     inputs: Sequence[Tensor]
-    """Of every slot; residuals that are zero are not given to a runner"""
+    """Of every slot; what is zero in the optional ones is not given to a runner"""
     expected: Sequence[Tensor]
     own: float
     """PyTorch's error in the graph's dtype: the largest of any output"""
@@ -59,8 +59,8 @@ def references(graph: Graph, requests: Sequence[Request] = SIZES, *, seed: int =
     calls = []
     for request in requests:
         inputs = graph.inputs(request, generator)
-        for control in ("zero", "random") if graph.schema.control else ("",):
-            silent = [slot.is_control and control == "zero" for slot in graph.schema.inputs]
+        for control in ("zero", "random") if graph.schema.control or graph.schema.images else ("",):
+            silent = [slot.is_optional and control == "zero" for slot in graph.schema.inputs]
             zeroed = [torch.zeros_like(each) if zero else each for each, zero in zip(inputs, silent, strict=True)]
             calls.append((request, control, zeroed))
     with tf32(allowed=False):
@@ -93,7 +93,7 @@ def judge(references: Sequence[Reference], runner: Runner, device: torch.device 
         given = {
             slot.name: tensor.to(device or "cpu")
             for slot, tensor in zip(runner.schema.inputs, reference.inputs, strict=True)
-            if not (slot.is_control and reference.control == "zero")
+            if not (slot.is_optional and reference.control == "zero")
         }
         found = runner.run(given)
         error = _worst([found[slot.name] for slot in runner.schema.outputs], reference.expected)

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from nativesd.errors import UsageError
 from nativesd.export.slots import (
     CHUNK,
+    IP_BIAS,
+    IP_KEYS,
+    IP_MASK,
+    IP_VALUES,
     Component,
     Request,
     Schema,
@@ -22,7 +26,7 @@ from nativesd.export.slots import (
 from nativesd.models.clip import TextEncoder
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.tiny_vae import TinyVAE
-from nativesd.models.unet import UNet
+from nativesd.models.unet import ImageContext, UNet
 from nativesd.models.vae import VAE
 
 COMPONENTS: tuple[Component, ...] = ("text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder")
@@ -77,15 +81,17 @@ class Graph(nn.Module):
                 tensor = (tensor.abs() * 512).round()
             elif slot.is_control:
                 tensor *= 0.1
+            elif slot.name.startswith(IP_MASK.format("")):
+                tensor = tensor.sigmoid()
             out.append(tensor.to(DTYPES.get(slot.kind, self.dtype)))
         return out
 
 
-def graph_of(module: nn.Module, component: Component, *, control: bool = True) -> Graph:
+def graph_of(module: nn.Module, component: Component, *, control: bool = True, images: bool = False) -> Graph:
     """A component of a loaded module. Raises UsageError where there is no such graph."""
     match module:
         case UNet():
-            return Graph(module, unet_schema(module.config, control=control))
+            return Graph(module, unet_schema(module.config, control=control, images=images))
         case ControlNet():
             return Graph(module, controlnet_schema(module.control_config))
         case ControlNetUnion():
@@ -105,7 +111,7 @@ def vae_parts(vae: VAE | TinyVAE) -> list[Component]:
 
 def typical(schema: Schema) -> Request:
     """A request to trace with: no side or batch is 1, which would be taken for a constant, nor equal to another."""
-    return Request(2, 72, 56, 2 * CHUNK if schema.component != "text_encoder" else CHUNK)
+    return Request(2, 72, 56, 2 * CHUNK if schema.component != "text_encoder" else CHUNK, 3, 20)
 
 
 def _unet(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Tensor]:
@@ -114,8 +120,35 @@ def _unet(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Tensor]:
         module(
             given["sample"], given["timestep"], given["encoder_hidden_states"], pooled=given.get("text_embeds"),
             time_ids=given.get("time_ids"), guidance=given.get("timestep_cond"), residuals=residuals or None,
+            images=_images(given),
         ),
     )  # fmt: skip
+
+
+def _images(given: Mapping[str, Tensor]) -> ImageContext | None:
+    """The image prompts among a UNet's inputs, where it has any."""
+    if IP_BIAS not in given:
+        return None
+
+    def numbered(name: str) -> dict[int, Tensor]:
+        begins = name.format("")
+        return {int(key.removeprefix(begins)): tensor for key, tensor in given.items() if key.startswith(begins)}
+
+    return ImageContext(numbered(IP_KEYS), numbered(IP_VALUES), given[IP_BIAS], numbered(IP_MASK))
+
+
+def image_inputs(images: ImageContext, like: Tensor, schema: Schema) -> dict[str, Tensor]:
+    """What image prompts are for a graph, for latents like (B, C, h, w): everything that it has an input for."""
+    keys = next(iter(images.keys.values()))
+    given = {IP_KEYS.format(width): tensor for width, tensor in images.keys.items()}
+    given |= {IP_VALUES.format(width): tensor for width, tensor in images.values.items()}
+    given[IP_BIAS] = keys.new_zeros(keys.shape[1:4]) if images.bias is None else images.bias
+    request = Request(like.shape[0], like.shape[2], like.shape[3], groups=keys.shape[2])
+    for slot in schema.images:
+        if slot.name.startswith(IP_MASK.format("")):
+            shape, level = slot.shape(request), int(slot.name.removeprefix(IP_MASK.format("")))
+            given[slot.name] = keys.new_ones(shape) if images.masks is None else images.masks[level].expand(shape)
+    return given
 
 
 def _controlnet(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Tensor]:

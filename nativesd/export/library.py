@@ -94,6 +94,8 @@ class Part:
     """The model's name."""
     merged: Merged | None = None
     """The LoRAs that may be in its weights."""
+    images: bool = False
+    """Whether a UNet's graph has inputs for image prompts."""
 
     @cached_property
     def weights(self) -> str:
@@ -102,7 +104,7 @@ class Part:
 
     def graph(self, *, control: bool = True) -> Graph:
         """As a function of named tensors."""
-        return graph_of(self.module, self.component, control=control)
+        return graph_of(self.module, self.component, control=control, images=self.images)
 
 
 def export_onnx(graph: Graph, path: Path, **options: Any) -> None:

@@ -54,7 +54,7 @@ def export_onnx(
     graph.eval()
     convert = partial(_convert, opset=opset)
     with torch.no_grad(), _quiet(), _no_collection():
-        with as_operators(graph, residual=opset >= 21) as blocks:
+        with as_operators(graph, residual=opset >= 21, images=bool(schema.images)) as blocks:
             program = torch.export.export(graph, tuple(inputs), dynamic_shapes=dynamic, strict=False)
         model = convert(program)
         if blocks:

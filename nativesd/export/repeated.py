@@ -22,7 +22,7 @@ from torch.export import Dim
 from nativesd.models.layers import Attention, ResnetBlock, SpatialTransformer, TransformerBlock
 
 DOMAIN = "nativesd"
-BATCH, TOKENS, SIDES = 2, 77, (7, 5)  # of the examples, which mean any
+BATCH, TOKENS, SIDES, GROUPS, IMAGE_TOKENS = 2, 77, (7, 5), 3, 20  # of the examples, which mean any
 Convert = Callable[[torch.export.ExportedProgram], ir.Model]
 """Translates a traced program to ONNX."""
 
@@ -33,6 +33,8 @@ class Block:
 
     name: str
     module: ResnetBlock | SpatialTransformer
+    images: bool = False
+    """Whether image prompts are among a transformer's inputs."""
 
     @property
     def width(self) -> int:
@@ -56,15 +58,19 @@ class Block:
         """Inputs beside the weights, and their dynamic axes: any batch, sides, and number of tokens."""
         norm = self.module.norm1 if isinstance(self.module, ResnetBlock) else self.module.norm
         dtype, auto = norm.weight.dtype, Dim.AUTO
-        x = torch.zeros(BATCH, norm.num_channels, *SIDES, dtype=dtype), {0: auto, 2: auto, 3: auto}
+        shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((BATCH, norm.num_channels, *SIDES), (0, 2, 3))]
         if isinstance(self.module, SpatialTransformer):
             width = cast(TransformerBlock, self.module.blocks[0]).attn2.to_k.in_features
-            second = torch.zeros(BATCH, TOKENS, width, dtype=dtype), {0: auto, 1: auto}
+            shapes.append(((BATCH, TOKENS, width), (0, 1)))
+            if self.images:
+                shown = (BATCH, GROUPS, IMAGE_TOKENS)
+                keys = (len(self.module.blocks), *shown, self.width)
+                shapes += [(keys, (1, 2, 3)), (keys, (1, 2, 3)), (shown, (0, 1, 2))]
+                shapes.append(((BATCH, GROUPS, *SIDES), (0, 1, 2, 3)))
         elif self.module.time_emb_proj is not None:
-            second = torch.zeros(BATCH, self.module.time_emb_proj.in_features, dtype=dtype), {0: auto}
-        else:
-            return (x[0],), (x[1],)
-        return (x[0], second[0]), (x[1], second[1])
+            shapes.append(((BATCH, self.module.time_emb_proj.in_features), (0,)))
+        tensors = tuple(torch.zeros(shape, dtype=dtype) for shape, _ in shapes)
+        return tensors, tuple(dict.fromkeys(axes, auto) for _, axes in shapes)
 
 
 def _operator(*inputs: Tensor, index: int, width: int) -> Tensor:
@@ -75,14 +81,16 @@ def _operator(*inputs: Tensor, index: int, width: int) -> Tensor:
 
 
 @contextmanager
-def as_operators(module: nn.Module, *, residual: bool) -> Iterator[list[Block]]:
+def as_operators(module: nn.Module, *, residual: bool, images: bool = False) -> Iterator[list[Block]]:
     """Within, the transformers of `module` are operators, numbered as in the list; `residual` blocks too if so asked.
+
+    images  the transformers take image prompts
 
     Those have to have group norms that are one node. Transformers without blocks, as small SDXL ControlNets have, are
     left as they are.
     """
     found = [
-        Block(name, part)
+        Block(name, part, images)
         for name, part in module.named_modules()
         if (isinstance(part, SpatialTransformer) and len(part.blocks)) or (isinstance(part, ResnetBlock) and residual)
     ]

@@ -7,6 +7,7 @@ Exporters, TensorRT profiles, the runtimes and the tests take them from here. Th
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -40,20 +41,26 @@ class Side:
         return f"{self.times}*{self.of}" if self.times > 1 else self.of
 
 
-Axis = int | Literal["batch", "tokens"] | Side
+Axis = int | Literal["batch", "tokens", "groups", "image_tokens"] | Side
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one call asks of a graph: rows, the latents' sides in cells, and the length of the context."""
+    """What one call asks of a graph: rows, the latents' sides in cells, and the length of the context.
+
+    Where image prompts have inputs, also how many groups of tokens there are, and how long each is.
+    """
 
     batch: int
     height: int
     width: int
     tokens: int = CHUNK
+    groups: int = 1
+    image_tokens: int = 1
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.height}x{self.width}, {self.tokens} tokens"
+        images = "" if (self.groups, self.image_tokens) == (1, 1) else f", {self.groups}x{self.image_tokens} of images"
+        return f"{self.batch}x{self.height}x{self.width}, {self.tokens} tokens{images}"
 
     def require_possible(self, what: str) -> None:
         """Raises UsageError, which begins with `what`, for less than one or more than a call ever asks for."""
@@ -75,6 +82,13 @@ class Slot:
     kind: Kind = "weights"
     is_control: bool = False
     """Whether it takes a control residual: zeros where there is no control."""
+    is_image: bool = False
+    """Whether it takes something of image prompts: zeros where there are none."""
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether zeros in it, and in all others of its kind, change nothing."""
+        return self.is_control or self.is_image
 
     def shape(self, request: Request) -> tuple[int, ...]:
         """Its shape where `request` is made."""
@@ -88,6 +102,8 @@ class Slot:
         """For a manifest: the name, the axes by their names or, where there is one request only, sizes, the dtype."""
         axes = self.shape(static) if static else [axis if isinstance(axis, int) else str(axis) for axis in self.axes]
         out = {"name": self.name, "shape": list(axes), "dtype": self.dtype(weights)}
+        if self.is_image:
+            return out | {"without_image_prompts": "zeros"}
         return out | {"without_control": "zeros"} if self.is_control else out
 
     def __str__(self) -> str:
@@ -108,6 +124,11 @@ class Schema:
         return tuple(slot for slot in self.inputs if slot.is_control)
 
     @property
+    def images(self) -> tuple[Slot, ...]:
+        """The slots of image prompts."""
+        return tuple(slot for slot in self.inputs if slot.is_image)
+
+    @property
     def digest(self) -> str:
         """Eight hexadecimal digits that change when anything here does."""
         return hashlib.sha256("\n".join(map(str, (*self.inputs, "->", *self.outputs))).encode()).hexdigest()[:8]
@@ -120,8 +141,8 @@ class Schema:
         }
 
     def given(self, names: Set[str]) -> Schema:
-        """Without the control slots that are not among `names`."""
-        kept = tuple(slot for slot in self.inputs if slot.name in names or not slot.is_control)
+        """Without the optional slots that are not among `names`."""
+        kept = tuple(slot for slot in self.inputs if slot.name in names or not slot.is_optional)
         return replace(self, inputs=kept)
 
     def request(self, shapes: Mapping[str, tuple[int, ...]]) -> Request:
@@ -132,7 +153,10 @@ class Schema:
                 name = axis.of if isinstance(axis, Side) else axis
                 if isinstance(name, str) and name not in found and (not isinstance(axis, Side) or axis.parts == 1):
                     found[name] = size // (axis.times if isinstance(axis, Side) else 1)
-        request = Request(found.get("batch", 1), found.get("h", 1), found.get("w", 1), found.get("tokens", CHUNK))
+        request = Request(
+            found.get("batch", 1), found.get("h", 1), found.get("w", 1), found.get("tokens", CHUNK),
+            found.get("groups", 1), found.get("image_tokens", 1),
+        )  # fmt: skip
         for slot in self.inputs:
             wanted = slot.shape(request)
             if shapes.get(slot.name) != wanted:
@@ -173,11 +197,31 @@ _NAMES: dict[str, dict[str, str]] = {
 }
 
 
-def unet_schema(config: UNetConfig, *, control: bool = True) -> Schema:
-    """Of a UNet; the optional inputs are there where its configuration has them."""
+def unet_schema(config: UNetConfig, *, control: bool = True, images: bool = False) -> Schema:
+    """Of a UNet; SDXL's and LCM's inputs are there where its configuration has them."""
     residuals = _residuals(config, "input_control_") if control else ()
+    shown = _image_slots(config) if images else ()
     out = Slot(OUTPUT, ("batch", config.out_channels, Side("h"), Side("w")))
-    return Schema("unet", (*_unet_inputs(config), *residuals), (out,))
+    return Schema("unet", (*_unet_inputs(config), *residuals, *shown), (out,))
+
+
+IP_KEYS, IP_VALUES, IP_BIAS, IP_MASK = "ip_keys_{}", "ip_values_{}", "ip_bias", "ip_mask_{}"
+
+
+def _image_slots(config: UNetConfig) -> tuple[Slot, ...]:
+    """What `ImageContext` has: keys and values by the width of the attentions, a bias, and masks by level."""
+    counts = Counter(place.width for place in config.cross_attentions)
+    tokens: tuple[Axis, ...] = ("batch", "groups", "image_tokens")
+    slots = [
+        Slot(name.format(width), (count, *tokens, width), is_image=True)
+        for name in (IP_KEYS, IP_VALUES)
+        for width, count in sorted(counts.items())
+    ]
+    slots.append(Slot(IP_BIAS, tokens, is_image=True))
+    for level in config.attended_levels:
+        sides = (Side("h", parts=2**level), Side("w", parts=2**level))
+        slots.append(Slot(IP_MASK.format(level), ("batch", "groups", *sides), is_image=True))
+    return tuple(slots)
 
 
 def controlnet_schema(config: ControlNetConfig) -> Schema:
@@ -251,6 +295,10 @@ def _extent(axis: Axis, request: Request) -> int:
             return request.batch
         case "tokens":
             return request.tokens
+        case "groups":
+            return request.groups
+        case "image_tokens":
+            return request.image_tokens
         case Side():
             side = request.height if axis.of == "h" else request.width
             return -(-side * axis.times // axis.parts)  # rounded up, as every halving is

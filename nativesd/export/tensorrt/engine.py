@@ -203,7 +203,7 @@ class EngineRunner:
         inputs = {}
         for name, slot in slots.items():
             if name not in given:
-                if not slot.is_control:
+                if not slot.is_optional:
                     raise UsageError(f"{self.schema.component}: {name} was not given")
                 continue
             tensor, dtype = given[name], slot_dtype(slot, self._dtype)
@@ -236,7 +236,7 @@ class EngineRunner:
         outputs: Mapping[str, Tensor],
     ) -> None:
         """Every shape, every address and the activation memory: nothing of an earlier call stays bound."""
-        zeros = self._zeros_for(request, (slot for slot in self.schema.control if slot.name not in inputs))
+        zeros = self._zeros_for(request, (slot for slot in self.schema.inputs if slot.name not in inputs))
         for slot in self.schema.inputs:
             self._must(context.set_input_shape(slot.name, slot.shape(request)), f"{slot.name}'s shape")
             address = inputs[slot.name].data_ptr() if slot.name in inputs else zeros

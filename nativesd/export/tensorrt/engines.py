@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -212,10 +212,16 @@ def engine_runner(
     target = device_target(device)
     kind = backend or backend_for(target)
     reasons: list[str] = []
-    for control in (True, False) if part.component == "unet" else (True,):
-        graph = part.graph(control=control)
-        entry, reasons = store.match(engine_key(part, graph, kind, [target], []))
+    either = (True, False) if part.component == "unet" else (True,)
+    for each, control in [(each, control) for each in _with_images(part) for control in either]:
+        graph = each.graph(control=control)
+        entry, reasons = store.match(engine_key(each, graph, kind, [target], []))
         if entry is not None:
             return load_engine(entry, graph.schema, dtype=graph.dtype, arena=arena, weight_budget=weight_budget)
     found = "; ".join(reasons) or "none of this component"
     raise UsageError(f"{store.root} has no engine of the {part.name} for {target} ({found})")
+
+
+def _with_images(part: Part) -> tuple[Part, ...]:
+    """A part, and the same with or without inputs for image prompts: an engine of either kind serves."""
+    return (part, replace(part, images=not part.images)) if part.component == "unet" else (part,)

@@ -11,6 +11,8 @@ from nativesd.errors import UsageError
 from nativesd.export.slots import CHUNK, Component, Request, Schema, Slot
 
 CHUNKS = 3  # of a prompt, that ready profiles allow
+BEST_IMAGES, MOST_IMAGES = (1, 16), (4, 1028)
+"""Groups of image prompts, and tokens of each: one adapter with 16, and four with four pictures of 257."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ def ready_profile(name: str, component: Component, *, native: int, factor: int =
     rows = {"unet": 2, "controlnet": 2, "text_encoder": 2 * longest}.get(component, 1)
     tokens = CHUNK if component == "text_encoder" else longest * CHUNK
 
-    def request(batch: int, sides: tuple[int, int], length: int) -> Request:
-        out = Request(batch, sides[1] // factor, sides[0] // factor, length)
+    def request(batch: int, sides: tuple[int, int], length: int, images: tuple[int, int] = (1, 1)) -> Request:
+        out = Request(batch, sides[1] // factor, sides[0] // factor, length, *images)
         out.require_possible(f"profile {name}")
         return out
 
@@ -74,13 +76,16 @@ def ready_profile(name: str, component: Component, *, native: int, factor: int =
         fewest = count if streamed else 1
         most_rows = rows * count if streamed else rows
         return Profile(
-            name, request(fewest, least, CHUNK), request(fewest, best, CHUNK), request(most_rows, most, tokens)
+            name,
+            request(fewest, least, CHUNK),
+            request(fewest, best, CHUNK, BEST_IMAGES),
+            request(most_rows, most, tokens, MOST_IMAGES),
         )
     return Profile(
         name,
         request(1, least, CHUNK),
-        request(min(2, rows * count), best, CHUNK),
-        request(rows * count, most, tokens),
+        request(min(2, rows * count), best, CHUNK, BEST_IMAGES),
+        request(rows * count, most, tokens, MOST_IMAGES),
     )
 
 

@@ -1,0 +1,186 @@
+"""Inputs for image prompts in exported UNets: the schema, and ONNX Runtime and OpenVINO against PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import nativesd
+from nativesd import ImageEmbeddings, ImagePrompt
+from nativesd.config import SD15_UNET, SDXL_UNET, Level, TextTime, UNetConfig
+from nativesd.errors import NativesdWarning, UsageError
+from nativesd.export.check import TOLERANCES, compare, difference
+from nativesd.export.graphs import FILE, Graph, graph_of, image_inputs
+from nativesd.export.onnx import export_onnx
+from nativesd.export.sessions import OnnxRunner, OpenVinoRunner
+from nativesd.export.slots import Request, unet_schema
+from nativesd.export.tensorrt.profiles import check_profiles, ready_profile, within
+from nativesd.models.unet import ImageContext, UNet
+from oracles import adapter_of, drawn_adapter, save_adapter
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_schema_is_read_off_the_attentions() -> None:
+    sd15 = unet_schema(SD15_UNET, images=True)
+    assert [str(slot) for slot in sd15.images] == [
+        "ip_keys_320 [5, batch, groups, image_tokens, 320] weights",
+        "ip_keys_640 [5, batch, groups, image_tokens, 640] weights",
+        "ip_keys_1280 [6, batch, groups, image_tokens, 1280] weights",
+        "ip_values_320 [5, batch, groups, image_tokens, 320] weights",
+        "ip_values_640 [5, batch, groups, image_tokens, 640] weights",
+        "ip_values_1280 [6, batch, groups, image_tokens, 1280] weights",
+        "ip_bias [batch, groups, image_tokens] weights",
+        "ip_mask_0 [batch, groups, h, w] weights",
+        "ip_mask_1 [batch, groups, ceil(h/2), ceil(w/2)] weights",
+        "ip_mask_2 [batch, groups, ceil(h/4), ceil(w/4)] weights",
+        "ip_mask_3 [batch, groups, ceil(h/8), ceil(w/8)] weights",
+    ]
+    sdxl = unet_schema(SDXL_UNET, images=True)
+    assert [slot.axes[0] for slot in sdxl.images if slot.name.startswith("ip_keys")] == [10, 60]
+    assert [slot.name for slot in sdxl.images if "mask" in slot.name] == ["ip_mask_1", "ip_mask_2"]
+    plain = unet_schema(SD15_UNET)
+    assert sd15.inputs[: len(plain.inputs)] == plain.inputs
+    assert not plain.images
+    assert sd15.given({slot.name for slot in plain.inputs}).inputs == plain.inputs
+    assert sd15.digest != plain.digest
+    assert sd15.images[0].fields("float16")["without_image_prompts"] == "zeros"
+    request = Request(2, 9, 11, 154, 3, 20)
+    assert sd15.request({slot.name: slot.shape(request) for slot in sd15.inputs}) == request
+    with pytest.raises(UsageError, match=r"ip_mask_0 was given nothing, and .*3x20 of images needs"):
+        sd15.request({slot.name: slot.shape(request) for slot in sd15.inputs if slot.name != "ip_mask_0"})
+
+
+def test_profiles_take_no_image_and_several() -> None:
+    schema, profile = unet_schema(SD15_UNET, images=True), ready_profile("512", "unet", native=512)
+    check_profiles(schema, [profile])
+    assert within(schema, Request(2, 64, 64), profile)
+    assert within(schema, Request(2, 64, 64, groups=4, image_tokens=257), profile)
+    assert not within(schema, Request(2, 64, 64, groups=9), profile)
+
+
+def unet(form: str) -> UNetConfig:
+    if form == "sd15":
+        levels = (Level(32, (1,), (1, 1), 2), Level(64, (1,), (1, 1), 2), Level(64, (None,), (None, None), 2))
+        return UNetConfig(levels, mid=(1, None), context=24, groups=16)
+    return UNetConfig(
+        (Level(32, (None,), (None, None), 1), Level(64, (2,), (2, 2), 2)), mid=(2, None), context=24, groups=16,
+        linear_projection=True, added=TextTime(40, 6, 32),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class File:
+    graph: Graph
+    path: Path
+
+    def runner(self, backend: str) -> Any:
+        if backend == "onnx":
+            return OnnxRunner(self.path, self.graph.schema, torch.float32, CPU)
+        return OpenVinoRunner(self.path, self.graph.schema, torch.float32, torch.float32)
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> File:
+    torch.manual_seed(0)
+    graph = graph_of(UNet(unet(request.param)).eval().requires_grad_(False), "unet", images=True)
+    path = tmp_path_factory.mktemp(request.param) / FILE
+    export_onnx(graph, path)
+    return File(graph, path)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_one_graph_takes_every_image_prompt(file: File, backend: str) -> None:
+    """Idle and filled, with control and without; one and several groups of any length."""
+    requests = [Request(1, 16, 16), Request(2, 17, 24, 154, 2, 5), Request(4, 24, 9, 77, 3, 16)]
+    found = compare(file.graph, file.runner(backend), requests)
+    assert {(each.request, each.control) for each in found} == {(r, c) for r in requests for c in ("zero", "random")}
+    worst = max(found, key=lambda each: each.error)
+    assert worst.error <= (TOLERANCES[torch.float32] if backend == "onnx" else 1e-3), worst
+
+
+@torch.inference_mode()
+def test_what_is_idle_changes_no_bit(file: File) -> None:
+    """In PyTorch to the bit; and each input reaches its place in the exported graph."""
+    generator, request = torch.Generator().manual_seed(1), Request(2, 9, 11, 77, 2, 5)
+    given = dict(zip((s.name for s in file.graph.schema.inputs), file.graph.inputs(request, generator), strict=True))
+    names = {slot.name for slot in file.graph.schema.images}
+    idle = {name: tensor * 0 if name in names else tensor for name, tensor in given.items()}
+    plain = Graph(file.graph.module, unet_schema(file.graph.module.config))  # type: ignore[arg-type]
+    without = plain(*(given[slot.name] for slot in plain.schema.inputs))[0]
+    assert torch.equal(file.graph(*idle.values())[0], without)
+    runner = file.runner("onnx")
+    for name in sorted(names - {"ip_bias"}):
+        other = given[name] * 0 if name.startswith("ip_mask") else given[name].flip(0)
+        changed = given | {name: other}
+        expected, found = file.graph(*changed.values())[0], runner.run(changed)["out_sample"]
+        assert not torch.equal(expected, file.graph(*given.values())[0]), name
+        assert difference(found, expected) <= 1e-5, name
+    padded = given["ip_bias"].clone()
+    padded[:, 0, 3:] = -1e4
+    expected = file.graph(*(given | {"ip_bias": padded}).values())[0]
+    assert difference(runner.run(given | {"ip_bias": padded})["out_sample"], expected) <= 1e-5
+
+
+def test_a_context_as_inputs() -> None:
+    config = unet("sd15")
+    keys = {32: torch.randn(3, 2, 1, 4, 32), 64: torch.randn(4, 2, 1, 4, 64)}
+    schema = unet_schema(config, images=True)
+    given = image_inputs(ImageContext(keys, keys), torch.zeros(2, 4, 9, 11), schema)
+    assert set(given) == {slot.name for slot in schema.images}
+    assert not given["ip_bias"].any()
+    assert given["ip_mask_2"].shape == (2, 1, 3, 3)
+    assert given["ip_mask_2"].all()
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root, config = tmp_path_factory.mktemp("adapters"), nativesd.load("tiny", device="cpu").config.unet
+    out = {}
+    for number, kind in enumerate(("base", "plus")):
+        _, halves = drawn_adapter(adapter_of(config, kind), number)  # type: ignore[arg-type]
+        out[kind] = save_adapter(halves, root / f"{kind}.safetensors")
+    return out
+
+
+def told(seed: int) -> ImageEmbeddings:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return ImageEmbeddings(random(1, 40), random(1, 9, 40), random(1, 9, 40))
+
+
+def test_an_accelerated_pipeline(adapters: dict[str, Path], tmp_path: Path) -> None:
+    """One graph for every adapter, scale, layer and part of the steps; without its inputs PyTorch answers."""
+    pipe = nativesd.load("tiny", device="cpu", fast=False)
+    fast = pipe.accelerate("onnx", engines=tmp_path, components=["unet"], image_prompts=True)
+    base, plus = (ImagePrompt(adapters[kind], told(number)) for number, kind in enumerate(("base", "plus")))
+    options: dict[str, Any] = {"steps": 3, "seed": 3}
+    mask = torch.zeros(64, 64)
+    mask[:, 20:] = 1
+    for prompts in (
+        (), [base], [ImagePrompt(adapters["plus"], told(2), 0.5, end=0.7)], [base, plus],
+        [ImagePrompt(adapters["base"], told(3), layers={0: 1.0, 2: 0.5}, mask=mask)],
+    ):  # fmt: skip
+        expected, found = (each("a strawberry", image_prompts=prompts, **options) for each in (pipe, fast))
+        assert (expected.latents - found.latents).abs().max() < 1e-3
+    without = pipe.accelerate("onnx", engines=tmp_path, components=["unet"])
+    with pytest.warns(NativesdWarning, match="exported without slots for image prompts: PyTorch runs it instead"):
+        found = without("a strawberry", image_prompts=[base], **options)
+    assert torch.equal(found.latents, pipe("a strawberry", image_prompts=[base], **options).latents)
