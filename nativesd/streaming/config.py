@@ -82,8 +82,8 @@ class _Reader:
             "similar_image_filter_max_skip_frame": lambda *_: None,
             "use_controlnet": lambda *_: None, "controlnets": self._controls, "controlnet_config": self._controls,
             "prompt_blending": self._blending, "seed_blending": self._seeds,
-            "ipadapter_config": self._only("ipadapter_config", None, "there is no IP-Adapter"),
-            "use_ipadapter": self._only("use_ipadapter", False, "there is no IP-Adapter"),
+            "ipadapter_config": self._only("ipadapter_config", None, "IP-Adapters are given as image_prompts="),
+            "use_ipadapter": self._only("use_ipadapter", False, "IP-Adapters are given as image_prompts="),
         }  # fmt: skip
 
     def settings(self) -> Settings:

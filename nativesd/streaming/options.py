@@ -6,13 +6,15 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_args
 
 from nativesd.diffusion.control import Control
+from nativesd.diffusion.image_prompts import ImageEncoder, ImagePrompt
 from nativesd.errors import UsageError
 from nativesd.pipeline.arguments import ELSEWHERE, LoadOptions, Lora, readers_of, refuse_unknown
 from nativesd.pipeline.readers import flag, is_list, one_of, real, shown, to_whole, whole
-from nativesd.pipeline.records import read_controls, read_loras
+from nativesd.pipeline.records import read_controls, read_image_encoder, read_image_prompts, read_loras
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.streaming.batch import Residual
 from nativesd.streaming.frames import OUTPUTS, Output
@@ -44,6 +46,8 @@ class Changeable(TypedDict, total=False):
     blend: Blend | None
     renoise: bool | None
     control_scales: Sequence[float] | None
+    image_prompts: ImagePrompt | Sequence[ImagePrompt] | None
+    image_encoder: ImageEncoder | str | Path | None
     skip_similar: Similar | bool | None
 
 
@@ -156,6 +160,8 @@ class Asked:
     renoise: Annotated[bool, flag] = True
     control: Annotated[Sequence[Control], read_controls] = ()
     control_scales: Annotated[tuple[float, ...] | None, _scales] = None
+    image_prompts: Annotated[Sequence[ImagePrompt], read_image_prompts] = ()
+    image_encoder: Annotated[ImageEncoder | str | Path | None, read_image_encoder] = None
     skip_similar: Annotated[Similar | None, _similar] = None
     loras: Annotated[Sequence[tuple[str, float, float]] | None, read_loras] = None
     output: Annotated[Output, one_of(*OUTPUTS)] = "pil"

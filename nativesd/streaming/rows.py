@@ -23,7 +23,13 @@ Need = tuple[str, str, Delegate | None, Request]
 
 
 def require_rows(
-    pipeline: Pipeline, controls: Sequence[Control], slots: int, request: Request, size: tuple[int, int]
+    pipeline: Pipeline,
+    controls: Sequence[Control],
+    slots: int,
+    request: Request,
+    size: tuple[int, int],
+    *,
+    images: bool = False,
 ) -> None:
     """Raises UsageError where a backend cannot serve `request` in every frame, with the command that mends it."""
     graphs = pipeline.acceleration
@@ -36,6 +42,11 @@ def require_rows(
                 f"{control.model.name} is a T2I-Adapter, for whose features exported UNets have no inputs: stream "
                 "without backend="
             )
+    if images and isinstance(pipeline.unet, AcceleratedUNet) and not pipeline.unet.delegate.runner.schema.images:
+        raise UsageError(
+            "the UNet was exported without inputs for image prompts: accelerate it with image_prompts=True, or stream "
+            "without backend="
+        )
     engines = graphs.backend.startswith("tensorrt")
     for what, component, delegate, asked in _needs(pipeline, controls, request):
         reason = "there is no engine of it" if delegate is None else delegate.refusal(asked)

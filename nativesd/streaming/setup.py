@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nativesd.diffusion.config import PLAIN, PipelineConfig
+from nativesd.diffusion.control import acts
+from nativesd.diffusion.image_keys import ImageKeyring
+from nativesd.diffusion.image_prompts import ImageEncoder, ImagePrompt
 from nativesd.errors import UsageError
 from nativesd.export.slots import Request
+from nativesd.models.unet import ImageContext
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.pipeline.tagged import LoraUse, tagged_prompts
 from nativesd.streaming.batch import Plan, extra_rows, make_plan
@@ -60,6 +65,10 @@ class Setup:
     told_of: tuple[object, ...]
     """What `told` depends on."""
     plan: Plan
+    images: ImageContext | None
+    """What image prompts show to every row of the UNet"""
+    images_of: tuple[object, ...]
+    """What `images` depends on, by identity"""
 
 
 def require_streamable(pipeline: Pipeline) -> None:
@@ -104,6 +113,8 @@ def make_setup(pipeline: Pipeline, asked: Asked, size: tuple[int, int], before: 
         )
     own_loras = pipeline.own_loras if asked.loras is None else asked.loras
     texts, loras = tagged_prompts([text for text, _ in asked.prompts], own_loras, ())
+    image_prompts = pipeline.adapted(asked.image_prompts)
+    loras = [*loras, *pipeline.identity_loras(image_prompts)]
     pipeline.merge(loras, partial=pipeline.own_partial)
 
     is_told = config.unet.guidance is not None  # LCM's UNets are told the scale, and guide themselves
@@ -131,6 +142,33 @@ def make_setup(pipeline: Pipeline, asked: Asked, size: tuple[int, int], before: 
         ladder, noise, config.prediction, guidance_scale=asked.guidance_scale, residual=residual, delta=asked.delta,
         renoise=asked.renoise, device=pipeline.device,
     )  # fmt: skip
-    request = Request(plan.rows, noise.shape[2], noise.shape[3], told.context.states.shape[1])
-    require_rows(pipeline, asked.control, plan.slots, request, size)
-    return Setup(asked, ladder, loras, noises, told, told_of, plan)
+    images_of = (asked.image_prompts, asked.image_encoder, told)
+    if before is not None and all(one is other for one, other in zip(before.images_of, images_of, strict=True)):
+        images = before.images
+    else:
+        cells = (noise.shape[2], noise.shape[3])
+        images = _shown(pipeline, image_prompts, asked.image_encoder, told, len(ladder), cells)
+    groups = (1, 1) if images is None else tuple(next(iter(images.keys.values())).shape[2:4])
+    request = Request(plan.rows, noise.shape[2], noise.shape[3], told.context.states.shape[1], *groups)
+    require_rows(pipeline, asked.control, plan.slots, request, size, images=images is not None)
+    return Setup(asked, ladder, loras, noises, told, told_of, plan, images, images_of)
+
+
+def _shown(
+    pipeline: Pipeline,
+    prompts: Sequence[ImagePrompt],
+    image_encoder: ImageEncoder | str | Path | None,
+    told: Told,
+    slots: int,
+    cells: tuple[int, int],
+) -> ImageContext | None:
+    """What every row of the UNet is shown of image prompts, which act in the slots whose step is between their ends."""
+    if not prompts:
+        return None
+    keyring = ImageKeyring(
+        pipeline.prepared(prompts, image_encoder), pipeline.config.unet, cells, device=pipeline.device,
+        dtype=pipeline.dtype,
+    )  # fmt: skip
+    rows = len(told.prompt)
+    factors = [[float(acts(each, row % slots, slots)) for row in range(rows)] for each in keyring.prompts]
+    return keyring.context(told.prompt.flatten(), factors)

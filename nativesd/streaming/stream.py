@@ -232,7 +232,7 @@ class Stream:
         self._clock.mark("control")
         answer: Tensor = unet(
             latents, told.time, told.context, pooled=told.pooled, time_ids=told.time_ids, guidance=told.guidance,
-            residuals=residuals, adapter=adapter,
+            residuals=residuals, adapter=adapter, images=self._now.images,
         )  # fmt: skip
         self._clock.mark("unet")
         return answer.float()

@@ -113,7 +113,7 @@ def test_settings_of_the_embedded_model_make_a_stream(tmp_path: Path) -> None:
         ("use_lcm_lora: true", "name it with lcm_lora_id"),
         ("acceleration: [1]", "acceleration must be one of"),
         ("mode: video", "mode must be one of"),
-        ("ipadapter_config: {x: 1}", "there is no IP-Adapter"),
+        ("ipadapter_config: {x: 1}", "IP-Adapters are given as image_prompts="),
         ("t_index_list: x\nnum_inference_steps: 4", "must be whole numbers"),
         ("prompt_blending: {prompts: []}", "must be pairs, or have prompt_list"),
         ("lora_dict: [a]", "files with their scales"),
