@@ -117,10 +117,13 @@ class Plan:
         """Leave out jobs that are done."""
         self._tables.executemany("INSERT INTO skipped VALUES (?)", ((each,) for each in ids))
 
-    def is_left(self, name: str) -> bool:
-        """Whether an id is that of an own job that is not skipped."""
-        query = "SELECT 1 FROM jobs WHERE id = ? AND id NOT IN (SELECT id FROM skipped)"
-        return self._tables.execute(query, (name,)).fetchone() is not None
+    def is_stale(self, line: Mapping[str, Any]) -> bool:
+        """Whether a line of the results tells of an own job that is not skipped, or for which a newer line does."""
+        query = (
+            "SELECT skipped.id, told.line FROM jobs JOIN told USING (id) LEFT JOIN skipped USING (id) WHERE jobs.id = ?"
+        )
+        found = self._tables.execute(query, (line["id"],)).fetchone()
+        return found is not None and (found[0] is None or found[1] != json.dumps(line))
 
     def jobs(self) -> Iterator[Job]:
         """The jobs that are not skipped: model after model, shape after shape, in the order of the file."""

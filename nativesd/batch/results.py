@@ -78,13 +78,13 @@ def look_at(out: Path, line: Mapping[str, Any]) -> Found:
     """Whether the picture of a line of the results is what it was: as long, readable, and of a PNG the same pixels."""
     path = out / str(line["file"])
     try:
-        if path.stat().st_size != line["bytes"]:  # decoders forgive an end that is missing
+        if path.stat().st_size != line.get("bytes"):  # decoders forgive an end that is missing
             return "damaged"
         with opened(path) as image:
             image.load()
-            same = image.size == (line["width"], line["height"])
+            same = image.size == (line.get("width"), line.get("height"))
             if same and path.suffix[1:] in LOSSLESS:
-                same = pixel_hash(image) == line["sha256"]
+                same = pixel_hash(image) == line.get("sha256")
     except FileNotFoundError:
         return "missing"
     except (NativesdError, OSError, SyntaxError, ValueError):  # what decoders raise for a damaged file
@@ -103,7 +103,7 @@ def _read(raw: bytes) -> dict[str, Any] | None:
     """A line, where it is one of the results, and whole."""
     try:
         line = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = raw.endswith(b"\n") and isinstance(line, dict) and isinstance(line.get("id"), str)
     return line if whole else None
@@ -116,20 +116,20 @@ class Results:
         self.path = out / f"results.{shard.name}.jsonl"
         self._file: BinaryIO | None = None
 
-    def keep(self, wanted: Callable[[str], bool]) -> None:
-        """Leave out the lines of ids that are not wanted, and what a killed process left unfinished at the end.
+    def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Leave out the lines that are not wanted, and what a killed process left unfinished at the end.
 
         The file is written anew where something is left out. Raises SourceError.
         """
         try:
             with self.path.open("rb") as file:
-                stale = any((line := _read(raw)) is None or not wanted(line["id"]) for raw in file)
+                stale = any((line := _read(raw)) is None or not wanted(line) for raw in file)
         except FileNotFoundError:
             return
         if stale:
             with fresh(self.path, replace=True) as temporary, self.path.open("rb") as old, temporary.open("wb") as new:
                 for raw in old:
-                    if (line := _read(raw)) is not None and wanted(line["id"]):
+                    if (line := _read(raw)) is not None and wanted(line):
                         new.write(raw)
 
     def add(self, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -88,7 +88,7 @@ class Run:
         with hold(self.out / f"results.{self.shard.name}"):
             self._skip_done(tally, looked)
             results = Results(self.out, self.shard)
-            results.keep(lambda name: not self.plan.is_left(name))
+            results.keep(lambda line: not self.plan.is_stale(line))
             try:
                 yield results
             finally:

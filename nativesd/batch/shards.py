@@ -50,6 +50,11 @@ def read_shard(text: str | None, environment: Mapping[str, str] = os.environ) ->
     return shard
 
 
+def local_rank(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Which of the processes that torchrun started on this machine this is, from 0."""
+    return _number(environment, "LOCAL_RANK")
+
+
 def _ranks(environment: Mapping[str, str]) -> Shard | None:
     rank, world = (_number(environment, name) for name in ("RANK", "WORLD_SIZE"))
     return None if rank is None or world is None else _within(rank, world, "RANK", "WORLD_SIZE")

@@ -123,6 +123,8 @@ def batch(
         raise click.UsageError("--workers does nothing without --ray")
     part = read_shard(shard)
     options = {name: value for name, value in given.items() if value not in (None, ())}
+    if shard == "auto" and "device" not in options and (device := _own_device()) is not None:
+        options["device"] = device
     if "loras" in options:
         options["loras"] = [list(lora_use(text)) for text in options["loras"]]
     if pixels is not None:
@@ -153,6 +155,16 @@ def batch(
             finally:
                 told.close()
     return _report(tally, told)
+
+
+def _own_device() -> str | None:
+    """The GPU of this one of several processes that torchrun started on a machine; None: the default."""
+    import torch
+
+    from nativesd.batch.shards import local_rank
+
+    rank = local_rank()
+    return None if rank is None or rank >= torch.cuda.device_count() else f"cuda:{rank}"
 
 
 @contextmanager

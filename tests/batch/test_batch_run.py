@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from nativesd.batch.results import read_results
 from nativesd.batch.run import Run, Tally
 from nativesd.batch.shards import Shard
 from nativesd.batch.studio import FAULTS, BrokenError, Setting
+from nativesd.cli import batch as told
 from nativesd.errors import NoMemoryError, UsageError
 from nativesd.pictures.result import Result
 
@@ -229,6 +231,21 @@ def test_a_torn_line_is_mended(stub: Stub, jobs: Path, tmp_path: Path) -> None:
         assert len(hashes(out)) == PICTURES
 
 
+def test_results_that_others_spoilt(stub: Stub, jobs: Path, tmp_path: Path) -> None:
+    """Lines that say too little, or what no run writes, are no reason to end."""
+    out = tmp_path / "out"
+    paint(jobs, out)
+    results = out / "results.1-of-1.jsonl"
+    fox = lines(out)["fox"]
+    odd: list[Any] = [[], {}, {"id": 5}, {"id": "fox"}, {**fox, "file": "../../fox.png"}, {
+        name: value for name, value in fox.items() if name != "sha256"}]  # fmt: skip
+    for line in [json.dumps(each) for each in odd] + ["[" * 100_000, "\x00", "nonsense"]:
+        results.write_text(results.read_text() + line + "\n")
+        tally = paint(jobs, out)
+        assert tally.skipped + tally.painted == PICTURES
+        assert len(hashes(out)) == PICTURES
+
+
 def test_two_processes_do_not_paint_one_shard(stub: Stub, jobs: Path, tmp_path: Path) -> None:
     def second(_: Tally) -> None:
         with pytest.raises(UsageError, match=r"another process is writing .*results\.1-of-1"):
@@ -349,6 +366,17 @@ def test_bad_files_are_refused_before_the_first_picture(run: Command, jobs: Path
         assert (done.returncode, done.stdout) == (3, "")
         assert f"line {len(ROWS) + 1}: there is no column 'promt': did you mean prompt?" in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_progress_where_there_is_no_terminal(
+    run: Command, stub: Stub, jobs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(told, "EVERY", 0.0)
+    done = run("batch", "jobs.jsonl", "out", "--batch-size", "1", "--steps", "1")
+    found = re.findall(r"(\d+) of 8 rows, 0 failed, [\d.]+ pictures per second, time left: \d+ min \d+ s", done.stderr)
+    assert [int(number) for number in found] == [2, 3, 4, 5, 6, 7, 8]
+    again = run("batch", "jobs.jsonl", "out", "--steps", "1")
+    assert "pictures that are there already are looked at" in again.stderr
 
 
 def test_checking_paints_nothing(run: Command, jobs: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as arrow
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -20,6 +22,7 @@ from nativesd.batch.files import Row
 from nativesd.batch.jobs import Job, seed_of
 from nativesd.batch.plan import Plan
 from nativesd.batch.shards import Shard, read_shard
+from nativesd.cli.batch import _own_device
 from nativesd.errors import NativesdError, SourceError, UsageError
 from nativesd.pipeline.arguments import Checked, check
 
@@ -190,6 +193,12 @@ def test_lists_pass_through(tmp_path: Path) -> None:
     assert job.extra == {"tags": ["x", "y"]}
 
 
+def test_parquet_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match=r"jobs\.parquet: Parquet files need pyarrow: pip install"):
+        read(tmp_path / "jobs.parquet")
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "jobs.csv").mkdir()
     for name in ("jobs.csv", "missing.txt"):
@@ -305,6 +314,14 @@ def test_shards_share_out_all_rows(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_shards_are_read(text: str | None, environment: dict[str, str], expected: Shard) -> None:
     assert read_shard(text, environment) == expected
+
+
+def test_torchruns_processes_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank, expected in ((None, None), ("0", "cuda:0"), ("1", "cuda:1"), ("2", None)):
+        if rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        assert _own_device() == expected
 
 
 @pytest.mark.parametrize(
