@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import random
 import threading
 import uuid
 from collections.abc import Iterator
@@ -17,11 +20,13 @@ import websocket
 from PIL import Image, ImageDraw
 
 import nativesd
+from attacks.values import deeply_changed, spoiled
 from nativesd.server.apis.own import jpeg
 from nativesd.server.apis.streams import routes, session
 from nativesd.server.jobs.line import Line
 from nativesd.server.settings import Limits
-from server.fixtures import PROMPT, SLOW, Running, file_of, pixels, serving, until
+from server.fixtures import PROMPT, SLOW, Running, encoded, file_of, pixels, serving, until
+from server.test_random_bodies import WRONG
 
 OPTIONS = {"prompt": PROMPT, "steps": 2, "strength": 0.3}
 
@@ -125,6 +130,71 @@ def test_pictures_are_the_librarys_and_options_change_on_the_way(server: Running
         assert shown.rest() == b"--frame\r\n"
 
 
+def test_frames_steer_themselves(server: Running, pipe: nativesd.Pipeline) -> None:
+    """By their own edges, and by a picture that stays; scales change on the way."""
+    files = frames(4)
+    edges = Image.open(BytesIO(files[0]))
+    still = nativesd.canny(edges)
+    controls = [nativesd.Control("tiny", preprocess="canny", end=0.9), nativesd.Control("tiny", still, scale=0.5)]
+    stream = pipe.stream(loras=["tiny-lcm"], control=controls, **OPTIONS)
+    said = [
+        {"model": "tiny", "preprocess": "canny", "end": 0.9}, {"model": "tiny", "image": encoded(still), "scale": 0.5},
+    ]  # fmt: skip
+    with connected(server) as client:
+        shown = Pictures(client)
+        for number, file in enumerate(files):
+            options: dict[str, Any] = {**OPTIONS, "control": said}
+            if number >= 2:
+                options["control_scales"] = [0.3, 0]
+                stream.update(control_scales=[0.3, 0])
+            wanted = stream(Image.open(BytesIO(file)))
+            client.send(options, file)
+            if wanted is not None:
+                np.testing.assert_array_equal(pixels(shown.next()), jpeg_pixels(wanted))
+            client.until_asked()
+
+
+RANDOM = int(os.environ.get("NATIVESD_RANDOM_BODIES", "12"))
+GOOD: dict[str, Any] = {
+    **OPTIONS, "negative_prompt": "green", "guidance_scale": 1.5, "residual": "self", "delta": 0.9, "seed": 3,
+    "width": 64, "height": 64, "skip_similar": None, "control": [{"model": "tiny", "preprocess": "canny"}],
+    "loras": [["tiny-lcm", 1.0]], "prompts": None, "model": "tiny", "renoise": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_messages_are_answered(server: Running, seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Each by a picture or a sentence, and none by a fault of the program."""
+    rng, file = random.Random(seed), frames(1)[0]
+    with caplog.at_level(logging.ERROR):
+        for _ in range(-(-RANDOM // 4)):
+            client = Client(server)
+            assert client.heard()["status"] == "connected"
+            reader = Pictures(client)
+            try:
+                for _ in range(3):
+                    options = deeply_changed(rng, GOOD, WRONG)
+                    words = json.dumps(options)
+                    if rng.random() < 0.2:
+                        words = spoiled(rng, words.encode()).decode(errors="replace")
+                    client.socket.send(json.dumps({"status": "next_frame"}))
+                    client.socket.send(words.encode(), websocket.ABNF.OPCODE_BINARY if rng.random() < 0.1 else 1)
+                    client.socket.send_binary(spoiled(rng, file) if rng.random() < 0.3 else file)
+                    while (told := client.heard())["status"] not in ("send_frame", "error"):
+                        pass
+                    if told["status"] == "error":
+                        assert 0 < len(told["message"]) < 2000
+                        assert "fault" not in told["message"]
+                        break
+            except (websocket.WebSocketException, ConnectionError):
+                pass  # it was told, and its connection closed, while it sent
+            finally:
+                client.socket.close()
+                reader.answer.close()
+    assert [record for record in caplog.records if not record.name.startswith("websocket")] == []
+    assert server.get("/health").ok
+
+
 def test_of_frames_that_wait_there_is_the_newest(server: Running, pipe: nativesd.Pipeline) -> None:
     files = frames(4)
     one = {**OPTIONS, "steps": 1}
@@ -214,7 +284,12 @@ BOMB = file_of(Image.new("1", (5000, 5000)))
         ({"prompts": [["a", 1]] * 17}, frames(1)[0], "prompts must be at most 16"),
         ({"model": "/etc/passwd"}, frames(1)[0], "there is no model"),
         ({"loras": ["/etc/passwd"]}, frames(1)[0], "there is no LoRA"),
-        ({"control": ["tiny"]}, frames(1)[0], "control cannot be asked for"),
+        ({"control": ["tiny"]}, frames(1)[0], "control must"),
+        ({"control": "tiny"}, frames(1)[0], "control must be a list"),
+        ({"control": [{"model": "../x"}]}, frames(1)[0], "there is no ControlNet"),
+        ({"control": [{"model": "tiny", "preprocess": "os.system"}]}, frames(1)[0], "control must be preprocessed"),
+        ({"control": [{"model": "tiny", "image": "/etc/passwd"}]}, frames(1)[0], "control"),
+        ({"control": [{"model": "tiny"}] * 17}, frames(1)[0], "control must be at most 16"),
     ],
 )
 def test_what_cannot_be_is_an_error_and_the_end(

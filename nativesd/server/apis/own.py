@@ -91,7 +91,9 @@ def read_order(body: Mapping[str, Any], context: Context) -> Order:
     if "loras" in given:
         given["loras"] = [named_lora(value, context) for value in listed("loras", given["loras"])]
     if "control" in given:
-        given["control"] = [_control(value, context, intake) for value in listed("control", given["control"])]
+        given["control"] = [named_control(value, context, intake) for value in listed("control", given["control"])]
+        if not all(control.image for control in given["control"]):
+            raise UsageError("control must have a model and an image")
     if isinstance(given.get("seed"), list) and len(given["seed"]) > context.settings.limits.batch:
         raise UsageError(f"seed must be at most {context.settings.limits.batch} numbers on this server")
     order = Order(model, [Call(prompt, {**given, **with_loras(context)})], refiner)
@@ -118,16 +120,15 @@ def _region(value: Any, intake: Intake) -> Region:
     return region if region.mask is None else replace(region, mask=intake.picture("regions.mask", region.mask))
 
 
-def _control(value: Any, context: Context, intake: Intake) -> Control:
+def named_control(value: Any, context: Context, intake: Intake) -> Control:
+    """A `Control` from JSON, whose model is a name of the catalogue and whose image, where it has one, is base64."""
     control = record_of(Control, "control", value)
-    if control.image is None:
-        raise UsageError("control must have a model and an image")
     if control.preprocess not in (None, "canny"):
         raise UsageError("control must be preprocessed by canny or not at all")
     return replace(
         control,
         model=context.catalogue.control(text("control", control.model)),
-        image=intake.picture("control", control.image),
+        image=None if control.image is None else intake.picture("control", control.image),
     )
 
 

@@ -80,14 +80,13 @@ async def socket(connection: WebSocket) -> None:
     except UsageError as error:
         await _end(connection, "error", str(error))
         return
-    hearing = working = None
+    tasks: list[asyncio.Task[None]] = []
     try:
         await connection.send_json({"status": "connected", "message": "Connected"})
         await connection.send_json({"status": "send_frame"})
-        hearing = asyncio.ensure_future(_hear(connection, session))
-        working = asyncio.ensure_future(_work(connection, session))
-        await asyncio.wait({hearing, working}, return_when=asyncio.FIRST_COMPLETED)
-        for each in (working, hearing):
+        tasks = [asyncio.create_task(work(connection, session)) for work in (_work, _hear)]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for each in tasks:
             if each.done():
                 each.result()
     except TimeoutError:
@@ -98,10 +97,9 @@ async def socket(connection: WebSocket) -> None:
         await _end(connection, "error", failure_of(error, "a stream").message)
     finally:
         await session.leave()
-        if hearing is not None:
-            hearing.cancel()
-        if working is not None:
-            await asyncio.wait({working})  # for the frame that it has
+        if tasks:
+            tasks[1].cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # the work ends behind the frame that it has
         await run_in_threadpool(session.close)
         del sessions_of(connection)[name]
 

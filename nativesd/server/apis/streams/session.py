@@ -12,17 +12,18 @@ from PIL import Image
 
 from nativesd.errors import UsageError
 from nativesd.pipeline.readers import shown
-from nativesd.server.apis.own import jpeg, named_lora
+from nativesd.server.apis.own import jpeg, named_control, named_lora
 from nativesd.server.context import Context
 from nativesd.server.jobs.shelf import Shelf
 from nativesd.server.wire.bodies import Intake
+from nativesd.server.wire.fields import listed
 from nativesd.streaming.stream import Stream
 
 PATIENCE = 60.0
 """Seconds in which there must be a frame, and somebody who reads the pictures."""
 QUALITY = 90
 """Of the JPEG files."""
-OPENING = ("model", "loras")
+OPENING = ("model", "loras", "control")
 """Options that are names of the server, beside those of `Pipeline.stream`."""
 
 
@@ -128,16 +129,17 @@ class Session:
 
     def _opened(self, options: Mapping[str, Any]) -> Stream:
         asked = _bounded(options, self.context)
-        model, loras = (asked.pop(name, None) for name in OPENING)
+        model, loras, control = (asked.pop(name, None) for name in OPENING)
         catalogue = self.context.catalogue
         if model is not None and not isinstance(model, str):
             raise UsageError(f"model must be a name, not {shown(model)}")
         if loras is not None:
-            if not isinstance(loras, list):
-                raise UsageError(f"loras must be a list of names, not {shown(loras)}")
-            asked["loras"] = [named_lora(each, self.context) for each in loras]
+            asked["loras"] = [named_lora(each, self.context) for each in listed("loras", loras)]
         elif catalogue.models[catalogue.model(model)] == "tiny":
             asked["loras"] = ["tiny-lcm"]  # as `nativesd.stream` has it
+        if control is not None:
+            intake = self.context.intake()
+            asked["control"] = [named_control(each, self.context, intake) for each in listed("control", control)]
         return self.shelf.pipeline(model).stream(**asked)
 
     def close(self) -> None:
@@ -149,13 +151,12 @@ class Session:
 def _bounded(options: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """Options within the server's bounds. Raises UsageError for others, and for what is no client's business."""
     limits = context.settings.limits
-    for name in ("control", "output"):
-        if name in options:
-            raise UsageError(f"{name} cannot be asked for here")
+    if "output" in options:
+        raise UsageError("output cannot be asked for here")
     for name in ("width", "height"):
         if isinstance(side := options.get(name), int | float) and side > limits.side:
             raise UsageError(f"{name} must be at most {limits.side} pixels on this server, not {shown(side)}")
-    for name in ("prompts", "seeds", "loras"):
+    for name in ("prompts", "seeds", "loras", "control"):
         if isinstance(several := options.get(name), list) and len(several) > limits.batch:
             raise UsageError(f"{name} must be at most {limits.batch} on this server, not {len(several)}")
     return dict(options)
