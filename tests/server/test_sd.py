@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 import nativesd
 from nativesd.pictures.infotext import parse_infotext
+from nativesd.server.wire.answers import field_of
 from server.fixtures import PROMPT, SLOW, Running, encoded, pixels, serving, until
 
 HERE: dict[str, Any] = {"prompt": PROMPT, "seed": 7, "steps": 3, "width": 64, "height": 64, "cfg_scale": 4}
@@ -122,6 +123,24 @@ def test_controlnet(api: webuiapi.WebUIApi, pipe: nativesd.Pipeline, picture: Im
     control = nativesd.Control("tiny", edges, scale=0.8, end=0.7)
     same(made.image, pipe(PROMPT, **OURS, control=control, guess_mode=True))
     same(api.txt2img(**HERE).image, pipe(PROMPT, **OURS))  # webuiapi would repeat the unit, were it not told of it
+
+
+def test_what_of_a_unit_is_not_heeded_is_named(server: Running, picture: Image.Image) -> None:
+    unit = {"model": "tiny", "image": encoded(picture), "module": "canny", "pixel_perfect": True, "processor_res": 768,
+            "hr_option": "Low res only", "mask": encoded(picture)}  # fmt: skip
+    made = server.post("/sdapi/v1/txt2img", {**HERE, "alwayson_scripts": {"controlnet": {"args": [unit]}}}).json()
+    notes = " ".join(json.loads(made["info"])["notes"])
+    for name in ("pixel_perfect", "processor_res", "hr_option", "mask"):
+        assert f".{name} " in notes
+    usual = {**unit, "pixel_perfect": False, "processor_res": 512, "hr_option": "Both", "mask": None}
+    made = server.post("/sdapi/v1/txt2img", {**HERE, "alwayson_scripts": {"controlnet": {"args": [usual]}}}).json()
+    assert json.loads(made["info"])["notes"] == []
+
+
+def test_a_sentence_that_is_about_no_field() -> None:
+    assert field_of("nothing is left of the mask at 8 pixels per latent cell") is None
+    assert field_of("there is no such thing") is None
+    assert field_of("mask is no picture") == "mask"
 
 
 def test_loras_in_prompts(api: webuiapi.WebUIApi, pipe: nativesd.Pipeline, lora_dir: Any) -> None:

@@ -39,7 +39,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 Style = Callable[[Refusal], Response]
 """How an API says a refusal."""
 _FIELD = re.compile(
-    r"(?!there )([a-z]\w*)(?=(?:\[\d+\])?(?:\.\w+)*(?: and \w+)? (?:must|is|are|cannot|makes|has|takes)\b|:)"
+    r"(?!there |nothing )([a-z]\w*)(?=(?:\[\d+\])?(?:\.\w+)*(?: and \w+)? (?:must|is|are|cannot|makes|has|takes)\b|:)"
 )
 _OPTION = re.compile(r"there is no (?:(?:option|field) '(\w+)'|(sampler|schedule|model) )")
 

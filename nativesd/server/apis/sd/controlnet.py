@@ -32,6 +32,8 @@ VERSION = 3
 MOST_UNITS = 10
 MODES: Mapping[str, Fit] = {"just resize": "resize", "crop and resize": "crop", "resize and fill": "fill"}
 MODE_NUMBERS = tuple(MODES)
+DEFAULT_RESOLUTIONS = (-1, 64, 512)
+"""Of preprocessors, in the extension's versions."""
 UNHEEDED = ("mask", "mask_image", "effective_region_mask", "ipadapter_input")
 IMPORTANCE = ("balanced", "my prompt is more important", "controlnet is more important")
 
@@ -151,6 +153,11 @@ def _control(
     if mode != "resize" and width is not None and height is not None:
         hint = fit(hint, width, height, mode).image
     unheeded += [f"{where}.{name}" for name in UNHEEDED if fields.get(name)]
+    if module != "none":  # edges are found in the picture as it is
+        if fields.get("pixel_perfect"):
+            unheeded.append(f"{where}.pixel_perfect")
+        if fields.get("processor_res", -1) not in DEFAULT_RESOLUTIONS:
+            unheeded.append(f"{where}.processor_res")
     if str(fields.get("hr_option", "Both")) not in ("Both", "HiResFixOption.BOTH", "0"):
         unheeded.append(f"{where}.hr_option (taken: Both)")
     control = Control(
