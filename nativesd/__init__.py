@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from nativesd.diffusion.image_prompts import ImagePrompt as ImagePrompt
     from nativesd.diffusion.prompting import SDXL as SDXL
     from nativesd.diffusion.regions import Region as Region
+    from nativesd.diffusion.tiles import Tiles as Tiles
     from nativesd.latents.preview import Step as Step
     from nativesd.loading.control import load_control as load_control
     from nativesd.loading.image_prompts import load_image_adapter as load_image_adapter
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from nativesd.pipeline.hires import Hires as Hires
     from nativesd.pipeline.pipeline import Pipeline as Pipeline
     from nativesd.pipeline.repeat import options_from as options_from
+    from nativesd.pipeline.upscaling import load_upscaler as load_upscaler
     from nativesd.sampling.options import Sampling as Sampling
     from nativesd.sampling.variation import Variation as Variation
     from nativesd.streaming.frames import Frame as Frame
@@ -76,8 +78,10 @@ _HOMES = {
     "latents.preview": ("Step",),
     "diffusion.prompting": ("SDXL",),
     "diffusion.regions": ("Region",),
+    "diffusion.tiles": ("Tiles",),
     "pipeline.pipeline": ("Pipeline",),
     "pipeline.repeat": ("options_from",),
+    "pipeline.upscaling": ("load_upscaler",),
     "sampling.options": ("Sampling",),
     "sampling.variation": ("Variation",),
     "streaming.similar": ("Similar",),
@@ -111,6 +115,7 @@ __all__ = [
     "Similar",
     "Step",
     "Stream",
+    "Tiles",
     "Variation",
     "__version__",
     "audit",
@@ -127,6 +132,7 @@ __all__ = [
     "load_control",
     "load_image_adapter",
     "load_image_encoder",
+    "load_upscaler",
     "merge",
     "options_from",
     "resize_lora",

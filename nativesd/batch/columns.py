@@ -22,9 +22,11 @@ from nativesd.batch.jobs import HASH_DIGITS, Job, digest, read_id, seed_of
 from nativesd.diffusion.control import Control
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
+from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import SourceError, UsageError, quote
 from nativesd.pictures.images import read_image
-from nativesd.pipeline.arguments import ELSEWHERE, CallOptions, Checked, LoadOptions, check, readers_of
+from nativesd.pipeline.arguments import CallOptions, Checked, LoadOptions, check, readers_of
+from nativesd.pipeline.elsewhere import ELSEWHERE
 from nativesd.pipeline.hires import Hires
 from nativesd.pipeline.readers import Reader, flag, is_list, shown, text, to_real, to_whole, whole
 from nativesd.pipeline.records import MOST_PICTURES, read_seed, record_of
@@ -239,6 +241,7 @@ BUILT: Mapping[str, Callable[[str, Any], Any]] = {
     "sdxl": lambda name, value: record_of(SDXL, name, value),
     "variation": lambda name, value: record_of(Variation, name, value),
     "sampling": lambda name, value: record_of(Sampling, name, value),
+    "tiles": lambda name, value: record_of(Tiles, name, value) if isinstance(value, Mapping) else value,
     "regions": lambda name, value: [record_of(Region, name, each) for each in value],
 }
 """What makes of JSON what a call takes."""

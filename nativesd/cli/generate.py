@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Border, Size, embedding_files, lora_use, main, say, tell
+from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Border, Size, embedding_files, main, say, tell
+from nativesd.cli.given import for_python
 from nativesd.cli.help import flag, section, with_flags
 
 if TYPE_CHECKING:
-    from nativesd.diffusion.control import Control
-    from nativesd.diffusion.image_prompts import ImagePrompt
-    from nativesd.diffusion.regions import Region
     from nativesd.pipeline.arguments import GenerateOptions, LoadOptions
 
 BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
@@ -58,6 +56,7 @@ NEEDS = {
     click.option(
         "--tiling", type=click.Choice(["xy", "x", "y"]), help="Join the picture with itself along these axes."
     ),
+    click.option("--tiles", type=int, metavar="PIXELS", help="Work window by window, of so many pixels a side."),
     click.option("--preview", type=click.Path(path_type=Path), help="File that shows the state, at every step."),
     click.option("--from", "picture", metavar="PICTURE", help="Repeat a picture; options override its parameters."),
 )
@@ -134,7 +133,9 @@ NEEDS = {
     click.option("--hires", type=float, help='Second pass at so many times the size ("hires fix").'),
     click.option("--hires-strength", type=float, help="How much the second pass repaints [default: 0.7]."),
     click.option("--hires-steps", type=int, help="Steps of the second pass [default: the same]."),
-    click.option("--hires-upscaler", help='"latent" (or "latent (bicubic)", ...) or lanczos [default: latent].'),
+    click.option(
+        "--hires-upscaler", help='"latent" (or "latent (bicubic)", ...), lanczos, or a file [default: latent].'
+    ),
     click.option("--hires-sampler", help="Sampler of the second pass [default: the same]."),
     click.option("--hires-schedule", help="Schedule of the second pass [default: the same]."),
     click.option("--hires-prompt", help="Prompt of the second pass [default: the same]."),
@@ -217,7 +218,7 @@ def generate(
         options["prompt"] = prompt
     repeated = {} if picture is None else _repeated(picture, options)
     _require_needed(context, options, {**repeated, **options})
-    options = {**repeated, **_for_python(options)}
+    options = {**repeated, **for_python(options)}
     if "prompt" not in options:
         raise click.UsageError("pass a prompt, or a picture to repeat with --from")
 
@@ -290,82 +291,3 @@ def _require_needed(context: click.Context, given: Mapping[str, Any], options: M
         if needed and not kept:
             others = " or ".join("a --backend that keeps graphs" if n == "backend" else flags[n] for n in needed)
             raise click.UsageError(f"{flags[name]} does nothing without {others}")
-
-
-def _for_python(options: dict[str, Any]) -> dict[str, Any]:
-    """What was given on the command line, as the library takes it."""
-    if "loras" in options:
-        options["loras"] = [lora_use(text) for text in options["loras"]]
-    if "regions" in options:
-        options["regions"] = [_region(where, prompt) for where, prompt in options["regions"]]
-    if control := _controls(options):
-        options["control"] = control
-    if prompts := _image_prompts(options):
-        options["image_prompts"] = prompts
-    told = {
-        "prompt_2": "prompt_2", "negative_prompt_2": "negative_prompt_2", "original_size": "original",
-        "crop_top_left": "crop", "target_size": "target",
-    }  # fmt: skip
-    if sdxl := {field: options.pop(name) for name, field in told.items() if name in options}:
-        from nativesd.diffusion.prompting import SDXL
-
-        options["sdxl"] = SDXL(**sdxl)
-    told = {"churn": "churn", "churn_min": "churn_min", "churn_max": "churn_max", "noise_scale": "noise",
-            "sigma_min": "sigma_min", "sigma_max": "sigma_max", "rho": "rho"}  # fmt: skip
-    if sampling := {field: options.pop(name) for name, field in told.items() if name in options}:
-        from nativesd.sampling.options import Sampling
-
-        options["sampling"] = Sampling(**sampling)
-    names = {"variation_seed": "seed", "variation_strength": "strength", "seed_resize": "resize_from", "ensd": "ensd"}
-    if variation := {field: options.pop(name) for name, field in names.items() if name in options}:
-        from nativesd.sampling.variation import Variation
-
-        options["variation"] = Variation(**variation)
-    passes = {name.removeprefix("hires_"): options.pop(name) for name in list(options) if name.startswith("hires_")}
-    if "hires" in options:
-        from nativesd.pipeline.hires import Hires
-
-        options["hires"] = Hires(options["hires"], **passes)
-    return options
-
-
-def _region(where: str, prompt: str) -> Region:
-    """A region of what was given for it: four shares, else a file."""
-    from nativesd.diffusion.regions import Region
-
-    try:
-        left, top, right, bottom = map(float, where.split(","))
-    except ValueError:
-        return Region(prompt, mask=where)
-    return Region(prompt, (left, top, right, bottom))
-
-
-def _controls(options: dict[str, Any]) -> list[Control]:
-    """The --control options, taken out of `options`; those that go with them are matched by their order."""
-    from nativesd.diffusion.control import Control
-
-    controls = options.pop("control", ())
-    chosen = _by_order(options, "control", len(controls), ("scale", "start", "end", "preprocess", "kind"))
-    return [Control(model, image, **each) for (model, image), each in zip(controls, chosen, strict=True)]
-
-
-def _image_prompts(options: dict[str, Any]) -> list[ImagePrompt]:
-    """The --image-prompt options, in the same way."""
-    from nativesd.diffusion.image_prompts import ImagePrompt
-
-    prompts = options.pop("image_prompts", ())
-    settings = ("scale", "start", "end", "layers", "mask", "crop")
-    chosen = _by_order(options, "image-prompt", len(prompts), settings)
-    return [ImagePrompt(adapter, picture, **each) for (adapter, picture), each in zip(prompts, chosen, strict=True)]
-
-
-def _by_order(options: dict[str, Any], of: str, count: int, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The settings --OF-NAME that go with a repeated option --OF, taken out of `options`, for each of its `count`."""
-    settings: dict[str, tuple[Any, ...]] = {name: options.pop(f"{of}_{name}".replace("-", "_"), ()) for name in names}
-    for name, values in settings.items():
-        if len(values) > count:
-            raise click.UsageError(f"{len(values)} --{of}-{name} for {count} --{of}")
-    return [
-        {name: values[i] for name, values in settings.items() if i < len(values) and values[i] != "none"}
-        for i in range(count)
-    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -62,3 +63,35 @@ def tokens(prompt: str, literal: bool, embeddings: Sequence[str]) -> None:
         for token in chunk.tokens:
             weight = "" if token.weight == 1 else f"  x {token.weight:g}"
             click.echo(f"  {token.id:>5}  {token.text}{weight}")
+
+
+@main.command()
+@click.argument("picture", type=click.Path(path_type=Path))
+@click.option("--model", required=True, type=click.Path(), help="File of a model such as ESRGAN.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File [default: PICTURE-SCALEx.png].")
+@click.option(
+    "--scale", type=click.FloatRange(0, 64, min_open=True), help="How many times as large [default: the model's]."
+)
+@click.option("--tile", type=click.IntRange(64), help="Pixels a side that the model sees at a time [default: 512].")
+@click.option("--device", help="cpu, cuda, cuda:1, ... [default: cuda where there is one].")
+def upscale(
+    picture: Path, model: str, output: Path | None, scale: float | None, tile: int | None, device: str | None
+) -> None:
+    """Make PICTURE larger by a model; prints the path. The picture's parameters go along."""
+    from nativesd.pictures.embedded import read_texts
+    from nativesd.pictures.images import open_image
+    from nativesd.pictures.result import check_target, text_options, write_picture
+    from nativesd.pipeline.upscaling import load_upscaler, resized
+
+    small = open_image(picture)
+    loaded = load_upscaler(model, device=device)
+    if tile is not None:
+        loaded.tile, loaded.overlap = tile, min(loaded.overlap, tile // 4)
+    times = loaded.scale if scale is None else scale
+    path = output or picture.with_name(f"{picture.stem}-{times:g}x.png")
+    kind = check_target(path)
+    larger = resized(small, loaded, times)
+    text = read_texts(picture).parameters
+    fields = f"Postprocess upscale by: {times:g}, Postprocess upscaler: {loaded.name}"
+    write_picture(larger, path, **text_options(f"{text}, {fields}" if text else fields, kind))
+    click.echo(path)

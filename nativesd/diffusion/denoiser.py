@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -37,6 +37,10 @@ class Steers(Protocol):
 
     def residuals(self, latents: Tensor, time: float, sigma: float, side: Conditioning) -> list[Tensor] | None:
         """For noisy latents of unit variance (B, C, h, w), what the UNet takes as `residuals`."""
+
+    @property
+    def broken(self) -> Mapping[str, Tensor]:
+        """What adds them, by name -> whether it has made numbers that are not finite of such that are."""
 
     def adapter(self, sigma: float, copies: int) -> list[Tensor]:
         """What the UNet takes as `adapter`, `copies` rows of each."""
@@ -105,6 +109,10 @@ class Guided:
         return at.clean(
             next((o for side, o in zip(sides, outputs, strict=True) if side.role == "negative"), outputs[0])
         )
+
+    def broken(self) -> list[str]:
+        """The ControlNets that have made numbers which are not finite of such that are."""
+        return [] if self._steering is None else [name for name, flag in self._steering.broken.items() if flag]
 
     def _answers(self, batches: Sequence[_Batch], scaled: Tensor, time: float, sigma: float) -> list[Tensor]:
         """The UNet's output for every side, in their order."""

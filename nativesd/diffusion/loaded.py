@@ -165,10 +165,13 @@ class Loaded:
         tile = autoencoder.tile_size(self.tile, *side, needed=needed, free=free)
         return {"tile": tile, "slicing": self.slicing or (free is not None and needed * batch > free)}
 
-    def require_room(self, pictures: int, size: tuple[int, int]) -> None:
-        """Raise NoMemoryError where so many pictures of a size, width and height, cannot be made in the free memory."""
+    def require_room(self, pictures: int, size: tuple[int, int], window: int | None = None) -> None:
+        """Raise NoMemoryError where so many pictures of a size, width and height, cannot be made in the free memory.
+
+        window  of how many pixels a side the UNet sees at a time; None: all
+        """
         free, (width, height) = free_bytes(self.device), size
-        step = self._step_bytes(pictures, size)
+        step = self._step_bytes(pictures, size if window is None else (min(width, window), min(height, window)))
         needed = max(step, pictures * width * height * PIXEL)
         if free is not None and needed > free:
             raise NoMemoryError(

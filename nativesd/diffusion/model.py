@@ -12,7 +12,7 @@ from torch import Tensor
 from nativesd.config import UNetConfig
 from nativesd.diffusion.conditioning import Role
 from nativesd.diffusion.config import EDITING, INPAINTING
-from nativesd.diffusion.control import Control, make_hint, steer
+from nativesd.diffusion.control import Control, ControlModel, make_hint, steer
 from nativesd.diffusion.denoiser import Guided, guidance_embedding, keep_known, watch
 from nativesd.diffusion.guiding.combine import Guidance
 from nativesd.diffusion.guiding.guiders import Guider, combiners_of, guided_sides
@@ -22,6 +22,7 @@ from nativesd.diffusion.loaded import Loaded, going_around
 from nativesd.diffusion.prompting import SDXL, Frame, Sides, negative_side, over_steps, prompt_sides
 from nativesd.diffusion.regions import Region, with_regions
 from nativesd.diffusion.start import Start
+from nativesd.diffusion.tiles import Tiled, Tiles
 from nativesd.latents.preview import Step
 from nativesd.models.edits import Edit
 from nativesd.models.tiling import Circular, Tiling
@@ -66,6 +67,7 @@ class Job:
     guiders: Sequence[Guider] = ()
     regions: Sequence[Region] = ()
     tiling: Tiling | None = None
+    tiles: Tiles | None = None
     steps_before: int | None = None
     """Steps of the first pass, in the second one."""
 
@@ -159,45 +161,67 @@ class Diffusion(Loaded):
             if begin == end:
                 continue
             part = plan.part(begin, end)
-            sigmas: list[float] = plan.sigmas[:-1].tolist()
-            sides = guided_sides(model._sides(job, size, channels, steps, sigmas), job.guiders, sigmas)
-            steering = None
-            if job.control and model is self:
-                hints = [make_hint(control, self.config.unet, size, self.config.vae.factor) for control in job.control]
-                steering = steer(
-                    hints, self.config.unet, sigmas, batch=len(x), cells=(x.shape[2], x.shape[3]),
-                    device=self.device, guess=job.guess,
-                )  # fmt: skip
-            shown = None
-            if job.image_prompts and model is self:
-                keyring = ImageKeyring(
-                    job.image_prompts, self.config.unet, (x.shape[2], x.shape[3]), device=self.device, dtype=self.dtype
-                )
-                shown = ImagePrompting(keyring, sigmas)
-            guided = Guided(
-                model.unet,
-                sides,
-                job.guidance,
-                part.timestep,
-                model.config.prediction,
-                model.dtype,
-                steering,
-                model.config.scheduler.edm,
-                combiners=combiners_of(job.guiders),
-                edits=job.edits(model.config.unet),
-                shown=shown,
-            )
+            guided, networks = model._guided(job, plan, part, x, size, steps, channels, steered=model is self)
             denoise = guided if keep is None else keep_known(guided, *keep)
             settings, eta = job.choice.settings(model.config.scheduler), job.choice.eta(job.eta)
             call = Call(part, noise, settings, eta, guided.unguided, job.sampling)
             starts = [call.risen(sigma) for sigma in call.sigmas[:-1]]
             denoise = watch(denoise, starts, partial(self._report, job, begin, total))
-            networks = [model.unet, *([] if steering is None else [hint.model.module for hint in steering.networks])]
-            with model._visiting(*networks), going_around(networks, job.tiling):
+            modules = [model.unet, *(network.module for network in networks)]
+            with model._visiting(*modules), going_around(modules, job.tiling):
                 x = job.choice.sampler.run(denoise, x, call)
-            broken = [] if steering is None else [name for name, flag in steering.broken.items() if flag]
+            broken = guided.broken()
             require_finite(x, f"ControlNet {broken[0]}" if broken else f"UNet of {model.config.name}", model.dtype)
         return x / plan.end
+
+    def _guided(
+        self,
+        job: Job,
+        plan: Schedule,
+        part: Schedule,
+        x: Tensor,
+        size: tuple[int, int],
+        steps: int,
+        channels: Tensor | None,
+        *,
+        steered: bool,
+    ) -> tuple[Tiled, list[ControlModel]]:
+        """What samplers call for a `part` of the plan, over the windows of x, and the ControlNets that it asks."""
+        factor, sigmas = self.config.vae.factor, plan.sigmas[:-1].tolist()
+        hints = [make_hint(each, self.config.unet, size, factor) for each in job.control] if steered else []
+        tiles = Tiles(max(size)) if job.tiles is None else job.tiles
+        parts = []
+        networks: dict[str, ControlModel] = {}
+        for window in tiles.windows(x.shape[2], x.shape[3], factor):
+            cells = window.bottom - window.top, window.right - window.left
+            own = (cells[1] * factor, cells[0] * factor)
+            sides = self._sides(job, own, None if channels is None else window.of(channels), steps, sigmas)
+            steering = None
+            if hints:
+                seen = [replace(hint, pixels=window.of(hint.pixels, factor)) for hint in hints]
+                steering = steer(
+                    seen, self.config.unet, sigmas, batch=len(x), cells=cells, device=self.device, guess=job.guess
+                )
+                networks |= {hint.model.name: hint.model for hint in steering.networks}
+            shown = None
+            if steered and job.image_prompts:
+                keyring = ImageKeyring(job.image_prompts, self.config.unet, cells, device=self.device, dtype=self.dtype)
+                shown = ImagePrompting(keyring, sigmas)
+            guided = Guided(
+                self.unet,
+                guided_sides(sides, job.guiders, sigmas),
+                job.guidance,
+                part.timestep,
+                self.config.prediction,
+                self.dtype,
+                steering,
+                self.config.scheduler.edm,
+                combiners=combiners_of(job.guiders),
+                edits=job.edits(self.config.unet),
+                shown=shown,
+            )
+            parts.append((window, guided))
+        return Tiled(parts), list(networks.values())
 
     def _report(self, job: Job, begin: int, total: int, index: int, sigma: float, x: Tensor, denoised: Tensor) -> None:
         if job.on_step is not None:
@@ -239,6 +263,7 @@ class Diffusion(Loaded):
     def _within_memory(self, job: Job, size: tuple[int, int]) -> Job:
         """The job, with guidance one by one where the memory asks for it."""
         sides = 2 if job.guidance.guides and self.config.unet.guidance is None else 1
-        if self.fits(len(job.seeds) * sides, size):
+        seen = size if job.tiles is None else (min(size[0], job.tiles.size), min(size[1], job.tiles.size))
+        if self.fits(len(job.seeds) * sides, seen):
             return job
         return replace(job, guidance=replace(job.guidance, sequential=True))

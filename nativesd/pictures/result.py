@@ -70,8 +70,8 @@ class Result:
         height, model. These are written where they are there and not None: model_hash, strength, clip_skip, guidance (a
         text), guidance_rescale, eta, noise ("cpu" or "cuda"), image_guidance_scale, mask_blur, literal, refiner (a
         name), refiner_at, vae (a name), mask_fill, only_masked, steps_as, sdxl, sampling and variation (the fields of
-        an `SDXL`, a `Sampling`, a `Variation`), tiling, regions (of a `Region`'s fields each), hires (`Hires.fields`)
-        and loras (names to scales).
+        an `SDXL`, a `Sampling`, a `Variation`), tiling, tiles, regions (of a `Region`'s fields each), hires
+        (`Hires.fields`) and loras (names to scales).
         """
         p = self.parameters
         hires: Mapping[str, Any] = p.get("hires") or {}
@@ -100,6 +100,7 @@ class Result:
             **_variation(p.get("variation") or {}, index),
             "Regions": json.dumps(p["regions"], ensure_ascii=False) if p.get("regions") else None,
             "Tiling": None if p.get("tiling") is None else p["tiling"] == "xy" or p["tiling"],
+            "Tiles": None if p.get("tiles") is None else "{} overlap {}".format(*p["tiles"]),
             "Mask blur": p.get("mask_blur"),
             "Masked content": MASKED_CONTENT.get(p.get("mask_fill", "")),
             "Inpaint area": None if p.get("only_masked") is None else ONLY_MASKED,
@@ -138,7 +139,7 @@ class Result:
         if len(self.images) > 1:
             paths = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(len(self.images))]
         for index, target in enumerate(paths):
-            write_picture(self.images[index], target, **self._options(index, kind))
+            write_picture(self.images[index], target, **text_options(self.infotext(index), kind))
         return paths
 
     def encoded(self, index: int = 0, kind: str = "PNG", **options: Any) -> bytes:
@@ -148,21 +149,22 @@ class Result:
         too long for JPEG.
         """
         data = BytesIO()
-        self.images[index].save(data, format=kind, **{**self._options(index, kind), **options})
+        self.images[index].save(data, format=kind, **{**text_options(self.infotext(index), kind), **options})
         return data.getvalue()
 
-    def _options(self, index: int, kind: str) -> dict[str, Any]:
-        """What Pillow is told beside the format."""
-        if kind == "PNG":
-            chunk = PngInfo()
-            chunk.add_text("parameters", self.infotext(index))  # iTXt where the text is not Latin-1
-            return {"pnginfo": chunk}
-        if kind in ("JPEG", "WEBP"):
-            exif = user_comment_exif(self.infotext(index))
-            if kind == "JPEG" and len(exif) > JPEG_EXIF_BYTES:
-                raise UsageError("the parameters do not fit into a JPEG, which holds 64 kB of them: save as .png")
-            return {"exif": exif, "quality": QUALITY}
-        return {}
+
+def text_options(text: str, kind: str) -> dict[str, Any]:
+    """What Pillow is told beside a format, for files that carry parameters. Raises UsageError for too long a text."""
+    if kind == "PNG":
+        chunk = PngInfo()
+        chunk.add_text("parameters", text)  # iTXt where the text is not Latin-1
+        return {"pnginfo": chunk}
+    if kind in ("JPEG", "WEBP"):
+        exif = user_comment_exif(text)
+        if kind == "JPEG" and len(exif) > JPEG_EXIF_BYTES:
+            raise UsageError("the parameters do not fit into a JPEG, which holds 64 kB of them: save as .png")
+        return {"exif": exif, "quality": QUALITY}
+    return {}
 
 
 def _sdxl(given: Mapping[str, Any]) -> dict[str, object]:

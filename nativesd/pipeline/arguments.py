@@ -38,10 +38,12 @@ from nativesd.diffusion.model import Diffusion
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
 from nativesd.diffusion.start import MaskFill, StepsAs
+from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import UsageError
 from nativesd.latents.preview import Step
 from nativesd.models.tiling import Tiling
 from nativesd.pictures.images import Fit, ImageSource
+from nativesd.pipeline.elsewhere import ELSEWHERE
 from nativesd.pipeline.guiding import read_guidance
 from nativesd.pipeline.hires import Hires
 from nativesd.pipeline.readers import Reader, flag, is_list, one_of, real, text, whole
@@ -67,6 +69,7 @@ from nativesd.pipeline.records import (
     read_sampling,
     read_sdxl,
     read_seed,
+    read_tiles,
     read_tiling,
     read_variation,
 )
@@ -120,6 +123,7 @@ class CallOptions(TypedDict, total=False):
     schedule: str | None
     regions: Region | Sequence[Region] | None
     tiling: Tiling | None
+    tiles: Tiles | int | None
     seed: int | Sequence[int] | None
     num_images: int | None
     image: ImageSource | None
@@ -157,49 +161,6 @@ class CallOptions(TypedDict, total=False):
 
 class GenerateOptions(LoadOptions, CallOptions, total=False):
     """The options of `nativesd.generate`."""
-
-
-ELSEWHERE = {
-    "num_inference_steps": "steps", "num_images_per_prompt": "num_images", "batch_size": "num_images",
-    "n_iter": "num_images", "n": "num_images", "cfg_scale": "guidance_scale", "cfg": "guidance_scale",
-    "scale": "guidance_scale", "negative": "negative_prompt", "text": "prompt",
-    "prompts": "prompt", "sampler_name": "sampler", "sampler_index": "sampler", "sample_method": "sampler",
-    "scheduler": "sampler (which steps how) and schedule (at which noise levels)", "init_image": "image",
-    "init_images": "image", "input_image": "image", "mask_image": "mask",
-    "inpainting_fill": "mask_fill", "inpaint_full_res": "only_masked",
-    "inpaint_full_res_padding": "only_masked", "padding_mask_crop": "only_masked", "denoising_strength": "strength",
-    "denoise": "strength", "resize_mode": "resize", "enable_hr": "hires", "hr_scale": "hires", "hires_fix": "hires",
-    "denoising_end": "refiner and refiner_at", "denoising_start": "refiner and refiner_at",
-    "refiner_switch_at": "refiner_at", "cross_attention_kwargs": "loras, with their scales", "lora": "loras",
-    "lora_scale": "loras, with their scales", "control_image": "control, with nativesd.Control(model, image)",
-    "controlnet": "control, with nativesd.Control(model, image)", "controls": "control",
-    "controlnet_conditioning_scale": "the scale of a nativesd.Control",
-    "conditioning_scale": "the scale of a nativesd.Control",
-    "control_guidance_start": "the start of a nativesd.Control",
-    "control_guidance_end": "the end of a nativesd.Control",
-    "ip_adapter_image": "image_prompts, with nativesd.ImagePrompt(adapter, picture)",
-    "ip_adapter_image_embeds": "image_prompts, with nativesd.ImagePrompt(adapter, nativesd.ImageEmbeddings(...))",
-    "ip_adapter_masks": "the mask of a nativesd.ImagePrompt",
-    "ip_adapter_scale": "the scale of a nativesd.ImagePrompt",
-    "callback": "on_step", "callback_on_step_end": "on_step", "progress_callback": "on_step",
-    "generator": "seed (the number that the generator was seeded with)", "random_seed": "seed",
-    "s_churn": "sampling (its churn)", "s_tmin": "sampling (its churn_min)", "s_tmax": "sampling (its churn_max)",
-    "s_noise": "sampling (its noise)", "sigma_min": "sampling (its sigma_min)", "sigma_max": "sampling (its sigma_max)",
-    "rho": "sampling (its rho)", "churn": "sampling (its churn)",
-    "size": "width and height", "emphasis": "literal",
-    "subseed": "variation (its seed)", "subseed_strength": "variation (its strength)",
-    "eta_noise_seed_delta": "variation (its ensd)", "ensd": "variation (its ensd)",
-    "seed_resize_from_w": "variation (its resize_from)", "seed_resize_from_h": "variation (its resize_from)",
-    "prompt_2": "sdxl (its prompt_2)", "negative_prompt_2": "sdxl (its negative_prompt_2)",
-    "aesthetic_score": "sdxl (its aesthetic_score)",
-    "original_size": "sdxl (its original: width, height)", "target_size": "sdxl (its target: width, height)",
-    "crops_coords_top_left": "sdxl (its crop: left, top)",
-    "output_type": "the result's images (PIL) and latents, which are always there",
-    "pag_scale": "guidance (a nativesd.PAG)", "pag_applied_layers": "guidance (a nativesd.PAG, its layers)",
-    "guider": "guidance (a nativesd.PAG, ...)", "dynamic_thresholding_ratio": "guidance (a nativesd.DynamicThreshold)",
-    "return_dict": "the result's images (PIL) and latents, which are always there",
-}  # fmt: skip
-"""The names that diffusers, A1111, ComfyUI and stable-diffusion.cpp have for what is called otherwise here."""
 
 
 def check(prompt: Prompt, options: CallOptions) -> Checked:
@@ -312,6 +273,7 @@ class Checked:
     schedule: Annotated[str | None, text] = None
     regions: Annotated[Sequence[Region], read_regions] = ()
     tiling: Annotated[Tiling | None, read_tiling] = None
+    tiles: Annotated[Tiles | None, read_tiles] = None
     image: Annotated[ImageSource | None, read_picture] = None
     latents: Annotated[Tensor | None, read_latents] = None
     mask: Annotated[ImageSource | None, read_picture] = None

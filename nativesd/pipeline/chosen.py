@@ -91,6 +91,7 @@ def recorded(
         "variation": None if asked.variation is None else asdict(asked.variation),
         "regions": [_region(region) for region in asked.regions] or None,
         "tiling": asked.tiling,
+        "tiles": None if asked.tiles is None else (asked.tiles.size, asked.tiles.overlap),
         "strength": None if start is None else start.strength,
         "steps_as": None if start is None or asked.steps_as == "diffusers" else asked.steps_as,
         "guidance": " ".join(map(guidance_text, asked.guidance)) or None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -32,7 +33,8 @@ PIXELS = {
 """Upscalers of decoded pictures."""
 UPSCALERS = (*LATENT, *PIXELS)
 Upscaler = str | Callable[[Image.Image], Image.Image]
-"""One of `UPSCALERS`, in any case; or a function that makes a picture larger, by whatever factor."""
+"""One of `UPSCALERS`, in any case; the file of a model that `load_upscaler` takes; or a function that makes a picture
+larger, by whatever factor, such as a loaded model."""
 
 
 class Enlarged(NamedTuple):
@@ -60,7 +62,7 @@ class Hires:
 
     strength       how much of the noise the enlarged picture gets, and so how much of it is painted anew
     upscaler       how it is enlarged: one of `UPSCALERS`, such as "latent" (bilinear, on the latents) or "lanczos" (on
-                   the decoded pictures), or a function from a picture to a larger one
+                   the decoded pictures), a file of a model such as ESRGAN, or a function from a picture to a larger one
     width, height  the size to reach, instead of `scale`: with one of them the other follows from the picture's shape,
                    with both the picture covers them and is cropped
     sampler, schedule, prompt, negative_prompt, guidance_scale   of the second pass; None: those of the first
@@ -82,7 +84,9 @@ class Hires:
         """In the words of a picture's parameters; what is None is left out."""
         fixed = self.width is not None or self.height is not None
         size = {"width": self.width or 0, "height": self.height or 0} if fixed else {"upscale": self.scale}
-        named = self.upscaler.title() if isinstance(self.upscaler, str) else getattr(self.upscaler, "__name__", "own")
+        named = getattr(self.upscaler, "name", getattr(self.upscaler, "__name__", "own"))
+        if isinstance(self.upscaler, str):
+            named = self.upscaler.title() if self.upscaler.lower() in UPSCALERS else Path(self.upscaler).stem
         fields = {
             **size,
             "strength": self.strength,

@@ -52,6 +52,14 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
             )
     if asked.sdxl is not None and config.unet.added is None:
         raise UsageError(f"sdxl is for SDXL's UNets, and {config.name} has none: leave it out")
+    if asked.tiles is not None and asked.tiling is not None:
+        raise UsageError("tiles are windows with borders, and tiling has none: pass one of the two")
+    if asked.tiles is not None and asked.regions:
+        raise UsageError("regions are parts of the whole picture, which tiles do not show: pass one of the two")
+    if asked.tiles is not None and any(each.mask is not None for each in asked.image_prompts):
+        raise UsageError("an image prompt's mask is of the whole picture, which tiles do not show: pass one of the two")
+    if asked.tiles is not None and asked.tiles.size < config.smallest:
+        raise UsageError(f"{config.name} needs tiles of {config.smallest} pixels and more, not of {asked.tiles.size}")
     if asked.latents is not None:
         return _size_of_latents(config, asked, asked.latents)
     if image is None:

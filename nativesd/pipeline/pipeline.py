@@ -29,6 +29,7 @@ from nativesd.pipeline.chosen import choose, choose_sampler, recorded
 from nativesd.pipeline.hires import LATENT, Hires, enlarge_latents, enlarge_picture
 from nativesd.pipeline.inputs import read_inputs
 from nativesd.pipeline.tagged import tagged_prompts
+from nativesd.pipeline.upscaling import is_upscaler_file, load_upscaler
 from nativesd.text.tags import take_tags
 from nativesd.tuning.memory import memory_explained
 
@@ -63,6 +64,7 @@ class Pipeline(Adapted):
         negative_prompt what the pictures should not show: a text, or one for each prompt
         regions         prompts for parts of the picture: `Region`s, with boxes or masks
         tiling          "xy", "x" or "y": the picture joins with itself along these axes
+        tiles           work window by window: `Tiles`, or a window's pixels; for pictures larger than a model makes
         seed            of the first picture, picture i has seed + i; or one for each picture. Default, and -1: random
         num_images      pictures of each prompt; all are made as one batch. Default 1, or as many as seeds are listed
         latents         clean latents to begin from instead of `image`, as `Result.latents` has them
@@ -144,7 +146,7 @@ class Pipeline(Adapted):
             check_guiders(asked.guidance, model.config.unet, model.config.name)
         if not asked.force:
             for each in (size, larger or size):
-                self.require_room(len(asked.seeds), each)
+                self.require_room(len(asked.seeds), each, None if asked.tiles is None else asked.tiles.size)
         prompts, loras = asked.prompts, self.own_loras if asked.loras is None else asked.loras
         if not asked.literal:
             prompts, loras = tagged_prompts(prompts, loras, asked.lora_dirs)
@@ -171,6 +173,7 @@ class Pipeline(Adapted):
             guiders=asked.guidance,
             regions=asked.regions,
             tiling=asked.tiling,
+            tiles=asked.tiles,
             choice=chosen.choice,
             kind=chosen.kind,
             eta=asked.eta,
@@ -303,11 +306,14 @@ class Pipeline(Adapted):
         """The second pass: latents of the larger size."""
         factor = self.config.vae.factor
         size = hires.enlarged(latents.shape[3] * factor, latents.shape[2] * factor, factor)
-        if isinstance(hires.upscaler, str) and hires.upscaler in LATENT:
-            larger = enlarge_latents(latents, size, factor, hires.upscaler)
+        upscaler = hires.upscaler
+        if isinstance(upscaler, str) and is_upscaler_file(upscaler):
+            upscaler = load_upscaler(upscaler, device=self.device)
+        if isinstance(upscaler, str) and upscaler in LATENT:
+            larger = enlarge_latents(latents, size, factor, upscaler)
         else:
             pictures = [
-                enlarge_picture(each, size, factor, hires.upscaler) for each in self.decode(latents, tiling=job.tiling)
+                enlarge_picture(each, size, factor, upscaler) for each in self.decode(latents, tiling=job.tiling)
             ]
             larger = self.encode_tensor(images.to_tensor(pictures))[0]
         start = Start(hires.strength, latents=size.cut(larger), steps_as="all")

@@ -20,15 +20,17 @@ from nativesd.diffusion.image_prompts import ImageAdapter, ImageEncoder, ImagePr
 from nativesd.diffusion.model import Diffusion
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
+from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import UsageError
 from nativesd.models.tiling import Tiling
 from nativesd.pictures.clip import Crop
 from nativesd.pipeline.hires import UPSCALERS, Hires, Upscaler
 from nativesd.pipeline.readers import Reader, is_list, is_path, one_of, pixels, real, shown, text, to_whole, whole
+from nativesd.pipeline.upscaling import is_upscaler_file
 from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import SEEDS, Variation
 
-Record = TypeVar("Record", Hires, SDXL, Variation, Control, Sampling, Region)
+Record = TypeVar("Record", Hires, SDXL, Variation, Control, Sampling, Region, Tiles)
 Border = tuple[int, int, int, int]
 MOST_HIRES = 16
 MOST_SIDE = 16_384
@@ -179,6 +181,18 @@ def _region(name: str, region: Region) -> Region:
     return Region(region.prompt, box, mask, real(0, 10)(f"{name}: a weight", region.weight))
 
 
+def read_tiles(name: str, value: Any) -> Tiles:
+    """`Tiles`, or a window's size."""
+    given = value if isinstance(value, Tiles) else Tiles(value)
+    size = whole(64, MOST_SIDE)(f"{name}.size" if given is value else name, given.size)
+    overlap = whole(0, MOST_SIDE)(
+        f"{name}.overlap", min(given.overlap, size // 2) if given is not value else given.overlap
+    )
+    if overlap >= size:
+        raise UsageError(f"{name}.overlap must be below the size of {size} pixels, not {overlap}")
+    return Tiles(size, overlap)
+
+
 def read_tiling(name: str, value: Any) -> Tiling:
     """Axes, in any order; True is both."""
     axes = "xy" if value is True else "".join(sorted(value.lower())) if isinstance(value, str) else ""
@@ -198,11 +212,15 @@ def read_variation(name: str, value: Any) -> Variation:
 
 
 def _upscaler(name: str, value: Any) -> Upscaler:
-    """One of `UPSCALERS`, or a function."""
+    """One of `UPSCALERS`, a file of a model, or a function."""
     if not isinstance(value, str) and callable(value):
         return cast("Upscaler", value)
+    if isinstance(value, str | Path) and is_upscaler_file(str(value)):
+        if not Path(value).is_file():
+            raise UsageError(f"{name}: there is no file {value}")
+        return str(value)
     if not isinstance(value, str) or value.lower() not in UPSCALERS:
-        raise UsageError(f"{name} must be {', '.join(UPSCALERS)} or a function, not {shown(value)}")
+        raise UsageError(f"{name} must be {', '.join(UPSCALERS)}, a model's file, or a function, not {shown(value)}")
     return value.lower()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
+from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import UsageError
 from nativesd.pictures.programs.find import read_recipe
 from nativesd.pictures.programs.recipe import Recipe
@@ -55,6 +56,8 @@ def options_of(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         options["hires"] = Hires(**given)
     if "sdxl" in options:
         options["sdxl"] = SDXL(**options["sdxl"])
+    if "tiles" in options:
+        options["tiles"] = Tiles(*options["tiles"])
     if "regions" in options:
         options["regions"] = [Region(**{"prompt": "", **region}) for region in options["regions"]]
     if "sampling" in options:

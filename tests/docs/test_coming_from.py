@@ -9,7 +9,8 @@ import diffusers
 import pytest
 from reading import ROOT, tables
 
-from nativesd.pipeline.arguments import ELSEWHERE, CallOptions
+from nativesd.pipeline.arguments import CallOptions
+from nativesd.pipeline.elsewhere import ELSEWHERE
 from nativesd.sampling.names import find_sampler, find_schedule
 
 TABLES = tables(ROOT / "docs" / "coming-from.md")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -19,7 +18,8 @@ from nativesd.pictures.infotext import (
     schedule_named,
 )
 from nativesd.pictures.programs.guided import about_guidance, guidance_of
-from nativesd.pictures.programs.recipe import Recipe, integer, json_object, objects, real
+from nativesd.pictures.programs.parts import regions, tiles, tiling
+from nativesd.pictures.programs.recipe import Recipe, integer, json_object, real
 
 Maker = Literal["nativesd", "a1111", "comfyui", "other"]
 """Whose conventions hold for what a text does not say; "other" is a program whose conventions are not known."""
@@ -72,24 +72,6 @@ def _truth(name: str, value: str) -> bool:
     return value == "True"
 
 
-def _tiling(name: str, value: str) -> str:
-    axes = "xy" if value == "True" else value
-    if axes not in ("xy", "x", "y"):
-        raise UsageError(f"{name}: {value!r} is none of True, x, y")
-    return axes
-
-
-def _regions(name: str, value: str) -> list[dict[str, Any]]:
-    try:
-        parts = objects(json.loads(value))
-    except ValueError:
-        parts = []
-    if not parts or not all(isinstance(part.get("box"), list) for part in parts):
-        raise UsageError(f"{name}: what has a mask, or is no list of boxes, is not repeated")
-    fields = ("prompt", "box", "weight")
-    return [{f: tuple(part[f]) if f == "box" else part[f] for f in fields if f in part} for part in parts]
-
-
 _OPTIONS: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "steps": ("steps", integer),
     "sampler": ("sampler", _text),
@@ -102,8 +84,9 @@ _OPTIONS: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "guidance rescale": ("guidance_rescale", real),
     "denoising steps as": ("steps_as", _text),
     "guidance": ("guidance", _text),
-    "tiling": ("tiling", _tiling),
-    "regions": ("regions", _regions),
+    "tiling": ("tiling", tiling),
+    "tiles": ("tiles", tiles),
+    "regions": ("regions", regions),
     "eta": ("eta", real),
     "eta ddim": ("eta", real),
     "rng": ("noise", _noise),

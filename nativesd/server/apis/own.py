@@ -16,9 +16,10 @@ from starlette.routing import Route
 from nativesd.diffusion.control import Control
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
+from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import UsageError
 from nativesd.pipeline.arguments import CallOptions
-from nativesd.pipeline.hires import Hires
+from nativesd.pipeline.hires import UPSCALERS, Hires
 from nativesd.pipeline.readers import real, text
 from nativesd.pipeline.records import record_of
 from nativesd.sampling.options import Sampling
@@ -80,6 +81,10 @@ def read_order(body: Mapping[str, Any], context: Context) -> Order:
             given[name] = intake.picture(name, given[name])
     if isinstance(given.get("hires"), dict):
         given["hires"] = record_of(Hires, "hires", given["hires"])
+        if str(given["hires"].upscaler).lower() not in UPSCALERS:  # no files of this machine
+            raise UsageError(f"hires.upscaler must be {', '.join(UPSCALERS)}")
+    if isinstance(given.get("tiles"), dict):
+        given["tiles"] = record_of(Tiles, "tiles", given["tiles"])
     if "variation" in given:
         given["variation"] = record_of(Variation, "variation", given["variation"])
     if "sdxl" in given:
