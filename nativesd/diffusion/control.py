@@ -19,7 +19,7 @@ from nativesd.diffusion.turns import Turns
 from nativesd.errors import UsageError
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.t2i_adapter import T2IAdapter
-from nativesd.pictures.images import ImageSource, fit, read_image, to_tensor
+from nativesd.pictures.images import ImageSource, fit, open_image, read_image, to_tensor
 from nativesd.pictures.preprocess import preprocess
 
 # xinsir6/ControlNetPlus README: the kinds of hint by number
@@ -45,15 +45,17 @@ class Control:
     """One steering picture.
 
     model       a loaded `ControlModel`, or what `load_control` takes: "tiny", a folder, a file, a hub id
-    image       the hint: edges, depth, a pose, ...; None, in a stream: every frame itself
+    image       the hint: edges, depth, a pose, ...; None, in a stream: every frame itself, and with "inpaint" the
+                call's picture; in a call, a list has one for each prompt
     scale       factor on everything that the model adds
     start, end  from which and up to which part of the steps it acts
-    preprocess  what makes the hint of `image`: "canny", or a processor of controlnet_aux; None: it is one already
+    preprocess  what makes the hint of `image`: "canny", "inpaint" (of a picture with holes), or a processor of
+                controlnet_aux; None: it is one already
     kind        for a ControlNetUnion: what the hint is, by name ("depth") or number
     """
 
     model: ControlModel | str | Path
-    image: ImageSource | None = None
+    image: ImageSource | list[ImageSource] | None = None
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -82,7 +84,9 @@ def make_hint(control: Control, unet: UNetConfig, size: tuple[int, int], factor:
     model = control.model
     assert isinstance(model, ControlModel)
     assert control.image is not None  # the call has been checked
-    pixels = hint_pixels(control, read_image(control.image), size)[:, : hint_channels(model.module)]
+    assert not isinstance(control.image, list)  # and there is one prompt
+    picture = open_image(control.image) if control.preprocess == "inpaint" else read_image(control.image)
+    pixels = hint_pixels(control, picture, size)[:, : hint_channels(model.module)]
     return Hint(model, pixels, control.scale, control.start, control.end, kind)
 
 
@@ -111,7 +115,16 @@ def check_control(control: Control, unet: UNetConfig, size: tuple[int, int], fac
 
 
 def hint_pixels(control: Control, picture: Image.Image, size: tuple[int, int]) -> Tensor:
-    """What a control makes of a picture, at a size: (1, 3, H, W) in [0, 1]. Raises what `preprocess` does."""
+    """What a control makes of a picture, at a size: (1, 3, H, W) in [0, 1]. Raises what `preprocess` does.
+
+    "inpaint" has -1 in all channels where a picture has holes, as its ControlNets were trained (lllyasviel,
+    control_v11p_sd15_inpaint; diffusers' documentation, `make_inpaint_condition`).
+    """
+    if control.preprocess == "inpaint":
+        holed = picture.convert("RGBA")
+        alpha = fit(holed.getchannel("A"), *size).image
+        holes = to_tensor([alpha])[:, :1] < 0  # (1, 1, H, W)
+        return (to_tensor([fit(holed.convert("RGB"), *size).image]) / 2 + 0.5).masked_fill(holes, -1.0)
     if control.preprocess is not None:
         picture = preprocess(picture, control.preprocess)
     return to_tensor([fit(picture, *size).image]) / 2 + 0.5

@@ -62,7 +62,7 @@ from nativesd.pipeline.records import (
     read_image_prompts,
     read_latents,
     read_loras,
-    read_picture,
+    read_pictures,
     read_prompts,
     read_refiner,
     read_regions,
@@ -126,9 +126,9 @@ class CallOptions(TypedDict, total=False):
     tiles: Tiles | int | None
     seed: int | Sequence[int] | None
     num_images: int | None
-    image: ImageSource | None
+    image: ImageSource | Sequence[ImageSource] | None
     latents: Tensor | None
-    mask: ImageSource | None
+    mask: ImageSource | Sequence[ImageSource] | None
     strength: float | None
     steps_as: StepsAs | None
     image_guidance_scale: float | None
@@ -274,9 +274,9 @@ class Checked:
     regions: Annotated[Sequence[Region], read_regions] = ()
     tiling: Annotated[Tiling | None, read_tiling] = None
     tiles: Annotated[Tiles | None, read_tiles] = None
-    image: Annotated[ImageSource | None, read_picture] = None
+    image: Annotated[Any, read_pictures] = None  # an ImageSource, or a list of them, of which `each` makes one
     latents: Annotated[Tensor | None, read_latents] = None
-    mask: Annotated[ImageSource | None, read_picture] = None
+    mask: Annotated[Any, read_pictures] = None
     strength: Annotated[float | None, real(0, 1)] = None
     steps_as: Annotated[StepsAs, one_of(*get_args(StepsAs))] = "diffusers"
     image_guidance_scale: Annotated[float, real(0, MOST_GUIDANCE)] = 1.5

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 from torch import Tensor
 
 from nativesd.diffusion.config import EDITING, INPAINTING, PLAIN, PipelineConfig
+from nativesd.diffusion.control import Control
 from nativesd.diffusion.guiding.guiders import Combined, Interval
 from nativesd.errors import UsageError
 from nativesd.pictures import images, masks
@@ -105,6 +106,17 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
     painted = masks.blur(painted, asked.mask_blur)
     begin = picture if asked.mask_fill == "original" else fill_masked(picture, painted)
     return Inputs(picture.width, picture.height, begin, painted, tuple(notes), (picture, painted, None))
+
+
+def inpainting(control: Control, inputs: Inputs) -> Control:
+    """A control that is given no picture but says "inpaint": it is steered by the call's, with a hole at its mask."""
+    if control.preprocess != "inpaint" or control.image is not None:
+        return control
+    if inputs.picture is None or inputs.mask is None:
+        raise UsageError('a control with preprocess="inpaint" and no picture is for calls with image= and mask=')
+    holed = inputs.picture.convert("RGBA")
+    holed.putalpha(inputs.mask.point(lambda value: 0 if value > 127 else 255))
+    return replace(control, image=holed)
 
 
 def _size_of_latents(config: PipelineConfig, asked: Checked, latents: Tensor) -> Inputs:

@@ -26,8 +26,9 @@ from nativesd.pictures.result import Result
 from nativesd.pipeline.adapted import Adapted
 from nativesd.pipeline.arguments import CallOptions, Checked, Prompt, check, signed
 from nativesd.pipeline.chosen import choose, choose_sampler, recorded
+from nativesd.pipeline.each import by_prompt, joined
 from nativesd.pipeline.hires import LATENT, Hires, enlarge_latents, enlarge_picture
-from nativesd.pipeline.inputs import read_inputs
+from nativesd.pipeline.inputs import inpainting, read_inputs
 from nativesd.pipeline.tagged import tagged_prompts
 from nativesd.pipeline.upscaling import is_upscaler_file, load_upscaler
 from nativesd.text.tags import take_tags
@@ -69,8 +70,8 @@ class Pipeline(Adapted):
         num_images      pictures of each prompt; all are made as one batch. Default 1, or as many as seeds are listed
         latents         clean latents to begin from instead of `image`, as `Result.latents` has them
         image           a picture to begin from (PIL, array, path): image-to-image, inpainting, an edit for an
-                        instruct-pix2pix model
-        mask            white where `image` is painted anew
+                        instruct-pix2pix model; or a list with one for each prompt
+        mask            white where `image` is painted anew; or a list
         strength        how much of `image` is given up, 0 to 1. Default 0.8; with a mask or an outpainted border 1
         steps_as        how `strength` counts steps: as "diffusers" (the default), as "a1111", which takes one more; or
                         "all" of `steps` are taken whatever it is
@@ -115,7 +116,7 @@ class Pipeline(Adapted):
         with take_turns(models, {model.turns for model in given}):
             self._ending = Event()
             try:
-                return self._make(asked, _ending(asked.on_step, self._ending))
+                return self._make_each(asked, _ending(asked.on_step, self._ending))
             finally:
                 self._ending = None
 
@@ -130,8 +131,20 @@ class Pipeline(Adapted):
         ending.set()
         return True
 
+    def _make_each(self, asked: Checked, on_step: Callable[[Step], object]) -> Result:
+        """What a call does in its turn, for each prompt where these have pictures of their own."""
+        done: list[Result] = []
+        for part in by_prompt(asked):
+            try:
+                done.append(self._make(part, on_step))
+            except Interrupted as ended:
+                if done and ended.finish is not None:
+                    ended.finish = partial(_finished, asked, done, ended.finish)
+                raise
+        return joined(asked, done) if len(done) > 1 else done[0]
+
     def _make(self, asked: Checked, on_step: Callable[[Step], object]) -> Result:
-        """What a call does in its turn."""
+        """The pictures of a call whose prompts have all else in common."""
         config = self.config
         chosen = choose(config, asked)
         inputs = read_inputs(config, asked)
@@ -178,7 +191,7 @@ class Pipeline(Adapted):
             kind=chosen.kind,
             eta=asked.eta,
             sampling=asked.sampling,
-            control=[self.loaded(each) for each in asked.control],
+            control=[self.loaded(inpainting(each, inputs)) for each in asked.control],
             guess=asked.guess_mode,
             refiner=asked.refiner,
             refiner_at=asked.refiner_at,
@@ -334,6 +347,11 @@ class Pipeline(Adapted):
         prompts = job.prompts if hires.prompt is None else [take_tags(hires.prompt)[0]]
         negatives = job.negatives if hires.negative_prompt is None else [hires.negative_prompt]
         return replace(job, prompts=prompts, negatives=negatives)
+
+
+def _finished(asked: Checked, done: Sequence[Result], last: Callable[[], Result]) -> Result:
+    """What there is of a call that was ended: its prompts' pictures so far."""
+    return joined(asked, [*done, last()])
 
 
 def _ending(on_step: Callable[[Step], object] | None, ending: Event) -> Callable[[Step], object]:

@@ -72,6 +72,13 @@ def read_picture(name: str, value: Any) -> Any:
     return value
 
 
+def read_pictures(name: str, value: Any) -> Any:
+    """A picture, or a list with one for each prompt."""
+    if isinstance(value, list | tuple):
+        return [read_picture(name, each) for each in value]
+    return read_picture(name, value)
+
+
 def read_latents(name: str, value: Any) -> Tensor:
     """Latents, as results have them."""
     if not isinstance(value, Tensor) or value.ndim != 4 or not value.is_floating_point():
@@ -253,10 +260,15 @@ def _scale(name: str, value: Any) -> float:
 
 
 def read_control(name: str, value: Any) -> list[Control]:
-    """One control or several, each with a picture."""
-    controls = read_controls(name, value)
+    """One control or several, each with a picture, or a list with one for each prompt."""
+    given = list(value) if is_list(value) else [value]
+    several = [isinstance(each, Control) and isinstance(each.image, list | tuple) for each in given]
+    controls = read_controls(name, [dataclasses.replace(each, image=None) if listed else each
+                                    for each, listed in zip(given, several, strict=True)])  # fmt: skip
+    controls = [dataclasses.replace(each, image=list(of.image)) if listed else each
+                for each, of, listed in zip(controls, given, several, strict=True)]  # fmt: skip
     for control in controls:
-        if control.image is None:
+        if control.image is None and control.preprocess != "inpaint":
             raise UsageError(f"a {name} steers by a picture: pass nativesd.Control(model, image)")
     return controls
 
@@ -310,6 +322,8 @@ def read_controls(name: str, value: Any) -> list[Control]:
     for control in given:
         if not isinstance(control, Control):
             raise UsageError(f"{name} must be nativesd.Control(model, image), or several, not {shown(control)}")
+        if isinstance(control.image, list | tuple):
+            raise UsageError(f"a {name} has one picture here, not {len(control.image)}")
     return [
         dataclasses.replace(
             control,

@@ -218,6 +218,7 @@ class Stream:
         if control.image is None:
             assert incoming is not None  # else it was refused
             return incoming.hint(control.preprocess)
+        assert not isinstance(control.image, list)  # it was refused
         if number not in self._fixed:
             self._fixed[number] = hint_pixels(control, read_image(control.image), self.size)
         return self._fixed[number]

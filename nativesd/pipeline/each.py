@@ -1,0 +1,75 @@
+"""Calls whose prompts have pictures, masks or hints of their own: one prompt after the other, and one result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from nativesd.errors import UsageError
+from nativesd.pictures.result import Result
+from nativesd.pipeline.arguments import Checked
+
+
+def by_prompt(asked: Checked) -> list[Checked]:
+    """A call for each prompt where something is given for each, else the call itself.
+
+    A batch's pictures are those that are made alone, so nothing but the time differs. Raises UsageError where there
+    are as many of something as there are prompts no more.
+    """
+    given = {"image": asked.image, "mask": asked.mask, **{f"control {i}": each.image for i, each in
+             enumerate(asked.control, 1)}}  # fmt: skip
+    listed = {name: value for name, value in given.items() if isinstance(value, list | tuple)}
+    count = len(asked.prompts)
+    for name, values in listed.items():
+        if len(values) != count:
+            raise UsageError(f"{name} must be one picture, or one for each of {count} prompts, not {len(values)}")
+    if not listed:
+        return [asked]
+    return [_of_prompt(asked, number) for number in range(count)]
+
+
+def _of_prompt(asked: Checked, number: int) -> Checked:
+    share = len(asked.seeds) // len(asked.prompts)
+    control = [dataclasses.replace(each, image=_own(each.image, number)) for each in asked.control]
+    negatives = asked.negative_prompt
+    return dataclasses.replace(
+        asked,
+        prompts=[asked.prompts[number]],
+        one_prompt=True,
+        negative_prompt=negatives if len(negatives) == 1 else [negatives[number]],
+        one_negative=True,
+        seeds=asked.seeds[number * share : (number + 1) * share],
+        image=_own(asked.image, number),
+        mask=_own(asked.mask, number),
+        control=control,
+    )
+
+
+def _own(value: Any, number: int) -> Any:
+    return value[number] if isinstance(value, list | tuple) else value
+
+
+def joined(asked: Checked, results: Sequence[Result]) -> Result:
+    """The results of some of a call's prompts as one. Raises UsageError where the pictures are of several sizes."""
+    if len(results) == 1 and len(asked.prompts) == 1:
+        return results[0]
+    if len({result.latents.shape[1:] for result in results}) > 1:
+        raise UsageError("the pictures of a call must be of one size: pass width and height")
+    seeds = [seed for result in results for seed in result.seeds]
+    notes = list(dict.fromkeys(note for result in results for note in result.parameters["notes"]))
+    parameters = results[0].parameters | {
+        "prompt": list(_repeated(results, "prompt")),
+        "negative_prompt": list(_repeated(results, "negative_prompt")),
+        "notes": notes,
+    }
+    pictures = [picture for result in results for picture in result.images]
+    return Result(pictures, seeds, parameters, torch.cat([result.latents for result in results]))
+
+
+def _repeated(results: Sequence[Result], name: str) -> Iterator[str]:
+    for result in results:
+        for _ in result.images:
+            yield result.parameters[name]
