@@ -32,11 +32,13 @@ from nativesd.config import (
     TEXT_ENCODERS,
     UNETS,
     VAES,
+    VISION_ENCODERS,
     Config,
     ControlNetConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
+    VisionEncoderConfig,
 )
 from nativesd.export.check import SIZES, TOLERANCES, compare
 from nativesd.export.graphs import FILE, graph_of
@@ -59,6 +61,7 @@ from oracles import (
     run_published_controlnet,
     run_published_decode,
     run_published_encode,
+    run_published_image_encoder,
     run_published_text_encoder,
     run_published_unet,
     run_unet,
@@ -66,6 +69,7 @@ from oracles import (
     unet_inputs,
     unet_pair,
     vae_pair,
+    vision_pair,
     worst,
 )
 
@@ -112,6 +116,15 @@ def check_text_encoder(config: TextEncoderConfig) -> Iterator[Row]:
     yield pooled, tensors(ours, reference), difference(found.pooled, expected.pooled)
 
 
+def check_image_encoder(config: VisionEncoderConfig) -> Iterator[Row]:
+    """The embedding, and the last states but one, of two pictures."""
+    ours, reference = vision_pair(config)
+    pixels = normal(2, config.image_channels, config.image, config.image)
+    found, (embedding, states) = ours(pixels), run_published_image_encoder(reference, pixels)
+    yield "embedding", tensors(ours, reference), difference(found.embedding, embedding)
+    yield "states", tensors(ours, reference), difference(found.hidden, states)
+
+
 def check_unet(config: UNetConfig) -> Iterator[Row]:
     """With and without control residuals, at an even and an odd size."""
     ours, reference = unet_pair(config)
@@ -138,6 +151,7 @@ def check_controlnet(config: ControlNetConfig) -> Iterator[Row]:
 CHECKS: dict[str, Callable[[], Iterator[Row]]] = {
     **{f"vae {name}": partial(check_vae, config) for name, config in VAES.items()},
     **{f"text encoder {name}": partial(check_text_encoder, config) for name, config in TEXT_ENCODERS.items()},
+    **{f"image encoder {name}": partial(check_image_encoder, config) for name, config in VISION_ENCODERS.items()},
     **{f"unet {name}": partial(check_unet, config) for name, config in UNETS.items()},
     **{
         f"controlnet {name}": partial(check_controlnet, config)
