@@ -191,7 +191,10 @@ def export_tensorrt(
     wish = Wish(groups, backend, slots, weight_streaming, check, tolerance, again, on_progress)
     done = []
     for part in _turns(_parts(pipeline, components, control, image_prompts), on_part):
-        ready = [ready_profile(name, part.component, native=config.size, factor=config.vae.factor) for name in profiles]
+        ready = [
+            ready_profile(name, part.component, native=config.size, factor=config.vae.factor, image_prompts=part.images)
+            for name in profiles
+        ]
         for made in build(part, store, ready, wish):
             path, details = (None, {}) if made.entry is None else (made.entry.path, dict(made.entry.details))
             done.append(Exported(part.name, path, details, made.target, made.state, made.reason))

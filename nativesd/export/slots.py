@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from nativesd.config import ControlNetConfig, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
@@ -61,6 +61,11 @@ class Request:
     def __str__(self) -> str:
         images = "" if (self.groups, self.image_tokens) == (1, 1) else f", {self.groups}x{self.image_tokens} of images"
         return f"{self.batch}x{self.height}x{self.width}, {self.tokens} tokens{images}"
+
+    def fields(self) -> dict[str, int]:
+        """For a manifest: what of it there is; of image prompts nothing where there are none."""
+        out = asdict(self)
+        return out if (self.groups, self.image_tokens) != (1, 1) else dict(list(out.items())[:4])
 
     def require_possible(self, what: str) -> None:
         """Raises UsageError, which begins with `what`, for less than one or more than a call ever asks for."""

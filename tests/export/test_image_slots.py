@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import nativesd
 from nativesd import ImageEmbeddings, ImagePrompt
 from nativesd.config import SD15_UNET, SDXL_UNET, Level, TextTime, UNetConfig
 from nativesd.errors import NativesdWarning, UsageError
+from nativesd.export.accelerate import Delegate, accelerate_module
 from nativesd.export.check import TOLERANCES, compare, difference
 from nativesd.export.graphs import FILE, Graph, graph_of, image_inputs
 from nativesd.export.onnx import export_onnx
@@ -66,11 +68,17 @@ def test_the_schema_is_read_off_the_attentions() -> None:
 
 
 def test_profiles_take_no_image_and_several() -> None:
-    schema, profile = unet_schema(SD15_UNET, images=True), ready_profile("512", "unet", native=512)
+    schema = unet_schema(SD15_UNET, images=True)
+    profile = ready_profile("512", "unet", native=512, image_prompts=True)
     check_profiles(schema, [profile])
     assert within(schema, Request(2, 64, 64), profile)
     assert within(schema, Request(2, 64, 64, groups=4, image_tokens=257), profile)
     assert not within(schema, Request(2, 64, 64, groups=9), profile)
+    assert not within(schema, Request(2, 64, 64, groups=2), ready_profile("512", "unet", native=512))
+    assert profile.max.fields() == {
+        "batch": 2, "height": 64, "width": 64, "tokens": 231, "groups": 4, "image_tokens": 1028,
+    }  # fmt: skip
+    assert set(profile.min.fields()) == {"batch", "height", "width", "tokens"}
 
 
 def unet(form: str) -> UNetConfig:
@@ -167,7 +175,7 @@ def told(seed: int) -> ImageEmbeddings:
 
 
 def test_an_accelerated_pipeline(adapters: dict[str, Path], tmp_path: Path) -> None:
-    """One graph for every adapter, scale, layer and part of the steps; without its inputs PyTorch answers."""
+    """One graph for every adapter, scale, layer and part of the steps."""
     pipe = nativesd.load("tiny", device="cpu", fast=False)
     fast = pipe.accelerate("onnx", engines=tmp_path, components=["unet"], image_prompts=True)
     base, plus = (ImagePrompt(adapters[kind], told(number)) for number, kind in enumerate(("base", "plus")))
@@ -180,7 +188,14 @@ def test_an_accelerated_pipeline(adapters: dict[str, Path], tmp_path: Path) -> N
     ):  # fmt: skip
         expected, found = (each("a strawberry", image_prompts=prompts, **options) for each in (pipe, fast))
         assert (expected.latents - found.latents).abs().max() < 1e-3
-    without = pipe.accelerate("onnx", engines=tmp_path, components=["unet"])
+
+
+def test_without_inputs_for_them_pytorch_answers() -> None:
+    module = UNet(unet("sd15")).eval().requires_grad_(False)
+    runner = SimpleNamespace(schema=unet_schema(module.config))
+    fast = accelerate_module(module, {"unet": Delegate("unet", runner, lambda: None)})  # type: ignore[arg-type]
+    keys = {32: torch.randn(3, 2, 1, 4, 32), 64: torch.randn(4, 2, 1, 4, 64)}
+    given = torch.randn(2, 4, 8, 8), 481.0, torch.randn(2, 7, 24)
     with pytest.warns(NativesdWarning, match="exported without slots for image prompts: PyTorch runs it instead"):
-        found = without("a strawberry", image_prompts=[base], **options)
-    assert torch.equal(found.latents, pipe("a strawberry", image_prompts=[base], **options).latents)
+        found = fast(*given, images=ImageContext(keys, keys))
+    assert torch.equal(found, module(*given, images=ImageContext(keys, keys)))

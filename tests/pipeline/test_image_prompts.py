@@ -27,8 +27,8 @@ from pipeline.test_image_modes import compare, theirs
 from pipeline.test_pipeline import save_model
 
 ENCODER = VisionEncoderConfig(40, 3, 2, 64, "gelu", projection=40, image=42)
-OURS: dict[str, Any] = {"steps": 10, "guidance_scale": 6.0, "seed": 5}
-THEIRS: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 6.0, "output_type": "np"}
+OURS: dict[str, Any] = {"steps": 5, "guidance_scale": 6.0, "seed": 5}
+THEIRS: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 6.0, "output_type": "np"}
 
 
 def photo(seed: int, width: int = 60, height: int = 48) -> Image.Image:
@@ -135,7 +135,7 @@ def test_faces(files: dict[str, Path], form: str) -> None:
     plain = ours("a red cat", image_prompts=without, **OURS)
     assert (plain.latents - result.latents).abs().max() > 0.02, "the LoRA has to matter"
     assert all(torch.equal(tensor, before[name]) for name, tensor in ours.unet.state_dict().items())
-    for second in (False, True):
+    for second in (False, True) if form == "sdxl" else (True,):
         pipe = oracle(files, form, "faceid-plus")
         projection = pipe.unet.encoder_hid_proj.image_projection_layers[0]
         pixels = pipe.feature_extractor(photo(1), return_tensors="pt").pixel_values
@@ -155,7 +155,7 @@ def test_a_part_of_the_steps(files: dict[str, Path]) -> None:
     pipe = oracle(files, "sdxl", "base")
 
     def off(pipe: Any, step: int, timestep: int, told: dict[str, Any]) -> dict[str, Any]:
-        pipe.set_ip_adapter_scale(1.0 if step < 4 else 0.0)
+        pipe.set_ip_adapter_scale(1.0 if step < 2 else 0.0)
         return told
 
     expected = pipe(
@@ -163,7 +163,7 @@ def test_a_part_of_the_steps(files: dict[str, Path]) -> None:
         **THEIRS,
     ).images  # fmt: skip
     ours = nativesd.load(files["sdxl"], device="cpu")
-    prompt = ImagePrompt(files["sdxl-base"], photo(1), end=0.5)
+    prompt = ImagePrompt(files["sdxl-base"], photo(1), end=0.6)
     result = ours("a red cat", image_prompts=prompt, **OURS)
     compare(ours, result, expected)
     plain = ours("a red cat", **OURS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,11 @@ import nativesd
 from nativesd import ImageEmbeddings, ImagePrompt
 from nativesd.diffusion.image_keys import ImageKeyring
 from nativesd.errors import UsageError
+from nativesd.export.accelerate import Delegate, accelerate_module
+from nativesd.export.kept.store import Store
+from nativesd.export.slots import Request, unet_schema
+from nativesd.pipeline.acceleration import Acceleration
+from nativesd.streaming.rows import require_rows
 from oracles import TOLERANCE, adapter_of, difference, drawn_adapter, save_adapter
 from pipeline.test_pipeline import save_model
 from streaming.clips import clip
@@ -41,7 +48,7 @@ def told(seed: int) -> ImageEmbeddings:
     return ImageEmbeddings(*(torch.randn(shape, generator=generator) for shape in ((1, 40), (1, 9, 40), (1, 9, 40))))
 
 
-@pytest.mark.parametrize("residual", ["self", "initialize", "full"])
+@pytest.mark.parametrize("residual", ["self", "initialize", "full"], ids="residual {}".format)
 def test_every_slot_sees_what_its_step_says(pipe: nativesd.Pipeline, adapters: dict[str, Path], residual: str) -> None:
     prompts = [ImagePrompt(adapters["base"], told(1), 0.6), ImagePrompt(adapters["plus"], told(2), end=0.7)]
     given: dict[str, Any] = {"guidance_scale": 1.4, "residual": residual}
@@ -88,9 +95,16 @@ def test_they_change_between_frames(pipe: nativesd.Pipeline, adapters: dict[str,
     assert torch.equal(picture(stream(frames[0])), plain)
 
 
-def test_a_graph_without_inputs_for_them_is_refused(adapters: dict[str, Path], tmp_path: Path) -> None:
-    pipe = nativesd.load("tiny", device="cpu")
-    path = save_adapter(drawn_adapter(adapter_of(pipe.config.unet, "base"))[1], tmp_path / "tiny.safetensors")
-    fast = pipe.accelerate("onnx", engines=tmp_path / "engines", components=["unet"])
-    with pytest.raises(UsageError, match="exported without inputs for image prompts: accelerate it with image_prompts"):
-        fast.stream("a strawberry", image_prompts=ImagePrompt(path, told(1)))
+def test_a_graph_without_inputs_for_them_is_refused(pipe: nativesd.Pipeline, tmp_path: Path) -> None:
+    graphs = Acceleration("onnx", Store(tmp_path), pipe.device, "sd1")
+    request, words = (
+        Request(1, 8, 8),
+        "exported without inputs for image prompts: accelerate it with image_prompts=True",
+    )
+    for images in (False, True):
+        runner = SimpleNamespace(schema=unet_schema(pipe.config.unet, images=images), refusal=lambda request: None)
+        unet = accelerate_module(pipe.unet, {"unet": Delegate("unet", runner, lambda: None)})  # type: ignore[arg-type]
+        fast = replace(pipe, unet=unet, acceleration=graphs)
+        require_rows(fast, [], 1, request, (64, 64))
+        with nullcontext() if images else pytest.raises(UsageError, match=words):
+            require_rows(fast, [], 1, request, (64, 64), images=True)

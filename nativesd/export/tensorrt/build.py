@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,11 @@ class Built:
 
     def details(self) -> dict[str, Any]:
         """As JSON."""
-        return {"build_seconds": round(self.seconds, 1), "profiles": [asdict(profile) for profile in self.profiles]}
+        profiles = [
+            {"name": each.name, "min": each.min.fields(), "opt": each.opt.fields(), "max": each.max.fields()}
+            for each in self.profiles
+        ]
+        return {"build_seconds": round(self.seconds, 1), "profiles": profiles}
 
 
 def build_engine(

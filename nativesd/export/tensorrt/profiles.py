@@ -29,7 +29,9 @@ class Profile:
         return slot.shape(self.min), slot.shape(self.opt), slot.shape(self.max)
 
 
-def ready_profile(name: str, component: Component, *, native: int, factor: int = 8) -> Profile:
+def ready_profile(
+    name: str, component: Component, *, native: int, factor: int = 8, image_prompts: bool = False
+) -> Profile:
     """A profile by a name that says everything: SIZE[-bIMAGES][-sSLOTS][-cCHUNKS], such as "512", "768x512-b2".
 
     SIZE     pixels: one size ("1024" is square, "768x512" width and height), any sides in a range ("512to1024"), or
@@ -41,6 +43,7 @@ def ready_profile(name: str, component: Component, *, native: int, factor: int =
     CHUNKS   of a prompt, 3 by default
     native   the side in pixels that the model was trained on, for which ranges are fastest
     factor   pixels per latent cell along one side
+    image_prompts  a UNet's graph has inputs for them, from none to `MOST_IMAGES`
 
     Raises UsageError for a name that says nothing, and sizes that have no whole number of cells.
     """
@@ -66,7 +69,10 @@ def ready_profile(name: str, component: Component, *, native: int, factor: int =
     rows = {"unet": 2, "controlnet": 2, "text_encoder": 2 * longest}.get(component, 1)
     tokens = CHUNK if component == "text_encoder" else longest * CHUNK
 
-    def request(batch: int, sides: tuple[int, int], length: int, images: tuple[int, int] = (1, 1)) -> Request:
+    none = (1, 1)
+    best_images, most_images = (BEST_IMAGES, MOST_IMAGES) if image_prompts else (none, none)
+
+    def request(batch: int, sides: tuple[int, int], length: int, images: tuple[int, int] = none) -> Request:
         out = Request(batch, sides[1] // factor, sides[0] // factor, length, *images)
         out.require_possible(f"profile {name}")
         return out
@@ -78,14 +84,14 @@ def ready_profile(name: str, component: Component, *, native: int, factor: int =
         return Profile(
             name,
             request(fewest, least, CHUNK),
-            request(fewest, best, CHUNK, BEST_IMAGES),
-            request(most_rows, most, tokens, MOST_IMAGES),
+            request(fewest, best, CHUNK, best_images),
+            request(most_rows, most, tokens, most_images),
         )
     return Profile(
         name,
         request(1, least, CHUNK),
-        request(min(2, rows * count), best, CHUNK, BEST_IMAGES),
-        request(rows * count, most, tokens, MOST_IMAGES),
+        request(min(2, rows * count), best, CHUNK, best_images),
+        request(rows * count, most, tokens, most_images),
     )
 
 
