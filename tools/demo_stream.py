@@ -1,10 +1,11 @@
 """The same clip through a stream by every backend that is here: frames per second, latency, and how far they differ.
 
     python tools/demo_stream.py [--frames 60] [--backend torch --backend onnx ...] [--sheet clip.jpg]
+    python tools/demo_stream.py --model sd15 --vae taesd --backend torch --frames 5   # of published size
 
 A red disc grows and moves over a yellow ground; the embedded model makes a strawberry of it. "own" is a frame's time
-less that of its UNet and VAE, measured around each of their calls: the median, in milliseconds. --sheet writes frames
-and pictures side by side.
+less that of its UNet and VAE, measured around each of their calls: the median, in milliseconds, and as a share. --sheet
+writes frames and pictures side by side.
 """
 
 from __future__ import annotations
@@ -60,11 +61,13 @@ class Timed:
         setattr(owner, name, timed)
 
 
-def run(backend: str, frames: list[Image.Image], steps: int, strength: float) -> tuple[list[Image.Image], list[str]]:
-    """The pictures of a clip by a backend, and a row of the table."""
+def run(
+    backend: str, frames: list[Image.Image], warm: int, loading: dict[str, Any], **options: Any
+) -> tuple[list[Image.Image], list[str]]:
+    """The pictures of a clip by a backend, and a row of the table; `warm` frames come before."""
     stream = nativesd.stream(
-        PROMPT, "tiny", device="cpu" if backend in ("torch", "onnx", "openvino") else None,
-        backend=cast("Any", backend), steps=steps, strength=strength,
+        PROMPT, device="cpu" if backend in ("torch", "onnx", "openvino") else None,
+        backend=cast("Any", backend), **loading, **options,
     )  # fmt: skip
     timed = Timed()
     for owner, name in (
@@ -73,7 +76,7 @@ def run(backend: str, frames: list[Image.Image], steps: int, strength: float) ->
         (stream.pipeline.vae, "decode"),
     ):
         timed.around(owner, name)
-    for frame in frames[:5]:
+    for frame in frames[:warm]:
         stream(frame)
     stream.reset()
     pictures, totals, own = [], [], []
@@ -88,7 +91,8 @@ def run(backend: str, frames: list[Image.Image], steps: int, strength: float) ->
     pictures += [cast("Image.Image", made.image) for made in stream.flush()]
     ordered = sorted(totals)
     numbers = [1 / median(totals), 1e3 * median(totals), 1e3 * ordered[int(0.95 * len(ordered))], 1e3 * median(own)]
-    return pictures, [f"{numbers[0]:.1f}", f"{numbers[1]:.1f}", f"{numbers[2]:.1f}", f"{numbers[3]:.2f}"]
+    share = 100 * median(own) / median(totals)
+    return pictures, [*(f"{each:.1f}" for each in numbers[:3]), f"{numbers[3]:.2f}", f"{share:.1f} %"]
 
 
 def growth(frames: int) -> int:
@@ -124,6 +128,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--strength", type=float, default=0.3)
     parser.add_argument("--backend", action="append", help="[default: torch, onnx, openvino, and on CUDA the others]")
+    parser.add_argument("--model", default="tiny", help="the stream's pictures have its own size")
+    parser.add_argument("--vae", help="such as taesd")
+    parser.add_argument("--dtype", help="such as bfloat16")
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--memory", type=int, metavar="FRAMES", help="measure how memory grows over so many frames")
     asked = parser.parse_args()
@@ -134,10 +141,12 @@ def main() -> None:
     others = ["cudagraphs", "tensorrt", "tensorrt-rtx"] if torch.cuda.is_available() else []
     first: list[Image.Image] | None = None
     print(f"{torch.get_num_threads()} threads, {asked.frames} frames, {asked.steps} steps")
-    print("backend        fps    p50 ms   p95 ms   own ms   largest difference of 255")
+    print("backend        fps    p50 ms   p95 ms   own ms      own   largest difference of 255")
+    loading = {name: value for name in ("model", "vae", "dtype") if (value := getattr(asked, name)) is not None}
+    warm = min(5, asked.frames // 2)
     for backend in asked.backend or ["torch", "onnx", "openvino", *others]:
         try:
-            pictures, row = run(backend, frames, asked.steps, asked.strength)
+            pictures, row = run(backend, frames, warm, loading, steps=asked.steps, strength=asked.strength)
         except NativesdError as error:
             print(f"{backend:<12} {error}")
             continue
