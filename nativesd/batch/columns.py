@@ -20,6 +20,7 @@ from PIL import Image
 from nativesd.batch.files import Row, plain
 from nativesd.batch.jobs import HASH_DIGITS, Job, digest, read_id, seed_of
 from nativesd.diffusion.control import Control
+from nativesd.diffusion.image_prompts import ImagePrompt
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
 from nativesd.diffusion.tiles import Tiles
@@ -158,38 +159,49 @@ def options_of(options: Mapping[str, Any], pictures: Mapping[str, Any], folder: 
     """
     made = {name: BUILT[name](name, value) if name in BUILT else value for name, value in options.items()}
     for name in PICTURES:
-        if isinstance(made.get(name), str):
-            made[name] = folder / made[name]
-    if "control" in made:
-        made["control"] = [
-            replace(each, image=folder / each.image) if isinstance(each.image, str) else each
-            for each in made["control"]
-        ]
+        if name in made:
+            made[name] = _placed(made[name], folder)
+    for name, fields in PLACED.items():
+        made |= {name: [_all_placed(each, fields, folder) for each in made[name]]} if name in made else {}
     return cast("CallOptions", {**made, **pictures})
+
+
+def _all_placed(record: Any, fields: Sequence[str], folder: Path) -> Any:
+    return replace(record, **{field: _placed(getattr(record, field), folder) for field in fields})
+
+
+def _placed(value: Any, folder: Path) -> Any:
+    """A picture's path, or several, from where paths begin."""
+    if isinstance(value, list):
+        return [_placed(each, folder) for each in value]
+    return folder / value if isinstance(value, str) else value
 
 
 def _read(name: str, value: Any) -> Any:
     """An option's value: read where it is a number, a word or a flag, and else as JSON has it."""
     if name == "negative_prompt":
         return _words(name, value)
-    if name == "control":
+    if name in PLACED:
         return value if isinstance(value, list) else [value]
-    return value if name in BUILT or name in PICTURES else READERS[name](name, value)
+    if name in NUMBERED and not isinstance(value, Mapping):
+        return to_real(name, value)
+    if name in BUILT or name in PICTURES:
+        return value
+    read = READERS[name](name, value)
+    return read if isinstance(read, str | int | float) else value
 
 
 def _cell(name: str, cell: str) -> Any:
     """The value of a cell that is a text, as JSON has it."""
     if name in ("prompt", "negative_prompt", "id", "model"):
         return cell
-    if name in (*BUILT, "outpaint") and cell.lstrip().startswith(JSON):
+    if name in (*BUILT, "outpaint", "guidance") and cell.lstrip().startswith(JSON):
         try:
             return parse_json(f'{{"cell": {cell}}}'.encode(), name)["cell"]
         except SourceError as error:
             raise UsageError(str(error)) from None
     if name == "outpaint":
-        return cell.split(",")
-    if name == "hires":
-        return to_real(name, cell)
+        return [to_whole(name, side) for side in cell.split(",")]
     if READERS.get(name) is flag:
         if cell.strip().lower() not in TRUTHS:
             raise UsageError(f"{name} must be true or false, not {shown(cell)}")
@@ -226,22 +238,30 @@ def _loras(name: str, value: Any) -> list[Any]:
     return [tuple(each) if isinstance(each, list) else each for each in (value if isinstance(value, list) else [value])]
 
 
-def _hires(name: str, value: Any) -> Any:
-    return record_of(Hires, name, value) if isinstance(value, Mapping) else value
+def _one(kind: type[Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: record_of(kind, name, value)
 
 
-def _controls(name: str, value: Any) -> list[Control]:
-    return [record_of(Control, name, each) for each in value]
+def _one_or_number(kind: type[Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: record_of(kind, name, value) if isinstance(value, Mapping) else value
 
 
+def _several(kind: type[Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: [record_of(kind, name, each) for each in value]
+
+
+NUMBERED: Mapping[str, type[Any]] = {"hires": Hires, "tiles": Tiles}
+"""Records, or a number that stands for one."""
 BUILT: Mapping[str, Callable[[str, Any], Any]] = {
     "loras": _loras,
-    "hires": _hires,
-    "control": _controls,
-    "sdxl": lambda name, value: record_of(SDXL, name, value),
-    "variation": lambda name, value: record_of(Variation, name, value),
-    "sampling": lambda name, value: record_of(Sampling, name, value),
-    "tiles": lambda name, value: record_of(Tiles, name, value) if isinstance(value, Mapping) else value,
-    "regions": lambda name, value: [record_of(Region, name, each) for each in value],
+    **{name: _one_or_number(kind) for name, kind in NUMBERED.items()},
+    "sdxl": _one(SDXL),
+    "variation": _one(Variation),
+    "sampling": _one(Sampling),
+    "control": _several(Control),
+    "regions": _several(Region),
+    "image_prompts": _several(ImagePrompt),
 }
 """What makes of JSON what a call takes."""
+PLACED = {"control": ("image",), "regions": ("mask",), "image_prompts": ("picture", "mask")}
+"""Of lists of records: the fields that are pictures, and so may be paths."""

@@ -130,7 +130,7 @@ def _parquet(path: Path) -> Iterator[Row]:
                 for cells in batch.to_pylist():
                     number += 1
                     yield Row(number, {name: plain(cell) for name, cell in cells.items()})
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: of cells, such as dates
         reason = str(error).partition("\n")[0]
         raise SourceError(f"{path} cannot be read as Parquet, after row {number}: {reason}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from attacks.values import spoiled
-from nativesd.batch.columns import DECLARED, Columns, options_of
+from nativesd.batch.columns import DECLARED, READERS, Columns, options_of
 from nativesd.batch.files import Row
 from nativesd.batch.jobs import Job, seed_of
 from nativesd.batch.plan import Plan
@@ -65,6 +66,9 @@ def as_parquet(path: Path) -> None:
     rows = [{n: v for n, v in row.items() if n not in ("loras", "control")} for row in ROWS]
     parquet.write_table(arrow.Table.from_pylist(rows, schema=arrow.unify_schemas(
         [arrow.Table.from_pylist([row]).schema for row in rows])), path)  # fmt: skip
+
+
+WRITERS = {".jsonl": as_json_lines, ".csv": as_csv, ".txt": as_json_lines, ".parquet": as_parquet}
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".csv"])
@@ -176,6 +180,7 @@ def test_bad_files(name: str, content: str | bytes, message: str, tmp_path: Path
         ({"prompt": ["a", "b"], "extra": [None, b"x"]}, "row 2: the column 'extra' holds what JSON"),
         ({"prompt": ["a", "b"], "image": [None, b"x"]}, "row 2: image: a picture of 1 bytes is not"),
         ({"prompt": [None, None]}, None),
+        ({"prompt": arrow.array([b"a", b"\xff"]).view(arrow.string())}, "after row 0: 'utf-8' codec can't decode"),
     ],
 )
 def test_bad_parquet_columns(columns: dict[str, Sequence[Any]], message: str | None, tmp_path: Path) -> None:
@@ -206,10 +211,10 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             read(tmp_path / name)
 
 
-@given(rng=st.randoms(use_true_random=False), suffix=st.sampled_from([".jsonl", ".csv", ".txt"]))
+@given(rng=st.randoms(use_true_random=False), suffix=st.sampled_from([*WRITERS]))
 def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, rng: Any, suffix: str) -> None:
     path = tmp_path_factory.mktemp("spoiled") / f"jobs{suffix}"
-    (as_csv if suffix == ".csv" else as_json_lines)(path)
+    WRITERS[suffix](path)
     path.write_bytes(spoiled(rng, path.read_bytes()))
     try:
         assert read(path)
@@ -245,6 +250,37 @@ def test_every_option_of_a_call_is_a_column() -> None:
     assert {"id", "model", "prompt", "seed", "num_images"} < set(DECLARED)
     missing = set(Checked.__annotations__) - set(DECLARED) - {"prompts", "one_prompt", "one_negative", "seeds"}
     assert missing == {"latents", "on_step", "refiner", "lora_dirs"}
+
+
+EXAMPLES: dict[str, Any] = {
+    "negative_prompt": "red", "width": 64, "height": 64, "steps": 2, "guidance_scale": 2.5, "guidance": "pag:3",
+    "sampler": "Euler a", "schedule": "karras", "regions": [{"prompt": "a cat", "box": [0, 0, 0.5, 1]},
+                                                            {"prompt": "a dog", "mask": "mask.png"}],
+    "tiling": "x", "image": "in.png", "mask": "mask.png", "strength": 0.5, "steps_as": "a1111",
+    "image_guidance_scale": 1.2, "resize": "crop", "outpaint": [0, 8, 0, 8], "mask_blur": 2, "mask_fill": "noise",
+    "only_masked": 8, "hires": {"scale": 1.5}, "tiles": 512, "refiner_at": 0.5, "loras": [["a.safetensors", 0.5]],
+    "control": [{"model": "tiny", "image": "edges.png"}], "guess_mode": True, "partial": True,
+    "image_prompts": [{"adapter": "ip.safetensors", "picture": ["in.png", "other.png"], "scale": 0.5}],
+    "image_encoder": "encoder.safetensors", "guidance_rescale": 0.5, "eta": 0.5, "sampling": {"churn": 2},
+    "clip_skip": 2, "literal": True, "force": False, "sdxl": {"prompt_2": "b"}, "noise": "cuda",
+    "variation": {"seed": 3, "strength": 0.5},
+}  # fmt: skip
+"""Of every option as a jobs file has it; paths of pictures end in .png."""
+
+
+def test_every_option_is_read_out_of_json_and_of_csv() -> None:
+    assert EXAMPLES.keys() == READERS.keys(), "options have come or gone: say here what a jobs file has for them"
+    for name, value in EXAMPLES.items():
+        (job,) = Columns().jobs(Row(1, {"prompt": "a", name: value}))
+        again = Job.from_json(job.to_json())
+        assert (again, again.parameters, again.shape) == (job, job.parameters, job.shape)
+        found = options_of(again.options, {}, Path("/data"))[name]  # type: ignore[literal-required]
+        check("a", {name: found})  # type: ignore[misc]
+        paths = re.findall(r"[\w/]*\w+\.png", str(found))
+        assert paths == [f"/data/{path}" for path in re.findall(r"\w+\.png", str(value))], name
+        text = value if isinstance(value, str) else json.dumps(value)
+        (same,) = Columns().jobs(Row(1, {"prompt": "a", name: text}, texts=True))
+        assert (same, same.parameters) == (job, job.parameters), name
 
 
 # --- ids, seeds, shards

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from attacks import hub, models, parts, places, tables, texts
+from attacks import hub, jobs, models, parts, places, tables, texts
 
 Attack = Callable[[random.Random, Path], None]
 
@@ -55,6 +55,7 @@ KINDS = {
     "caches": Kind("G, caches of others", places.caches, 6),
     "hub": Kind("H, the hub", hub.hub, 2, 10.0),
     "header": Kind("K, wrong tensors", models.header, 1),
+    "jobs": Kind("L, files of jobs", jobs.jobs, 8),
 }
 CONTROLS = {
     "hang": Kind("takes 60 s", _hang, 1, 0.5),
