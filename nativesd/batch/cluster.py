@@ -127,7 +127,7 @@ def _write_jobs(plan: Plan, folder: Path, size: int, workers: int) -> None:
     jobs = plan.jobs()
     for number in range(math.ceil(plan.left / block)):
         part = list(islice(jobs, block))
-        table = arrow.table({"id": [job.id for job in part], "body": [job.to_json() for job in part]})
+        table = arrow.table({"body": [job.to_json() for job in part]})
         parquet.write_table(table, folder / f"{number:08}.parquet")
 
 

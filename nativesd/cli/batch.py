@@ -32,10 +32,14 @@ REASONS = 20
 @click.argument("out", type=click.Path(path_type=Path))
 @section(
     "The run",
-    click.option("--batch-size", "size", type=click.IntRange(1, 1000), default=8, show_default=True, help="At most."),
+    click.option(
+        "--batch-size", "size", type=click.IntRange(1, 1000), default=8, show_default=True,
+        help="Rows together, at most.",
+    ),
     click.option("--shard", metavar="I/N|auto", help="Paint part I of N; auto: as torchrun or SLURM says."),
     click.option(
-        "--on-error", type=click.Choice(["skip", "stop"]), default="skip", show_default=True, help="Of a row."
+        "--on-error", type=click.Choice(["skip", "stop"]), default="skip", show_default=True,
+        help="What a row that fails does to the run.",
     ),
     click.option(
         "--format", "suffix", type=click.Choice(["png", "jpg", "webp"]), default="png", show_default=True,
@@ -56,7 +60,7 @@ REASONS = 20
     click.option("--guidance-scale", "--cfg-scale", type=float, help="1 is off [default: the family's]."),
     click.option("--negative-prompt", help="What the pictures should not show."),
     click.option("--sampler", help="See nativesd samplers [default: the model's own]."),
-    click.option("--schedule", help="The same."),
+    click.option("--schedule", help="The same [default: the model's own]."),
     click.option("--clip-skip", type=int, help="Layer of the text encoder from the end; 1 is the last."),
     click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE[:TEXT]]", help="LoRA to merge in; repeatable."),
 )
