@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,7 +108,7 @@ def cast_finite(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
 
 
 def write(path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, one tensor in memory at a time, in the order of the safetensors library: larger elements
+    """A safetensors file, two tensors in memory at a time, in the order of the safetensors library: larger elements
     first, then by name."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     placed: dict[str, tuple[str, Shape, int, int]] = {}
@@ -119,5 +120,23 @@ def write(path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, str])
     raw = header_bytes(placed, metadata)
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for _, entry in ordered:
-            file.write(entry.make().contiguous().flatten().view(torch.uint8).numpy().data)
+        for data in _made(entry for _, entry in ordered):
+            file.write(data)
+
+
+def _made(entries: Iterable[Entry]) -> Iterator[memoryview]:
+    """The tensors' bytes; each is made while the one before it is written."""
+
+    def make(entry: Entry) -> memoryview:
+        data: memoryview = entry.make().contiguous().flatten().view(torch.uint8).numpy().data
+        return data
+
+    with ThreadPoolExecutor(1) as beside:
+        before: Future[memoryview] | None = None
+        for entry in entries:
+            following = beside.submit(make, entry)
+            if before is not None:
+                yield before.result()
+            before = following
+        if before is not None:
+            yield before.result()

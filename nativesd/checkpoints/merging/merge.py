@@ -199,8 +199,8 @@ class _Part:
         channels = min(model.shape[1] for model in models) if whole.ndim == 4 else 0
         if any(model.shape != whole.shape for model in models):
             models = [model[:, :channels] for model in models]
-        out = combine(self.method, models, how, dtype)
-        if not out.sum(dtype=torch.float32).isfinite() and not out.isfinite().all():
+        out, finite = combine(self.method, models, how, dtype)
+        if not finite and not out.isfinite().all():
             for source, model in zip(self.sources, models, strict=True):
                 if not model.isfinite().all():
                     raise WeightsError(f"{how.name} of {source} holds values that are not finite: nothing is written")

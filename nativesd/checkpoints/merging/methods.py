@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PIECE = 1 << 18  # numbers that are computed at once: their float32 copies stay in the processor's cache
+PIECE = 1 << 15  # numbers that are computed at once: they stay in the processor's cache, and torch starts no threads
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,18 @@ METHODS: Mapping[str, Method] = {
 
 
 @torch.no_grad()
-def combine(method: Method, models: Sequence[Tensor], how: How, dtype: torch.dtype) -> Tensor:
-    """The merged tensor in `dtype`, of the models' tensors (all of one shape, of any dtypes); computed in float32."""
+def combine(method: Method, models: Sequence[Tensor], how: How, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """The merged tensor in `dtype`, of the models' tensors (all of one shape, of any dtypes); computed in float32.
+
+    Also whether the sum of its numbers is finite: then they all are.
+    """
     if not method.by_element:
-        return method.combine([model.float() for model in models], how).to(dtype)
+        whole = method.combine([model.float() for model in models], how).to(dtype)
+        return whole, bool(whole.sum(dtype=torch.float32).isfinite())
+    sums: list[Tensor] = []
     out = torch.empty(models[0].shape, dtype=dtype)
     pieces = zip(*(torch.split(each.reshape(-1), PIECE) for each in (out, *models)), strict=True)
     for piece, *own in pieces:
         piece.copy_(method.combine([each.float() for each in own], how))
-    return out
+        sums.append(piece.sum(dtype=torch.float32))  # while it is cached
+    return out, all(total.isfinite() for total in sums)
