@@ -27,6 +27,7 @@ from nativesd.errors import NativesdWarning, SourceError, UsageError, WeightsErr
 from nativesd.models.build import expected
 from nativesd.text.tokenizer import FILES, ClipTokenizer, pad_token
 from nativesd.weights.files.source import open_source
+from nativesd.weights.formats.blocks import WRITERS
 from nativesd.weights.maps.keymap import BoundMap, load_tables
 from nativesd.weights.maps.published import (
     controlnet_json,
@@ -39,10 +40,14 @@ from nativesd.weights.maps.published import (
     vision_json,
 )
 from nativesd.weights.model import Model, identify_known
-from nativesd.weights.writing import Entry, laid_out, write
+from nativesd.weights.writing import Entry, laid_out, write, write_gguf
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 LAYOUTS = ("diffusers", "ldm")
+SINGLE = (".safetensors", ".gguf")
+"""Of the layout ldm."""
+QUANTISED = {kind.lower(): kind for kind in WRITERS}
+"""dtype of a GGUF file -> as the format calls it"""
 TEXT_TABLES = {
     "sd1": {"text_encoder": ("text_encoder.transformers", "cond_stage_model.transformer.text_model.")},
     "sd2": {"text_encoder": ("text_encoder.openclip", "cond_stage_model.model.")},
@@ -59,11 +64,14 @@ def check_target(dest: Path, layout: str, dtype: str | None) -> None:
     """Raises UsageError where a model cannot be written so."""
     if layout not in LAYOUTS:
         raise UsageError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    if (dest.suffix == ".safetensors") != (layout == "ldm"):
-        kind = "a .safetensors file" if layout == "ldm" else "a folder"
+    known = (*DTYPES, *QUANTISED)
+    if dtype is not None and dtype not in known:
+        raise UsageError(f"dtype must be one of {', '.join(known)}, not {dtype!r}")
+    if (dest.suffix in SINGLE) != (layout == "ldm"):
+        kind = "a .safetensors or .gguf file" if layout == "ldm" else "a folder"
         raise UsageError(f"{layout} is {kind}: {dest} is not")
+    if dtype in QUANTISED and dest.suffix != ".gguf":
+        raise UsageError(f"{dtype} is a dtype of .gguf files: {dest} is none")
 
 
 def write_model(
@@ -83,7 +91,7 @@ def write_model(
 
     What the layout cannot say is named in a NativesdWarning. Raises UsageError, WeightsError.
     """
-    cast_to = DTYPES[dtype] if dtype is not None else None
+    cast_to = None if dtype is None else DTYPES.get(dtype)
     tensors: dict[str, dict[str, Entry]] = {}
     for name, (_, component) in model.parts.items():
         assert component.config is not None  # a model's components have modules
@@ -101,8 +109,11 @@ def write_model(
             tensors["markers"] = markers(model)
             marked = set(tensors["markers"])
             said |= {key: value for key, value in spec(model).items() if key not in said}
-    if layout == "ldm":
-        write(out, {key: entry for part in tensors.values() for key, entry in part.items()}, said)
+    every = {key: entry for part in tensors.values() for key, entry in part.items()}
+    if dest.suffix == ".gguf":
+        write_gguf(out, every, said, QUANTISED.get(dtype or ""))
+    elif layout == "ldm":
+        write(out, every, said)
     else:
         _write_folder(model, tensors, said, out)
     _check_loads(model, out, dest)

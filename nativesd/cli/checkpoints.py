@@ -81,15 +81,19 @@ def audit(
 
 
 @main.command(
-    help=f"Write SOURCE ({SOURCE_HELP}) to DEST in another layout: a model as a folder, or as a .safetensors file for "
-    "ldm; a LoRA as a .safetensors file, in kohya's, diffusers' or peft's names."
+    help=f"Write SOURCE ({SOURCE_HELP}) to DEST in another layout: a model as a folder, or for ldm as a .safetensors "
+    "or .gguf file; a LoRA as a .safetensors file, in kohya's, diffusers' or peft's names."
 )
 @click.argument("source")
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option(
     "--layout", required=True, type=click.Choice(["diffusers", "ldm", "kohya", "peft"]), help="The layout of DEST."
 )
-@click.option("--dtype", type=click.Choice(["f16", "bf16", "f32"]), help="[default: as stored]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["f16", "bf16", "f32", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1"]),
+    help="Those from q8_0 on are of .gguf files. [default: as stored]",
+)
 @click.option("--unet", help="The UNet of DEST, instead of SOURCE's.")
 @click.option("--vae", help="The VAE of DEST, instead of SOURCE's.")
 @click.option("--text-encoder", "text_encoders", multiple=True, help="A text encoder of DEST, instead of SOURCE's.")

@@ -15,6 +15,8 @@ from nativesd.errors import WeightsError
 from nativesd.weights.checkpoint import apply, revert
 from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import DTYPES, NAMES, read_tensor
+from nativesd.weights.formats.blocks import quantise
+from nativesd.weights.formats.gguf import ALIGNMENT, BLOCKS, MAX_NAME, gguf_bytes, gguf_header
 from nativesd.weights.formats.header import header_bytes
 from nativesd.weights.identity.identify import Component
 from nativesd.weights.maps.keymap import BoundMap
@@ -140,3 +142,48 @@ def _made(entries: Iterable[Entry]) -> Iterator[memoryview]:
             before = following
         if before is not None:
             yield before.result()
+
+
+PLAIN_KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""The dtypes that are written into GGUF files as they are; others become float32."""
+ROWS = 1 << 20  # numbers that are quantised at once
+
+
+def write_gguf(path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, str], kind: str | None) -> None:
+    """A GGUF file as stable-diffusion.cpp writes them, two tensors in memory at a time.
+
+    kind  one of `blocks.WRITERS`, for matrices whose rows are whole blocks. Other tensors of more than one dimension
+          are float16 then; vectors stay as they are, as all do for None
+    """
+    placed, at = list[tuple[str, str, Entry, int]](), 0
+    for name, entry in tensors.items():
+        own = _kind(entry, kind)
+        placed.append((name, own, entry, at))
+        at += -(-gguf_bytes(own, entry.shape) // ALIGNMENT) * ALIGNMENT
+    texts = {key: value for key, value in metadata.items() if len(value) <= MAX_NAME}
+    head = gguf_header(texts, [(name, own, entry.shape, start) for name, own, entry, start in placed])
+    made = (
+        Entry(torch.uint8, (gguf_bytes(own, entry.shape),), partial(_in_kind, entry, own))
+        for _, own, entry, _ in placed
+    )
+    with path.open("wb") as file:
+        file.write(head + bytes(-len(head) % ALIGNMENT))
+        for data in _made(made):
+            file.write(data)
+            file.write(bytes(-len(data) % ALIGNMENT))
+
+
+def _kind(entry: Entry, kind: str | None) -> str:
+    """The dtype that a tensor gets in a GGUF file."""
+    if kind is None or len(entry.shape) < 2:
+        return PLAIN_KINDS.get(entry.dtype, "F32")
+    return kind if len(entry.shape) == 2 and entry.shape[1] % BLOCKS[kind][0] == 0 else "F16"
+
+
+def _in_kind(entry: Entry, kind: str) -> Tensor:
+    """A tensor's bytes (n,) uint8 in a dtype of GGUF's."""
+    tensor = entry.make()
+    if kind in BLOCKS:
+        return torch.cat([quantise(piece.float(), kind) for piece in torch.split(tensor.flatten(), ROWS)])
+    dtype = next(dtype for dtype, name in PLAIN_KINDS.items() if name == kind)
+    return cast_finite(tensor, dtype, "a tensor").contiguous().flatten().view(torch.uint8)

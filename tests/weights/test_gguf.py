@@ -16,13 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from test_convert import single
 from torch import Tensor
 
 import nativesd
 from nativesd.checkpoints.convert import convert
-from nativesd.errors import SourceError
+from nativesd.checkpoints.layouts import QUANTISED
+from nativesd.errors import SourceError, UsageError
 from nativesd.weights.files.source import open_source
 from nativesd.weights.files.tensors import read_tensor
+from nativesd.weights.formats.blocks import WRITERS, quantise
 from nativesd.weights.formats.gguf import BLOCKS, TYPES, read_gguf
 
 Array = NDArray[np.generic]
@@ -195,3 +198,75 @@ def test_no_damage_raises_anything_else(edits: list[tuple[int, int, bytes]]) -> 
     except SourceError:
         return
     assert all(header.data_start + info.end <= len(data) for info in header.tensors.values())
+
+
+# --- written
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_is_quantised_is_ggmls_to_the_bit(kind: str) -> None:
+    chance = torch.Generator().manual_seed(0)
+    numbers = torch.randn(64, 512, generator=chance) * torch.logspace(-6, 3, 64)[:, None]
+    numbers[3], numbers[4, :32], numbers[5, 7] = 0, 1.5, -1e4
+    numbers[6] = torch.arange(512.0) / 127  # halves between two integers
+    wanted = gguf.quantize(numbers.numpy(), Kind[kind])
+    assert torch.equal(quantise(numbers, kind).reshape(64, -1), torch.from_numpy(wanted))
+
+
+@pytest.mark.filterwarnings("ignore:.* of no published form", "ignore:.* will not say ")
+@pytest.mark.parametrize("dtype", [None, "f16", "bf16", "f32", *QUANTISED])
+def test_a_model_as_gguf(dtype: str | None, tmp_path: Path) -> None:
+    """What is written has the names of the single file; the package and our reader find the same numbers in it."""
+    source, out = single("sd1", tmp_path / "model.safetensors"), tmp_path / "model.gguf"
+    done = convert(source, out, layout="ldm", dtype=dtype)
+    own = {key: t for key, t in load_file(source).items() if key not in done.ignored}
+    reader = gguf.GGUFReader(out)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    assert found.keys() == own.keys()
+    [member] = open_source(out)
+    kinds = set()
+    for key, tensor in own.items():
+        each = found[key]
+        kinds.add(each.tensor_type.name)
+        read = read_tensor(member, key)
+        assert read.shape == tensor.shape
+        if each.tensor_type.name == "BF16":
+            assert torch.equal(read, tensor.bfloat16())
+            continue
+        theirs = torch.from_numpy(gguf.dequantize(each.data, each.tensor_type).copy()).reshape(tensor.shape)
+        assert torch.equal(read.float(), theirs.float())
+        if each.tensor_type.name not in BLOCKS:
+            assert torch.equal(read.float(), tensor.float())
+        else:
+            # half a step, and the rounding of the scale to float16
+            step = {"Q8_0": 1 / 254, "Q5_0": 1 / 16, "Q5_1": 1 / 31, "Q4_0": 1 / 8, "Q4_1": 1 / 15}
+            most = (step[each.tensor_type.name] + 2**-11) * tensor.float().abs().max()
+            assert (theirs - tensor.float()).abs().max() <= most
+    wanted = {"f32": {"F32"}, "bf16": {"BF16"}}.get(dtype or "", {"F16"})
+    assert kinds == wanted | ({QUANTISED[dtype]} if dtype in QUANTISED else set())
+    assert reader.fields["general.architecture"].contents() == "sd"
+    assert reader.fields["note"].contents() == "kept"
+    assert nativesd.audit(out).ok
+
+
+@pytest.mark.filterwarnings("ignore:.* of no published form")
+def test_a_quantised_model_makes_almost_the_same_picture(tmp_path: Path) -> None:
+    options = {"steps": 4, "seed": 1, "width": 96, "height": 96}
+    convert("tiny", tmp_path / "tiny.safetensors", layout="ldm")
+    wanted = nativesd.load(tmp_path / "tiny.safetensors", device="cpu")("a strawberry", **options).latents
+    errors = []
+    for dtype in ("q8_0", "q4_0"):
+        convert("tiny", tmp_path / f"{dtype}.gguf", layout="ldm", dtype=dtype)
+        pipe = nativesd.load(tmp_path / f"{dtype}.gguf", device="cpu")
+        errors.append(float((pipe("a strawberry", **options).latents - wanted).norm() / wanted.norm()))
+    assert errors[0] < 0.05
+    assert errors[0] < errors[1]
+
+
+def test_dtypes_and_files_that_do_not_go_together(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"q8_0 is a dtype of \.gguf files: .*out.safetensors is none"):
+        convert("tiny", tmp_path / "out.safetensors", layout="ldm", dtype="q8_0")
+    with pytest.raises(UsageError, match="diffusers is a folder"):
+        convert("tiny", tmp_path / "out.gguf", layout="diffusers")
+    with pytest.raises(UsageError, match=r"dtype must be one of f16, .*, not 'q4_k'"):
+        convert("tiny", tmp_path / "out.gguf", layout="ldm", dtype="q4_k")

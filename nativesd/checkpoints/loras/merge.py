@@ -53,7 +53,7 @@ class MergedCheckpoint:
 def merge_checkpoint(
     source: str | Path, uses: Sequence[Use], dest: str | Path, *, partial: bool = False, maps: str | Path | None = None
 ) -> MergedCheckpoint:
-    """Write a model with LoRAs merged into it, in its own layout, names and dtypes: one tensor is in memory at a time.
+    """Write a model with LoRAs merged into it, in its own layout, names and dtypes: tensor by tensor.
 
     source  a file, a model folder, or a hub id
     uses    the LoRAs with their strengths; one of which anything finds no place is refused

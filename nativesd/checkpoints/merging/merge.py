@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nativesd.checkpoints.layouts import DTYPES, check_target, write_model
+from nativesd.checkpoints.layouts import DTYPES, SINGLE, check_target, write_model
 from nativesd.checkpoints.merging.blocks import Given, alphas, parse_blocks
 from nativesd.checkpoints.merging.methods import How, Method, combine
 from nativesd.checkpoints.merging.recipe import Recipe, read_recipe, source_hashes
@@ -56,7 +56,7 @@ def merge(
     """Write the merge of several models, or of one component of each, computed in float32, one parameter in memory.
 
     sources  files, model folders or hub ids, each in a layout of its own: A, B, C ... of the method's formula
-    dest     the .safetensors file ("ldm") or the folder ("diffusers") to write; it must not exist
+    dest     the .safetensors or .gguf file ("ldm") or the folder ("diffusers") to write; it must not exist
     method   one of `methods.METHODS`, which say their formulas
     alpha    how much of the others; [the method's own]
     weights  with "sum": one for each model, adding up to 1 [all the same]
@@ -86,7 +86,7 @@ def merge(
         )  # fmt: skip
     path = Path(dest)
     asked.check()
-    asked = replace(asked, layout=asked.layout or ("ldm" if path.suffix == ".safetensors" else "diffusers"))
+    asked = replace(asked, layout=asked.layout or ("ldm" if path.suffix in SINGLE else "diffusers"))
     assert asked.layout is not None  # said above
     check_target(path, asked.layout, asked.dtype)
     tables = load_tables(None if maps is None else Path(maps))

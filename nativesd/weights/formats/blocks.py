@@ -1,7 +1,7 @@
-"""Numbers of GGUF's quantised dtypes: blocks of small integers with their scales, into float32.
+"""Numbers of GGUF's quantised dtypes: blocks of small integers with their scales, into float32 and back.
 
-The layouts are those of ggml-common.h, the formulas those of ggml-quants.c (`dequantize_row_*`), in the same order of
-operations, so that results agree to the bit.
+The layouts are those of ggml-common.h, the formulas those of ggml-quants.c (`dequantize_row_*`, `quantize_row_*_ref`),
+in the same order of operations, so that results agree to the bit.
 """
 
 from __future__ import annotations
@@ -97,3 +97,86 @@ FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q6_K": _q6_k,
 }  # fmt: skip
 """Each from (n, bytes of a block) to (n, numbers of a block)."""
+
+
+def quantise(numbers: Tensor, dtype: str) -> Tensor:
+    """The bytes (m,) uint8 of float32 numbers, whole blocks of them, in a dtype of `WRITERS`."""
+    return WRITERS[dtype](numbers.reshape(-1, BLOCKS[dtype][0])).flatten()
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 for 0."""
+    return torch.where(scale == 0, 0, 1 / scale)
+
+
+def _as_bytes(*parts: Tensor) -> Tensor:
+    """Halves (n, k) of float32 scales, and bytes, one after the other."""
+    halved = [part.half() if part.dtype == torch.float32 else part for part in parts]
+    return torch.cat([part.contiguous().view(torch.uint8) for part in halved], 1)
+
+
+def _largest(blocks: Tensor) -> Tensor:
+    """The number (n, 1) of the largest magnitude of every block, with its sign."""
+    return blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+
+
+def _to_q8_0(blocks: Tensor) -> Tensor:
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    scaled = blocks * _inverse(scale)
+    magnitude = scaled.abs()
+    whole = magnitude.floor()
+    rounded = whole + (2 * (magnitude - whole)).floor()  # halves away from zero, as roundf
+    return _as_bytes(scale, (scaled.sign() * rounded).to(torch.int8))
+
+
+def _pairs(numbers: Tensor) -> Tensor:
+    """(n, 32) of 4 bits -> (n, 16) bytes: the first half in the low bits."""
+    low, high = numbers.chunk(2, 1)
+    return low & 15 | high << 4
+
+
+def _fifth(numbers: Tensor) -> Tensor:
+    """(n, 32) of 5 bits -> (n, 4) bytes of their highest bits, the first one lowest."""
+    bits = (numbers >> 4).reshape(-1, 4, 8) << torch.arange(8, dtype=torch.uint8)
+    return bits.sum(2, dtype=torch.uint8)
+
+
+def _signed(blocks: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The scale, by which the largest magnitude is -most, and the numbers from 0 to 2 most - 1."""
+    scale = _largest(blocks) / -most
+    numbers = (blocks * _inverse(scale) + (most + 0.5)).to(torch.uint8)
+    return scale, numbers.clamp(max=2 * most - 1)
+
+
+def _from_least(blocks: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The scale, the least number, and the numbers above it from 0 to most."""
+    least, largest = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+    scale = (largest - least) / most
+    numbers = ((blocks - least) * _inverse(scale) + 0.5).to(torch.uint8)
+    return scale, least, numbers.clamp(max=most)
+
+
+def _to_q4_0(blocks: Tensor) -> Tensor:
+    scale, numbers = _signed(blocks, 8)
+    return _as_bytes(scale, _pairs(numbers))
+
+
+def _to_q4_1(blocks: Tensor) -> Tensor:
+    scale, least, numbers = _from_least(blocks, 15)
+    return _as_bytes(scale, least, _pairs(numbers))
+
+
+def _to_q5_0(blocks: Tensor) -> Tensor:
+    scale, numbers = _signed(blocks, 16)
+    return _as_bytes(scale, _fifth(numbers), _pairs(numbers))
+
+
+def _to_q5_1(blocks: Tensor) -> Tensor:
+    scale, least, numbers = _from_least(blocks, 31)
+    return _as_bytes(scale, least, _fifth(numbers), _pairs(numbers))
+
+
+WRITERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q8_0": _to_q8_0, "Q5_0": _to_q5_0, "Q5_1": _to_q5_1, "Q4_0": _to_q4_0, "Q4_1": _to_q4_1,
+}  # fmt: skip
+"""Each from (n, numbers of a block) to (n, bytes of a block)."""

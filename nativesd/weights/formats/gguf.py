@@ -1,4 +1,4 @@
-"""Headers of GGUF files, as stable-diffusion.cpp writes them: the names are those of the checkpoint it was made of.
+"""Headers of GGUF files, read and written, as stable-diffusion.cpp has them: names are those of the checkpoint.
 
 A file is the magic, a version, two counts, so many keys with values, so many tensors' entries, and from the next
 multiple of the alignment on the tensors' bytes (github.com/ggml-org/ggml, docs/gguf.md). Dimensions are written the
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 from nativesd.errors import SourceError, quote
@@ -173,3 +175,46 @@ def _metadata(values: dict[str, object]) -> dict[str, str]:
         for key, value in values.items()
         if isinstance(value, str | int | float) and len(str(value)) <= MAX_NAME
     }
+
+
+ALIGNMENT = 32
+"""Of tensors in files that are written here; the format's default."""
+VERSION = 3
+TYPE_NUMBERS = {name: number for number, name in TYPES.items()}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
+"""general.file_type, by the dtype that most tensors have (ggml.h, enum ggml_ftype)."""
+
+
+def gguf_bytes(kind: str, shape: Sequence[int]) -> int:
+    """The bytes of a tensor."""
+    numbers, width = BLOCKS.get(kind) or (1, PLAIN[kind])
+    return math.prod(shape) // numbers * width
+
+
+def gguf_header(metadata: Mapping[str, str], tensors: Sequence[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """A header, not padded; what begins behind its padding is where the tensors' offsets count from.
+
+    tensors  name, dtype, shape and offset
+    """
+    kinds = Counter(kind for _, kind, _, _ in tensors)
+    most = max(kinds, key=lambda kind: (kind in BLOCKS, kinds[kind]), default="F32")
+    own = _text("general.architecture") + _number("I", TEXT) + _text("sd")
+    own += _text("general.file_type") + _number("I", 4) + _number("I", FILE_TYPES[most])
+    own += _text("general.quantization_version") + _number("I", 4) + _number("I", 2)
+    for key, value in metadata.items():
+        own += _text(key) + _number("I", TEXT) + _text(value)
+    out = MAGIC + _number("I", VERSION) + _number("Q", len(tensors)) + _number("Q", 3 + len(metadata)) + own
+    for name, kind, shape, offset in tensors:
+        sizes = list(reversed(shape)) or [1]
+        out += _text(name) + _number("I", len(sizes)) + b"".join(_number("Q", size) for size in sizes)
+        out += _number("I", TYPE_NUMBERS[kind]) + _number("Q", offset)
+    return out
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode()
+    return _number("Q", len(raw)) + raw
+
+
+def _number(kind: str, number: int) -> bytes:
+    return struct.pack(f"<{kind}", number)
