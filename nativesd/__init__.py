@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from nativesd.diffusion.image_prompts import ImagePrompt as ImagePrompt
     from nativesd.diffusion.prompting import SDXL as SDXL
     from nativesd.diffusion.regions import Region as Region
+    from nativesd.diffusion.savings import HyperTile as HyperTile
+    from nativesd.diffusion.savings import TokenMerging as TokenMerging
     from nativesd.diffusion.tiles import Tiles as Tiles
     from nativesd.latents.preview import Step as Step
     from nativesd.loading.control import load_control as load_control
@@ -78,6 +80,7 @@ _HOMES = {
     "latents.preview": ("Step",),
     "diffusion.prompting": ("SDXL",),
     "diffusion.regions": ("Region",),
+    "diffusion.savings": ("HyperTile", "TokenMerging"),
     "diffusion.tiles": ("Tiles",),
     "pipeline.pipeline": ("Pipeline",),
     "pipeline.repeat": ("options_from",),
@@ -102,6 +105,7 @@ __all__ = [
     "Frame",
     "FreeU",
     "Hires",
+    "HyperTile",
     "ImageEmbeddings",
     "ImagePrompt",
     "Interrupted",
@@ -116,6 +120,7 @@ __all__ = [
     "Step",
     "Stream",
     "Tiles",
+    "TokenMerging",
     "Variation",
     "__version__",
     "audit",

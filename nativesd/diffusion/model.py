@@ -21,6 +21,7 @@ from nativesd.diffusion.image_prompts import Prepared
 from nativesd.diffusion.loaded import Loaded, going_around
 from nativesd.diffusion.prompting import SDXL, Frame, Sides, negative_side, over_steps, prompt_sides
 from nativesd.diffusion.regions import Region, with_regions
+from nativesd.diffusion.savings import Saving
 from nativesd.diffusion.start import Start
 from nativesd.diffusion.tiles import Tiled, Tiles
 from nativesd.latents.preview import Step
@@ -68,12 +69,14 @@ class Job:
     regions: Sequence[Region] = ()
     tiling: Tiling | None = None
     tiles: Tiles | None = None
+    savings: Sequence[Saving] = ()
     steps_before: int | None = None
     """Steps of the first pass, in the second one."""
 
     def edits(self, unet: UNetConfig) -> list[Edit]:
         """What every call of a UNet does otherwise than it was trained to."""
         edits = [edit for guider in self.guiders if (edit := guider.edit(unet)) is not None]
+        edits += [saving.edit(unet) for saving in self.savings]
         return edits if self.tiling is None else [*edits, Circular()]
 
 

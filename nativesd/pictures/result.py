@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from base64 import b64encode
 from collections.abc import Mapping
 from contextlib import suppress
@@ -67,10 +68,10 @@ class Result:
         """The parameters of picture `index` in the text form that A1111 writes and many tools read.
 
         Of `parameters` these are needed: prompt, negative_prompt, steps, sampler, schedule, guidance_scale, width,
-        height, model. These are written where they are there and not None: model_hash, strength, clip_skip, guidance (a
-        text), guidance_rescale, eta, noise ("cpu" or "cuda"), image_guidance_scale, mask_blur, literal, refiner (a
-        name), refiner_at, vae (a name), mask_fill, only_masked, steps_as, sdxl, sampling and variation (the fields of
-        an `SDXL`, a `Sampling`, a `Variation`), tiling, tiles, regions (of a `Region`'s fields each), hires
+        height, model. These are written where they are there and not None: model_hash, strength, clip_skip, guidance
+        and savings (texts), guidance_rescale, eta, noise ("cpu" or "cuda"), image_guidance_scale, mask_blur, literal,
+        refiner (a name), refiner_at, vae (a name), mask_fill, only_masked, steps_as, sdxl, sampling and variation (the
+        fields of an `SDXL`, a `Sampling`, a `Variation`), tiling, tiles, regions (of a `Region`'s fields each), hires
         (`Hires.fields`) and loras (names to scales).
         """
         p = self.parameters
@@ -94,6 +95,7 @@ class Result:
             "Eta DDIM" if p["sampler"] == "DDIM" else "Eta": _number(p.get("eta")),
             **{SAMPLING_FIELDS[field]: _number(value) for field, value in (p.get("sampling") or {}).items()},
             "Guidance": p.get("guidance"),
+            **_savings(p.get("savings") or ""),
             "CFG Rescale": _number(p.get("guidance_rescale")),
             "Image CFG scale": _number(p.get("image_guidance_scale")),
             **_sdxl(p.get("sdxl") or {}),
@@ -173,6 +175,12 @@ def _sdxl(given: Mapping[str, Any]) -> dict[str, object]:
         name: f"{value[0]}x{value[1]}" if isinstance(value, tuple) else value
         for name, value in ((SDXL_FIELDS[field], value) for field, value in given.items())
     }
+
+
+def _savings(text: str) -> dict[str, object]:
+    """A1111's field of token merging where that is all, else the records' text."""
+    merging = re.fullmatch(r"tome(?::ratio=([0-9.]+))?", text)
+    return {"Token merging ratio": merging[1] or "0.5"} if merging else {"Savings": text or None}
 
 
 def _variation(variation: Mapping[str, Any], index: int) -> dict[str, object]:

@@ -37,6 +37,7 @@ from nativesd.diffusion.image_prompts import ImageEncoder, ImagePrompt
 from nativesd.diffusion.model import Diffusion
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
+from nativesd.diffusion.savings import Saving
 from nativesd.diffusion.start import MaskFill, StepsAs
 from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import UsageError
@@ -44,7 +45,6 @@ from nativesd.latents.preview import Step
 from nativesd.models.tiling import Tiling
 from nativesd.pictures.images import Fit, ImageSource
 from nativesd.pipeline.elsewhere import ELSEWHERE
-from nativesd.pipeline.guiding import read_guidance
 from nativesd.pipeline.hires import Hires
 from nativesd.pipeline.readers import Reader, flag, is_list, one_of, real, text, whole
 from nativesd.pipeline.records import (
@@ -73,6 +73,7 @@ from nativesd.pipeline.records import (
     read_tiling,
     read_variation,
 )
+from nativesd.pipeline.worded import read_guidance, read_savings
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.noise import NoiseKind
 from nativesd.sampling.options import PLAIN, Sampling
@@ -119,6 +120,7 @@ class CallOptions(TypedDict, total=False):
     steps: int | None
     guidance_scale: float | None
     guidance: Guider | str | Sequence[Guider | str] | None
+    savings: Saving | str | Sequence[Saving | str] | None
     sampler: str | None
     schedule: str | None
     regions: Region | Sequence[Region] | None
@@ -269,6 +271,7 @@ class Checked:
     steps: Annotated[int | None, whole(1, 999)] = None  # of the 1000 noise levels that all models are trained on
     guidance_scale: Annotated[float | None, real(0, MOST_GUIDANCE)] = None
     guidance: Annotated[Sequence[Guider], read_guidance] = ()
+    savings: Annotated[Sequence[Saving], read_savings] = ()
     sampler: Annotated[str | None, text] = None
     schedule: Annotated[str | None, text] = None
     regions: Annotated[Sequence[Region], read_regions] = ()

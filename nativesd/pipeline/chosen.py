@@ -12,8 +12,8 @@ from nativesd.diffusion.regions import Region
 from nativesd.diffusion.start import Start
 from nativesd.errors import UsageError
 from nativesd.pipeline.arguments import Checked
-from nativesd.pipeline.guiding import guidance_text
 from nativesd.pipeline.inputs import Inputs, unheeded
+from nativesd.pipeline.worded import record_text
 from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedule
 from nativesd.sampling.published import Kind
 from nativesd.weights.files.hashes import known_hashes
@@ -94,7 +94,8 @@ def recorded(
         "tiles": None if asked.tiles is None else (asked.tiles.size, asked.tiles.overlap),
         "strength": None if start is None else start.strength,
         "steps_as": None if start is None or asked.steps_as == "diffusers" else asked.steps_as,
-        "guidance": " ".join(map(guidance_text, asked.guidance)) or None,
+        "guidance": " ".join(map(record_text, asked.guidance)) or None,
+        "savings": " ".join(map(record_text, asked.savings)) or None,
         "guidance_rescale": asked.guidance_rescale or None,
         "eta": asked.eta,
         "sampling": asked.sampling.chosen() or None,

@@ -40,6 +40,7 @@ ELSEWHERE = {
     "output_type": "the result's images (PIL) and latents, which are always there",
     "pag_scale": "guidance (a nativesd.PAG)", "pag_applied_layers": "guidance (a nativesd.PAG, its layers)",
     "guider": "guidance (a nativesd.PAG, ...)", "dynamic_thresholding_ratio": "guidance (a nativesd.DynamicThreshold)",
+    "cache": "savings", "token_merging_ratio": "savings (a nativesd.TokenMerging)",
     "return_dict": "the result's images (PIL) and latents, which are always there",
 }  # fmt: skip
 """The names that diffusers, A1111, ComfyUI and stable-diffusion.cpp have for what is called otherwise here."""

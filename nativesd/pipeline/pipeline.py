@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -23,15 +22,12 @@ from nativesd.errors import Interrupted, UsageError
 from nativesd.latents.preview import Step
 from nativesd.pictures import images
 from nativesd.pictures.result import Result
-from nativesd.pipeline.adapted import Adapted
 from nativesd.pipeline.arguments import CallOptions, Checked, Prompt, check, signed
-from nativesd.pipeline.chosen import choose, choose_sampler, recorded
+from nativesd.pipeline.chosen import choose, recorded
 from nativesd.pipeline.each import by_prompt, joined
-from nativesd.pipeline.hires import LATENT, Hires, enlarge_latents, enlarge_picture
 from nativesd.pipeline.inputs import inpainting, read_inputs
 from nativesd.pipeline.tagged import tagged_prompts
-from nativesd.pipeline.upscaling import is_upscaler_file, load_upscaler
-from nativesd.text.tags import take_tags
+from nativesd.pipeline.twice import Twice
 from nativesd.tuning.memory import memory_explained
 
 if TYPE_CHECKING:
@@ -42,7 +38,7 @@ if TYPE_CHECKING:
 STRENGTH = 0.8  # of image-to-image where none is asked for, as in diffusers
 
 
-class Pipeline(Adapted):
+class Pipeline(Twice):
     """A loaded model that makes pictures when it is called. See `Diffusion` for what it consists of."""
 
     _ending: Event | None = None
@@ -60,6 +56,7 @@ class Pipeline(Adapted):
         guidance_scale  classifier-free guidance; 1 and below: off. Default 7.5, SDXL 5, few-step models off, "tiny" 3
         guidance        more of it: one or several of PAG, SEG, SLG, APG, TCFG, DynamicThreshold, Interval, FreeU, or
                         their texts, such as "pag:3"
+        savings         less time for a little of the picture: `TokenMerging`, `HyperTile`, or texts such as "tome:0.5"
         sampler         such as "Euler a", "DPM++ 2M Karras" or a published class's name; default: the model's own
         schedule        such as "karras"; default: the model's own. `nativesd samplers` lists both
         negative_prompt what the pictures should not show: a text, or one for each prompt
@@ -187,6 +184,7 @@ class Pipeline(Adapted):
             regions=asked.regions,
             tiling=asked.tiling,
             tiles=asked.tiles,
+            savings=asked.savings,
             choice=chosen.choice,
             kind=chosen.kind,
             eta=asked.eta,
@@ -314,39 +312,6 @@ class Pipeline(Adapted):
         """Free what an accelerated pipeline's backend holds; returns how many bytes that was, as far as it is known."""
         with self.turns.wait():
             return 0 if self.acceleration is None else self.acceleration.close()
-
-    def _enlarge(self, job: Job, steps: int, latents: Tensor, hires: Hires) -> Tensor:
-        """The second pass: latents of the larger size."""
-        factor = self.config.vae.factor
-        size = hires.enlarged(latents.shape[3] * factor, latents.shape[2] * factor, factor)
-        upscaler = hires.upscaler
-        if isinstance(upscaler, str) and is_upscaler_file(upscaler):
-            upscaler = load_upscaler(upscaler, device=self.device)
-        if isinstance(upscaler, str) and upscaler in LATENT:
-            larger = enlarge_latents(latents, size, factor, upscaler)
-        else:
-            pictures = [
-                enlarge_picture(each, size, factor, upscaler) for each in self.decode(latents, tiling=job.tiling)
-            ]
-            larger = self.encode_tensor(images.to_tensor(pictures))[0]
-        start = Start(hires.strength, latents=size.cut(larger), steps_as="all")
-        second = replace(self._second(job, hires), steps_before=steps)
-        return self.run(second, hires.steps or steps, size.size(factor), start)
-
-    def _second(self, job: Job, hires: Hires) -> Job:
-        """What the second pass is asked for: as the first, but for what `hires` says."""
-        if hires.sampler is not None or hires.schedule is not None:
-            kind = hires.schedule or (None if hires.sampler is not None else job.kind)
-            choice, kind = choose_sampler(self.config, hires.sampler or job.choice.name, kind)
-            scale = choice.scale(job.guidance.scale / job.choice.scale(1.0))
-            guidance = replace(job.guidance, scale=scale, always=choice.sampler.plus_plus)
-            job = replace(job, choice=choice, kind=kind, guidance=guidance)
-        if hires.guidance_scale is not None:
-            scale = job.choice.scale(hires.guidance_scale)
-            job = replace(job, guidance=replace(job.guidance, scale=scale))
-        prompts = job.prompts if hires.prompt is None else [take_tags(hires.prompt)[0]]
-        negatives = job.negatives if hires.negative_prompt is None else [hires.negative_prompt]
-        return replace(job, prompts=prompts, negatives=negatives)
 
 
 def _finished(asked: Checked, done: Sequence[Result], last: Callable[[], Result]) -> Result:

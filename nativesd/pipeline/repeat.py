@@ -11,8 +11,8 @@ from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import UsageError
 from nativesd.pictures.programs.find import read_recipe
 from nativesd.pictures.programs.recipe import Recipe
-from nativesd.pipeline.guiding import read_guidance
 from nativesd.pipeline.hires import UPSCALERS, Hires
+from nativesd.pipeline.worded import read_guidance, read_savings
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import Variation
@@ -40,12 +40,13 @@ def options_of(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
             options[name] = _read(kind, name, options[name])
     if isinstance(options.get("seed"), int) and not 0 <= options["seed"] < 1 << 64:
         unheeded.append(f"seed {options.pop('seed')} (taken: a random one)")
-    if "guidance" in options:
-        try:
-            read_guidance("guidance", options["guidance"])
-        except UsageError as error:
-            del options["guidance"]
-            unheeded.append(f"{error} (taken: none)")
+    for name, read in (("guidance", read_guidance), ("savings", read_savings)):
+        if name in options:
+            try:
+                read(name, options[name])
+            except UsageError as error:
+                del options[name]
+                unheeded.append(f"{error} (taken: none)")
     _name_unknown(options, unheeded, "")
     hires: Any = options.pop("hires", None)
     if hires is not None:

@@ -22,7 +22,7 @@ from nativesd.diffusion.conditioning import Conditioning
 from nativesd.diffusion.guiding.combine import At, Guidance
 from nativesd.diffusion.guiding.guiders import GUIDERS, Combined, Guider, Perturbed
 from nativesd.errors import UsageError
-from nativesd.pipeline.guiding import guidance_text, read_guidance
+from nativesd.pipeline.worded import read_guidance, record_text
 from oracles import run_published_unet, unet_inputs, unet_pair
 
 SIGMA = 3.0
@@ -246,14 +246,14 @@ def test_nothing_more_is_asked_without_records(folders: dict[str, Path], monkeyp
 @pytest.mark.parametrize("kind", GUIDERS.values())
 def test_a_record_is_its_text(kind: type[Guider]) -> None:
     record = kind()
-    assert read_guidance("guidance", guidance_text(record)) == (record,)
+    assert read_guidance("guidance", record_text(record)) == (record,)
     assert isinstance(record, Perturbed | Combined | Interval | FreeU)
 
 
 def test_texts_of_records(folders: dict[str, Path], tmp_path: Path) -> None:
     assert read_guidance("guidance", "pag:3") == (PAG(3.0),)
     many = "pag:2.5,layers=mid+up.1 seg:blur=2 apg:eta=0.5 interval:start=0.1,end=0.9"
-    assert " ".join(map(guidance_text, read_guidance("guidance", many))) == (
+    assert " ".join(map(record_text, read_guidance("guidance", many))) == (
         "pag:scale=2.5,layers=mid+up.1 seg:blur=2.0 apg:eta=0.5 interval:start=0.1,end=0.9"
     )
     pipe = nativesd.load(folders["sd15"], device="cpu")

@@ -18,7 +18,7 @@ from nativesd.pictures.infotext import (
     schedule_named,
 )
 from nativesd.pictures.programs.guided import about_guidance, guidance_of
-from nativesd.pictures.programs.parts import regions, tiles, tiling
+from nativesd.pictures.programs.parts import merging, regions, tiles, tiling
 from nativesd.pictures.programs.recipe import Recipe, integer, json_object, real
 
 Maker = Literal["nativesd", "a1111", "comfyui", "other"]
@@ -84,6 +84,8 @@ _OPTIONS: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "guidance rescale": ("guidance_rescale", real),
     "denoising steps as": ("steps_as", _text),
     "guidance": ("guidance", _text),
+    "savings": ("savings", _text),
+    "token merging ratio": ("savings", merging),
     "tiling": ("tiling", tiling),
     "tiles": ("tiles", tiles),
     "regions": ("regions", regions),

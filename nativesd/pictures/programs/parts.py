@@ -1,4 +1,4 @@
-"""Fields about parts of a picture, as this package writes them. All raise UsageError that names the field."""
+"""Fields about parts of a picture, and of the time for it. All raise UsageError that names the field."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import re
 from typing import Any
 
 from nativesd.errors import UsageError
-from nativesd.pictures.programs.recipe import objects
+from nativesd.pictures.programs.recipe import objects, real
+
+
+def merging(name: str, value: str) -> str:
+    """A1111's ratio of token merging, as the option `savings` has it."""
+    ratio = real(name, value)
+    if not 0 <= ratio <= 0.75:
+        raise UsageError(f"{name}: {value!r} is not between 0 and 0.75")
+    return f"tome:{ratio:g}"
 
 
 def tiling(name: str, value: str) -> str:

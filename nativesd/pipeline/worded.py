@@ -1,37 +1,52 @@
-"""Guidance records as a call takes them, and as texts such as "pag:3" or "freeu:b1=1.3,b2=1.4"."""
+"""Records of guidance and savings as a call takes them, and as texts such as "pag:3" or "freeu:b1=1.3,b2=1.4"."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from nativesd.diffusion.guiding.guiders import GUIDERS, Guider
+from nativesd.diffusion.savings import SAVINGS, Saving
 from nativesd.errors import UsageError
-from nativesd.pipeline.readers import Reader, is_list, real, shown
+from nativesd.pipeline.readers import Reader, is_list, real, shown, whole
 
+Record = TypeVar("Record", Guider, Saving)
 _SHARE = real(0, 1)
 _RANGES: dict[str, Reader] = {
     "start": _SHARE, "end": _SHARE, "percentile": _SHARE, "phi": _SHARE, "scale": real(-100, 100),
     "blur": real(0, above=True), "eta": real(-10, 10), "threshold": real(0, 1e6), "momentum": real(-1, 1),
-    "mimic": real(0, 1000), **dict.fromkeys(("b1", "b2", "s1", "s2"), real(0, 10)),
+    "mimic": real(0, 1000), "ratio": real(0, 0.75), "size": whole(8), "depth": whole(0, 10),
+    **dict.fromkeys(("b1", "b2", "s1", "s2"), real(0, 10)),
 }  # fmt: skip
 
 
 def read_guidance(name: str, value: Any) -> tuple[Guider, ...]:
     """One record or several, or their texts; "pag:3" is a text of one, and blanks stand between several."""
-    given = value.split() if isinstance(value, str) else list(value) if is_list(value) else [value]
-    return tuple(_one(name, each) for each in given)
+    return tuple(_one(name, each, GUIDERS, ": a number is guidance_scale") for each in _several(value))
 
 
-def _one(name: str, value: Any) -> Guider:
+def read_savings(name: str, value: Any) -> tuple[Saving, ...]:
+    """The same of savings, such as "tome:0.5", of which there may be one."""
+    read = tuple(_one(name, each, SAVINGS, "") for each in _several(value))
+    if len(read) > 1:
+        raise UsageError(f"{name}: all of them change the same attention: pass one")
+    return read
+
+
+def _several(value: Any) -> list[Any]:
+    return value.split() if isinstance(value, str) else list(value) if is_list(value) else [value]
+
+
+def _one(name: str, value: Any, known: Mapping[str, type[Record]], hint: str) -> Record:
     if isinstance(value, str):
-        return _parse(name, value)
-    if type(value) not in GUIDERS.values():
-        kinds = ", ".join(kind.__name__ for kind in GUIDERS.values())
-        raise UsageError(f"{name} must be of {kinds}, or a text of it, not {shown(value)}: a number is guidance_scale")
+        value = _parse(name, value, known)
+    if type(value) not in known.values():
+        kinds = ", ".join(kind.__name__ for kind in known.values())
+        raise UsageError(f"{name} must be of {kinds}, or a text of it, not {shown(value)}{hint}")
     kind = type(value)
     given = {field.name: getattr(value, field.name) for field in fields(value)}
-    read: Guider = kind(
+    read: Record = kind(
         **{field: _value(f"{name}: {kind.name}'s {field}", field, each) for field, each in given.items()}
     )
     return read
@@ -46,12 +61,12 @@ def _value(name: str, field: str, value: Any) -> Any:
     return layers
 
 
-def _parse(name: str, text: str) -> Guider:
+def _parse(name: str, text: str, kinds: Mapping[str, type[Record]]) -> Record:
     """NAME, NAME:VALUE, NAME:FIELD=VALUE,... where VALUE alone is the record's first number."""
     word, _, rest = text.partition(":")
-    kind = GUIDERS.get(word.strip().lower())
+    kind = kinds.get(word.strip().lower())
     if kind is None:
-        raise UsageError(f"{name}: there is no {shown(word)}: there are {', '.join(GUIDERS)}")
+        raise UsageError(f"{name}: there is no {shown(word)}: there are {', '.join(kinds)}")
     known = [field.name for field in fields(kind)]
     values: dict[str, Any] = {}
     for number, part in enumerate(filter(None, rest.split(","))):
@@ -61,17 +76,17 @@ def _parse(name: str, text: str) -> Guider:
         if field not in known:
             raise UsageError(f"{name}: {word} has no {shown(field)}: it has {', '.join(known) or 'nothing to say'}")
         values[field] = value.split("+") if field == "layers" else value
-    return _one(name, kind(**values))
+    return kind(**values)
 
 
-def guidance_text(guider: Guider) -> str:
-    """A record as the text that `read_guidance` takes, without what is at its default."""
+def record_text(record: Guider | Saving) -> str:
+    """A record as the text that is read here, without what is at its default."""
     said = []
-    for field in fields(guider):
-        value = getattr(guider, field.name)
+    for field in fields(record):
+        value = getattr(record, field.name)
         if value != _default(field):
             said.append(f"{field.name}={'+'.join(value) if field.name == 'layers' else repr(value)}")
-    return guider.name + (":" + ",".join(said) if said else "")
+    return record.name + (":" + ",".join(said) if said else "")
 
 
 def _default(field: Field[Any]) -> Any:

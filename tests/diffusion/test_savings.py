@@ -1,0 +1,111 @@
+"""Token merging against tomesd, HyperTile against attention tile by tile, and that neither is on by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import nativesd
+from nativesd import HyperTile, TokenMerging
+from nativesd.config import Level, UNetConfig
+from nativesd.diffusion.savings import merging, tiles
+from nativesd.errors import UsageError
+from nativesd.models.build import build
+from nativesd.models.edits import Place
+from nativesd.models.unet import UNet
+from nativesd.pictures.infotext import Infotext
+from nativesd.pictures.programs.a1111 import generation_options
+from oracles import draw
+
+CONFIG = UNetConfig(
+    levels=(Level(32, (1, 1), (1, 1, 1), 2), Level(64, (1, 1), (1, 1, 1), 4)), mid=(1, None), context=48
+)
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    network = build(CONFIG)
+    assert isinstance(network, UNet)
+    draw(network, 0)
+    return network
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 4, 16, 24, generator=generator), torch.randn(2, 77, 48, generator=generator)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75])
+@pytest.mark.parametrize("size", [(8, 8), (16, 10), (7, 9)])
+def test_merging_is_tomesds(size: tuple[int, int], ratio: float) -> None:
+    oracle = pytest.importorskip("tomesd.merge")
+    height, width = size
+    generator = torch.Generator().manual_seed(2)
+    x, y = (torch.randn(2, height * width, 12, generator=generator) for _ in range(2))
+    merge, unmerge = merging(x, size, ratio)
+    theirs, back = oracle.bipartite_soft_matching_random2d(
+        x, width, height, 2, 2, int(height * width * ratio), no_rand=True
+    )
+    assert merge(y).shape == theirs(y).shape
+    assert torch.allclose(unmerge(merge(y)), back(theirs(y)), atol=1e-6)
+    fewer = merge(y)
+    assert torch.allclose(fewer.sort(1).values, theirs(y).sort(1).values, atol=1e-6)
+
+
+def test_nothing_merged_is_the_plain_answer(unet: UNet) -> None:
+    latents, context = inputs()
+    with torch.inference_mode():
+        plain = unet(latents, 500, context)
+        assert torch.equal(unet(latents, 500, context, edits=(TokenMerging(0.0).edit(CONFIG),)), plain)
+        assert torch.equal(unet(latents, 500, context, edits=(HyperTile(192).edit(CONFIG),)), plain)
+        merged = unet(latents, 500, context, edits=(TokenMerging(0.5).edit(CONFIG),))
+        split = unet(latents, 500, context, edits=(HyperTile(64).edit(CONFIG),))
+    for changed in (merged, split):
+        assert 1e-3 < float((changed - plain).abs().max() / plain.abs().max()) < 1
+
+
+def test_tiles_attend_to_themselves() -> None:
+    """Every tile as a feature map of its own."""
+    x = torch.randn(2, 16 * 24, 8, generator=torch.Generator().manual_seed(3))
+    seen: list[tuple[int, ...]] = []
+
+    def attend(tokens: Tensor) -> Tensor:
+        seen.append(tuple(tokens.shape))
+        return tokens - tokens.mean(1, keepdim=True)
+
+    place = Place("down", 0, size=(16, 24))
+    found = HyperTile(64).edit(CONFIG).self_attention(place, None, x, attend)  # type: ignore[arg-type]
+    assert seen == [(2 * 6, 64, 8)]
+    maps, expected = x.view(2, 16, 24, 8), torch.empty(2, 16, 24, 8)
+    for top in (0, 8):
+        for left in (0, 8, 16):
+            part = maps[:, top : top + 8, left : left + 8]
+            expected[:, top : top + 8, left : left + 8] = part - part.mean((1, 2), keepdim=True)
+    assert torch.allclose(found, expected.flatten(1, 2), atol=1e-6)
+    deep = Place("down", 1, size=(16, 24))
+    assert HyperTile(64).edit(CONFIG).self_attention(deep, None, x, lambda y: y) is x  # type: ignore[arg-type]
+    assert [tiles(length, 8) for length in (7, 8, 16, 17, 24, 36)] == [1, 1, 2, 1, 3, 4]
+
+
+def test_savings_in_a_call(tmp_path: Any) -> None:
+    pipe = nativesd.load(device="cpu")
+    options: dict[str, Any] = {"steps": 2, "seed": 3, "width": 128, "height": 128}
+    plain = pipe("a fox", **options)
+    saved = pipe("a fox", savings="tome:0.5", **options)
+    assert not torch.equal(saved.latents, plain.latents)
+    assert "Token merging ratio: 0.5" in saved.infotext()
+    split = pipe("a fox", savings=HyperTile(64, depth=1), **options)
+    assert not torch.equal(split.latents, plain.latents)
+    with pytest.raises(UsageError, match="pass one"):
+        pipe("a fox", savings=[TokenMerging(0.3), HyperTile(64)], **options)
+    for result in (saved, split):
+        again, unheeded = nativesd.options_from(result.save(tmp_path / "saved.png")[0])
+        assert not [each for each in unheeded if "model" not in each]
+        assert torch.equal(pipe("a fox", savings=again["savings"], **options).latents, result.latents)
+    theirs, _ = generation_options(Infotext("", "", {"Steps": "20", "Token merging ratio": "0.4", "Model": "m"}))
+    assert theirs["savings"] == "tome:0.4"
+    with pytest.raises(UsageError, match="between 0 and"):
+        pipe("a fox", savings="tome:0.9", **options)
