@@ -9,7 +9,9 @@ import torch
 from nativesd.config import SD_VAE, SDXL_VAE, Config, TextEncoderConfig, UNetConfig, VAEConfig
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.sampling.schedule import trained_sigmas
+from nativesd.weights.files.source import Member
 from nativesd.weights.identity.describe import unet_config
+from nativesd.weights.identity.identify import Component
 from nativesd.weights.identity.stated import EDM_LATENTS, EDM_V, few_steps, prediction
 from nativesd.weights.maps.published import edm_json, scheduler_json
 from nativesd.weights.model import Model
@@ -83,7 +85,7 @@ def not_said(model: Model, layout: str, name: str) -> list[str]:
             )
         if own is not None and (layout == "diffusers" or few_steps(name, member.metadata) != own):
             out.append(f"that it is a model of {own.steps} steps ({own.why}): ask for its steps and sampler by name")
-        return out
+        return out + (_heads_not_said(member, unet) if layout == "ldm" else [])
     source = SchedulerConfig.from_published(model.scheduler)
     keys = markers(model)
     kind, _ = prediction(keys, model.family, "", spec(model))
@@ -98,14 +100,8 @@ def not_said(model: Model, layout: str, name: str) -> list[str]:
         for field in fields(SchedulerConfig)
         if getattr(source, field.name) != getattr(loaded, field.name)
     ]
-    config, vae = unet.config, _vae(model)
-    if isinstance(config, UNetConfig):
-        by_rule, _ = unet_config(
-            unet.found.parameters(member.shapes), config.added.pooled if config.added is not None else 1280
-        )
-        heads = [[level.heads for level in each.levels] for each in (config, by_rule)]
-        if heads[0] != heads[1]:
-            out.append(f"the UNet's heads {heads[0]}: by the family's rule they would be {heads[1]}")
+    out += _heads_not_said(member, unet)
+    vae = _vae(model)
     usual = SDXL_VAE if model.family in ("sdxl", "refiner") else SD_VAE
     if isinstance(vae, VAEConfig) and EDM_LATENTS[0] not in keys and (vae.scaling, vae.mean) != (usual.scaling, None):
         out.append(f"the VAE's scaling factor {vae.scaling}: {usual.scaling} is the family's")
@@ -116,3 +112,18 @@ def not_said(model: Model, layout: str, name: str) -> list[str]:
         if isinstance(text, TextEncoderConfig) and text.activation == "gelu_tanh":
             out.append(f"the {encoder}'s activation gelu_tanh")
     return out
+
+
+def _heads_not_said(member: Member, unet: Component) -> list[str]:
+    """The UNet's heads, where a file that cannot say them would be read with others: those of a folder's config, or of
+    the .yaml beside a file."""
+    config = unet.config
+    if not isinstance(config, UNetConfig):
+        return []
+    by_rule, _ = unet_config(
+        unet.found.parameters(member.shapes), config.added.pooled if config.added is not None else 1280
+    )
+    heads = [[level.heads for level in each.levels] for each in (config, by_rule)]
+    if heads[0] == heads[1]:
+        return []
+    return [f"the UNet's heads {heads[0]}: by the family's rule they would be {heads[1]}"]

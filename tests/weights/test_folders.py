@@ -155,6 +155,16 @@ def test_what_is_read(text: str, prediction: str | None, tmp_path: Path) -> None
     assert (member.beside.prediction if member.beside else None) == prediction
 
 
+def test_what_only_the_yaml_says_is_not_lost_in_silence(file: Path, tmp_path: Path) -> None:
+    """A single file cannot say heads: who converts one to one is told, and copies the .yaml."""
+    unet = nativesd.load(device="cpu").config.unet
+    text = LDM.format(parameterization="v", channels=unet.levels[0].width)
+    each = unet.levels[0].width // unet.levels[0].heads
+    file.with_suffix(".yaml").write_text(text.replace("32", str(each)).replace("128", str(unet.context)))
+    with pytest.warns(NativesdWarning, match=r"will not say the UNet's heads \[2, 4, 7\]: by the family's rule"):
+        nativesd.convert(file, tmp_path / "b.safetensors", layout="ldm")
+
+
 def test_one_of_another_model_is_not_used(file: Path) -> None:
     file.with_suffix(".yaml").write_text(LDM.format(parameterization="eps", channels=320))
     with pytest.warns(NativesdWarning) as caught:
