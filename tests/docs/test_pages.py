@@ -325,3 +325,12 @@ def test_the_readme_is_short_and_in_order() -> None:
 def test_the_readme_leads_to_every_page() -> None:
     found = {(ROOT / target.partition("#")[0]).resolve() for target in links(PAGES[0])}
     assert set(PAGES[1:]) <= found
+
+
+def test_ci_installs_what_the_readme_says() -> None:
+    """A package that only one of them names is a test that only one of them runs."""
+    named = [
+        re.findall(r"^ *pip install (?:-q )?(--no-deps .*|\"\.\[test\]\")", (ROOT / file).read_text(), re.MULTILINE)
+        for file in ("README.md", ".ci/run")
+    ]
+    assert [line.partition(" #")[0] for line in named[1]] == named[0] != []
