@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from nativesd.diffusion.image_prompts import ImagePrompt as ImagePrompt
     from nativesd.diffusion.prompting import SDXL as SDXL
     from nativesd.diffusion.regions import Region as Region
+    from nativesd.diffusion.savings import DeepCache as DeepCache
     from nativesd.diffusion.savings import HyperTile as HyperTile
     from nativesd.diffusion.savings import TokenMerging as TokenMerging
     from nativesd.diffusion.tiles import Tiles as Tiles
@@ -80,7 +81,7 @@ _HOMES = {
     "latents.preview": ("Step",),
     "diffusion.prompting": ("SDXL",),
     "diffusion.regions": ("Region",),
-    "diffusion.savings": ("HyperTile", "TokenMerging"),
+    "diffusion.savings": ("DeepCache", "HyperTile", "TokenMerging"),
     "diffusion.tiles": ("Tiles",),
     "pipeline.pipeline": ("Pipeline",),
     "pipeline.repeat": ("options_from",),
@@ -101,6 +102,7 @@ __all__ = [
     "SLG",
     "TCFG",
     "Control",
+    "DeepCache",
     "DynamicThreshold",
     "Frame",
     "FreeU",

@@ -155,7 +155,9 @@ NEEDS = {
         metavar="NAME[:VALUE]",
         help="pag, seg, slg, apg, tcfg, threshold, interval or freeu, such as pag:3 or freeu:b1=1.3; repeatable.",
     ),
-    click.option("--saving", "savings", multiple=True, metavar="NAME[:VALUE]", help="tome:0.5 or hypertile:256."),
+    click.option(
+        "--saving", "savings", multiple=True, metavar="NAME[:N]", help="deepcache:2, tome:0.5, hypertile:256."
+    ),
     click.option("--guidance-rescale", type=float, help="0 to 1, against strong guidance's contrast [default: 0]."),
     click.option("--churn", type=float, help="Noise that Euler, Heun and DPM2 add before steps [default: 0]."),
     click.option("--churn-min", type=float, help="The smallest sigma of --churn [default: 0]."),

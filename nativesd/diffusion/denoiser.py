@@ -14,8 +14,10 @@ from nativesd.config import Prediction
 from nativesd.diffusion.conditioning import Conditioning, Group, groups, join
 from nativesd.diffusion.guiding.combine import At, Combiner, Guidance
 from nativesd.diffusion.prompting import Sides, step_at
+from nativesd.diffusion.savings import DeepCache
 from nativesd.errors import NativesdWarning
 from nativesd.models.edits import Edits
+from nativesd.models.reuse import Reuse
 from nativesd.models.unet import ImageContext, UNet
 from nativesd.sampling.methods.onestep import Denoiser
 from nativesd.sampling.published import EDM
@@ -50,7 +52,7 @@ class Guided:
     """What samplers call: noisy latents (B, C, h, w) and sigma to the predicted clean latents, float32.
 
     `sides` gives the conditionings that `guidance` and `combiners` combine, each for all B pictures. `edits` are those
-    of every call of the UNet, `shown` image prompts. `edm` is the scheduler's.
+    of every call of the UNet, `shown` image prompts, `cache` what it keeps. `edm` is the scheduler's.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Guided:
         combiners: Sequence[Combiner] = (),
         edits: Edits = (),
         shown: Shows | None = None,
+        cache: DeepCache | None = None,
     ) -> None:
         self._unet, self._sides, self._guidance, self._timestep = unet, sides, guidance, timestep
         self._prediction, self._dtype, self._steering, self._edm = prediction, dtype, steering, edm
@@ -74,6 +77,8 @@ class Guided:
         self._spread = 1.0 if edm is None else edm.data  # of clean latents
         self._sequential = guidance.sequential
         self._prepared: dict[int, _Prepared] = {}
+        self._cache, self._reuse = cache, dict[int, Reuse]()
+        self._asked: list[float] = []  # the noise levels so far, but for those asked for again at once
         self._last: tuple[At, Sequence[Conditioning], Sequence[Tensor]] | None = None
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
@@ -83,6 +88,8 @@ class Guided:
         if id(now) not in self._prepared:
             self._prepared[id(now)] = _Prepared(now, self._steering)
         told = self._prepared[id(now)]
+        if self._asked[-1:] != [sigma]:
+            self._asked.append(sigma)
         outputs: Sequence[Tensor] = ()
         if not self._sequential:
             try:
@@ -140,8 +147,17 @@ class Guided:
             residuals=None if steering is None else steering.residuals(scaled.to(self._dtype), time, sigma, side),
             adapter=() if steering is None else steering.adapter(sigma, len(scaled)),
             edits=(*side.edits, *self._edits), images=None if self._shown is None else self._shown.at(sigma, group),
+            reuse=self._kept(group),
         )  # fmt: skip
         return output.float()
+
+    def _kept(self, group: Group) -> Reuse | None:
+        """What of the deep levels is left for later calls, or taken from an earlier one."""
+        if self._cache is None:
+            return None
+        kept = self._reuse.setdefault(id(group), Reuse(self._cache.level))
+        kept.fresh = (len(self._asked) - 1) % self._cache.every == 0
+        return kept
 
 
 class _Batch:

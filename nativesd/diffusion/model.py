@@ -21,7 +21,7 @@ from nativesd.diffusion.image_prompts import Prepared
 from nativesd.diffusion.loaded import Loaded, going_around
 from nativesd.diffusion.prompting import SDXL, Frame, Sides, negative_side, over_steps, prompt_sides
 from nativesd.diffusion.regions import Region, with_regions
-from nativesd.diffusion.savings import Saving
+from nativesd.diffusion.savings import DeepCache, Saving
 from nativesd.diffusion.start import Start
 from nativesd.diffusion.tiles import Tiled, Tiles
 from nativesd.latents.preview import Step
@@ -76,7 +76,7 @@ class Job:
     def edits(self, unet: UNetConfig) -> list[Edit]:
         """What every call of a UNet does otherwise than it was trained to."""
         edits = [edit for guider in self.guiders if (edit := guider.edit(unet)) is not None]
-        edits += [saving.edit(unet) for saving in self.savings]
+        edits += [edit for saving in self.savings if (edit := saving.edit(unet)) is not None]
         return edits if self.tiling is None else [*edits, Circular()]
 
 
@@ -222,6 +222,7 @@ class Diffusion(Loaded):
                 combiners=combiners_of(job.guiders),
                 edits=job.edits(self.config.unet),
                 shown=shown,
+                cache=next((saving for saving in job.savings if isinstance(saving, DeepCache)), None),
             )
             parts.append((window, guided))
         return Tiled(parts), list(networks.values())

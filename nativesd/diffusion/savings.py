@@ -1,4 +1,4 @@
-"""Time saved in the UNet's self-attention for a little of the picture: off unless it is asked for."""
+"""Time saved in the UNet for a little of the picture: off unless it is asked for."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Saving:
-    """What both records have: `depth`, how many levels below the first that has attention they act at, too."""
+    """What all of these records have."""
 
     name: ClassVar[str]
 
-    def edit(self, config: UNetConfig) -> Edit:
+    def edit(self, config: UNetConfig) -> Edit | None:
         """What every call of the UNet does otherwise."""
-        raise NotImplementedError
+        return None
 
 
 @dataclass(frozen=True)
 class TokenMerging(Saving):
     """Token merging: of the cells, a share `ratio` is merged into those most like them while they attend.
 
-    Every second cell of every second row stays. Source: Bolya and Hoffman 2023, arXiv 2303.17604, section 4.
+    Every second cell of every second row stays. `depth` is how many levels below the first that has attention it acts
+    at, too. Source: Bolya and Hoffman 2023, arXiv 2303.17604, section 4.
     """
 
     name: ClassVar[str] = "tome"
@@ -46,7 +47,8 @@ class TokenMerging(Saving):
 class HyperTile(Saving):
     """HyperTile: cells attend to those of their own tile only, which has at least `size` pixels a side.
 
-    Tiles divide the feature map evenly, so a prime number of cells is one tile. Source: tfernd/HyperTile.
+    Tiles divide the feature map evenly, so a prime number of cells is one tile. `depth` is as in `TokenMerging`.
+    Source: tfernd/HyperTile.
     """
 
     name: ClassVar[str] = "hypertile"
@@ -58,7 +60,19 @@ class HyperTile(Saving):
         return _Split(_first(config) + self.depth, self.size)
 
 
-SAVINGS: dict[str, type[Saving]] = {kind.name: kind for kind in (TokenMerging, HyperTile)}
+@dataclass(frozen=True)
+class DeepCache(Saving):
+    """DeepCache: the levels below `level` are computed at every so many noise levels only, and kept in between.
+
+    Source: Ma et al. 2023, arXiv 2312.00858, with the whole level in place of one of its blocks.
+    """
+
+    name: ClassVar[str] = "deepcache"
+    every: int = 2
+    level: int = 0
+
+
+SAVINGS: dict[str, type[Saving]] = {kind.name: kind for kind in (TokenMerging, HyperTile, DeepCache)}
 CELL = 8  # pixels of a latent cell of published models
 
 

@@ -21,6 +21,7 @@ from nativesd.models.clip import TextEncoder, TextOutput
 from nativesd.models.controlnet import ControlNet
 from nativesd.models.edits import Edits
 from nativesd.models.layers import CachedContext, Context, repeat_to
+from nativesd.models.reuse import Reuse
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import CachedTime, ImageContext, Time, UNet
 from nativesd.models.vae import VAE
@@ -111,12 +112,13 @@ class AcceleratedUNet(UNet):
         adapter: Sequence[Tensor] = (),
         edits: Edits = (),
         images: ImageContext | None = None,
+        reuse: Reuse | None = None,
     ) -> Tensor:
         """As `UNet.forward`."""
         slots = self.delegate.runner.schema.control
         unfit = "exported UNets have no inputs for a T2I-Adapter's features" if adapter else None
-        if edits:
-            unfit = "exported UNets compute as they were trained to, and this call asks for other attention or skips"
+        if edits or reuse is not None:
+            unfit = "exported UNets compute as they were trained to, and this call asks for another way"
         if images is not None and not self.delegate.runner.schema.images:
             unfit = "this graph was exported without slots for image prompts"
         if residuals is not None and not slots:
@@ -137,7 +139,7 @@ class AcceleratedUNet(UNet):
         fetch(self, latents.device)
         return super().forward(
             latents, timestep, context, pooled=pooled, time_ids=time_ids, guidance=guidance, residuals=residuals,
-            adapter=adapter, edits=edits, images=images,
+            adapter=adapter, edits=edits, images=images, reuse=reuse,
         )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from nativesd.models.layers import (
     repeat_to,
     sinusoidal,
 )
+from nativesd.models.reuse import Reuse
 
 EPS = 1e-5  # of the GroupNorms in residual blocks and before conv_out (`normalization` in the source above)
 
@@ -185,10 +186,12 @@ class UNetEncoder(nn.Module):
         adapter: Sequence[Tensor] = (),
         images: Mapping[Transformer, Sequence[Tensor | None]] = MappingProxyType({}),
         edits: Edits = (),
+        deepest: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """conv_in's output through down path and middle: (B, C, h, w), and the skips in `residual_shapes` order.
 
-        The features of `adapter` are added as `adapter_shapes` says; `images` are those of `ImageContext.places`.
+        The features of `adapter` are added as `adapter_shapes` says; `images` are those of `ImageContext.places`. With
+        `deepest` it goes down to the end of that level only.
         """
         skips, features = [x], list(adapter)
         for level, stage in enumerate(cast("Iterable[Stage]", self.down)):
@@ -198,6 +201,8 @@ class UNetEncoder(nn.Module):
                 skips.append(x)
             if features and len(stage.attentions):
                 skips[-1] = x = x + features.pop(0)
+            if level == deepest:
+                return x, skips
             if stage.downsample is not None:
                 x = stage.downsample(x)
                 skips.append(x)
@@ -248,6 +253,7 @@ class UNet(UNetEncoder):
         adapter: Sequence[Tensor] = (),
         images: ImageContext | None = None,
         edits: Edits = (),
+        reuse: Reuse | None = None,
     ) -> Tensor:
         """Predict from `latents` (B, in_channels, H, W) at `timestep` (a number, () or (B,); 0..999 or between).
 
@@ -259,22 +265,28 @@ class UNet(UNetEncoder):
         residuals  tensors of `residual_shapes(B, H, W)`, in that order: added to the skips, and to the middle's output
         adapter    tensors of `config.adapter_shapes(B, H, W)`, in that order, the last one optional: a T2I-Adapter's
         images     what image prompts add, for the rows of the context
+        reuse      features of the deep levels, to be left for other calls, or taken
         edits      what is done otherwise than the network was trained to (`nativesd.models.edits`)
 
         Returns (B, out_channels, H, W). Raises ValueError where residuals have other shapes.
         """
         embedding = self.embed(latents, timestep, pooled, time_ids, guidance)
         shown = {} if images is None else images.places(self.config)
-        x, skips = self.encode(self.conv_in(latents), embedding, context, adapter, shown, edits)
+        deepest = reuse.level if reuse is not None and reuse.ready else None
+        x, skips = self.encode(self.conv_in(latents), embedding, context, adapter, shown, edits, deepest)
         if residuals is not None:
             expected = self.residual_shapes(latents.shape[0], latents.shape[2], latents.shape[3])
             found = [tuple(residual.shape) for residual in residuals]
             if found != expected:
                 raise ValueError(f"control residuals of shapes {found} do not fit: this UNet takes {expected}")
             *down, middle = residuals
-            skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
-            x = x + middle
+            skips = [skip + residual for skip, residual in zip(skips, down, strict=deepest is None)]
+            x = x + middle if deepest is None else x
         for level, stage in zip(reversed(range(len(self.up))), cast("Iterable[Stage]", self.up), strict=True):
+            if deepest is not None and level > deepest:
+                continue
+            if reuse is not None and level == reuse.level:
+                x = reuse.features = reuse.features if reuse.ready and reuse.features is not None else x
             for j in range(len(stage)):
                 place, skip = Place("up", level, j), repeat_to(skips.pop(), x.shape[0])
                 if edits:

@@ -11,6 +11,7 @@ from torch import Tensor
 from nativesd.diffusion.config import EDITING, INPAINTING, PLAIN, PipelineConfig
 from nativesd.diffusion.control import Control
 from nativesd.diffusion.guiding.guiders import Combined, Interval
+from nativesd.diffusion.savings import DeepCache
 from nativesd.errors import UsageError
 from nativesd.pictures import images, masks
 from nativesd.pictures.region import Box, cut_out, fill_masked, put_back
@@ -61,6 +62,11 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
         raise UsageError("an image prompt's mask is of the whole picture, which tiles do not show: pass one of the two")
     if asked.tiles is not None and asked.tiles.size < config.smallest:
         raise UsageError(f"{config.name} needs tiles of {config.smallest} pixels and more, not of {asked.tiles.size}")
+    for saving in asked.savings:
+        if isinstance(saving, DeepCache) and saving.level >= len(config.unet.levels):
+            raise UsageError(
+                f"savings: {config.name} has levels 0 to {len(config.unet.levels) - 1}, not {saving.level}"
+            )
     if asked.latents is not None:
         return _size_of_latents(config, asked, asked.latents)
     if image is None:

@@ -56,7 +56,8 @@ class Pipeline(Twice):
         guidance_scale  classifier-free guidance; 1 and below: off. Default 7.5, SDXL 5, few-step models off, "tiny" 3
         guidance        more of it: one or several of PAG, SEG, SLG, APG, TCFG, DynamicThreshold, Interval, FreeU, or
                         their texts, such as "pag:3"
-        savings         less time for a little of the picture: `TokenMerging`, `HyperTile`, or texts such as "tome:0.5"
+        savings         less time for a little of the picture: `DeepCache`, `TokenMerging`, `HyperTile`, or a text
+                        such as "deepcache:2"
         sampler         such as "Euler a", "DPM++ 2M Karras" or a published class's name; default: the model's own
         schedule        such as "karras"; default: the model's own. `nativesd samplers` lists both
         negative_prompt what the pictures should not show: a text, or one for each prompt

@@ -17,6 +17,7 @@ _RANGES: dict[str, Reader] = {
     "start": _SHARE, "end": _SHARE, "percentile": _SHARE, "phi": _SHARE, "scale": real(-100, 100),
     "blur": real(0, above=True), "eta": real(-10, 10), "threshold": real(0, 1e6), "momentum": real(-1, 1),
     "mimic": real(0, 1000), "ratio": real(0, 0.75), "size": whole(8), "depth": whole(0, 10),
+    "every": whole(1, 999), "level": whole(0, 10),
     **dict.fromkeys(("b1", "b2", "s1", "s2"), real(0, 10)),
 }  # fmt: skip
 
@@ -30,7 +31,7 @@ def read_savings(name: str, value: Any) -> tuple[Saving, ...]:
     """The same of savings, such as "tome:0.5", of which there may be one."""
     read = tuple(_one(name, each, SAVINGS, "") for each in _several(value))
     if len(read) > 1:
-        raise UsageError(f"{name}: all of them change the same attention: pass one")
+        raise UsageError(f"{name}: they are not made to go together: pass one")
     return read
 
 

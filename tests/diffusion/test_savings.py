@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 import nativesd
-from nativesd import HyperTile, TokenMerging
+from nativesd import DeepCache, HyperTile, TokenMerging
 from nativesd.config import Level, UNetConfig
 from nativesd.diffusion.savings import merging, tiles
 from nativesd.errors import UsageError
 from nativesd.models.build import build
 from nativesd.models.edits import Place
+from nativesd.models.reuse import Reuse
 from nativesd.models.unet import UNet
 from nativesd.pictures.infotext import Infotext
 from nativesd.pictures.programs.a1111 import generation_options
@@ -109,3 +110,48 @@ def test_savings_in_a_call(tmp_path: Any) -> None:
     assert theirs["savings"] == "tome:0.4"
     with pytest.raises(UsageError, match="between 0 and"):
         pipe("a fox", savings="tome:0.9", **options)
+
+
+def test_kept_features_are_those_of_the_call(unet: UNet) -> None:
+    """What a call leaves makes the same call again, without its deep levels; a call of another time takes them over."""
+    latents, context = inputs()
+    counted: list[int] = []
+    hook = unet.mid.resnets[0].register_forward_hook(lambda *_: counted.append(1))
+    residuals = [torch.full(shape, 0.1) for shape in unet.residual_shapes(2, 16, 24)]
+    try:
+        with torch.inference_mode():
+            for level in (0, 1):
+                kept = Reuse(level)
+                plain = unet(latents, 500, context, residuals=residuals)
+                assert torch.equal(unet(latents, 500, context, residuals=residuals, reuse=kept), plain)
+                counted.clear()
+                kept.fresh = False
+                assert torch.equal(unet(latents, 500, context, residuals=residuals, reuse=kept), plain)
+                assert not counted, "the middle was computed"
+                other = unet(latents, 400, context, reuse=kept)
+                assert not torch.equal(other, unet(latents, 400, context))
+    finally:
+        hook.remove()
+
+
+def test_every_second_step_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = nativesd.load(device="cpu")
+    options: dict[str, Any] = {"steps": 6, "seed": 3, "sampler": "Euler", "width": 96}
+    plain = pipe("a fox", **options).latents
+    assert torch.equal(pipe("a fox", savings="deepcache:1", **options).latents, plain)
+    fresh: list[bool] = []
+    forward = pipe.unet.forward
+
+    def record(*given: Any, **told: Any) -> Tensor:
+        fresh.append(not told["reuse"].ready)
+        return forward(*given, **told)
+
+    monkeypatch.setattr(pipe.unet, "forward", record)
+    kept = pipe("a fox", savings=DeepCache(2), **options).latents
+    assert fresh == [True, False] * 3
+    assert 0 < float((kept - plain).abs().max() / plain.abs().max()) < 0.5
+    fresh.clear()
+    pipe("a fox", savings="deepcache:3", guidance="pag:1", **options)
+    assert fresh == [True, True, False, False, False, False] * 2
+    with pytest.raises(UsageError, match="has levels 0 to"):
+        pipe("a fox", savings=DeepCache(2, 7), **options)
