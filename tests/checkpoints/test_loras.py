@@ -224,16 +224,16 @@ def test_clamped_as_kohya_does() -> None:
     ("rule", "message"),
     [
         ({}, "say how large it may be"),
-        ({"rank": 0}, "rank must be a whole number above 0"),
-        ({"energy": 1.5}, "energy must be a number above 0 and at most 1"),
-        ({"ratio": 0.5}, "ratio must be a number from 1 on"),
-        ({"energy": float("nan")}, "energy must be a number"),
-        ({"energy": 0.5, "ratio": 2}, "ratio and energy are two rules"),
+        ({"rank": 0}, "rank must be at least 1, not 0"),
+        ({"energy": 1.5}, "energy must be above 0 and at most 1, not 1.5"),
+        ({"ratio": 0.5}, "ratio must be a finite number of at least 1, not 0.5"),
+        ({"energy": float("nan")}, "energy must be above 0 and at most 1, not nan"),
+        ({"energy": 0.5, "ratio": 2}, "energy and ratio are two rules"),
     ],
 )
 def test_rules_that_cannot_be(rule: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Rule(**rule)
+        Rule.of(**rule)
 
 
 def test_a_smaller_lora(model: loras.Model, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_what_cannot_be_written(model: loras.Model, tmp_path: Path) -> None:
         join_loras([(loha, 1)], out, base=model.folder)
     with pytest.raises(WeightsError, match="fits no published base as a whole: name the model that it is for"):
         convert_lora(loha, out, layout="kohya")
-    with pytest.raises(UsageError, match="a LoRA's strength must be a finite number, not nan"):
+    with pytest.raises(UsageError, match="the strength of a LoRA must be between -1000 and 1000, not nan"):
         join_loras([(loha, float("nan"))], out, base=model.folder)
     with pytest.raises(UsageError, match=r"a LoRA is a \.safetensors file"):
         convert_lora(loha, tmp_path / "out", layout="peft")

@@ -223,7 +223,7 @@ def test_blocks_by_numbers_names_and_paths(folder: Path, tmp_path: Path) -> None
         ("unet.down.9=1", "neither a block of this model .* nor the path"),
         ("IN00=much", "blocks must be numbers, or names with numbers such as IN00=0.3, not 'IN00=much'"),
         ([float("nan")] * 26, "blocks must be numbers"),
-        ({"IN00": 1e9}, "blocks must be numbers from -1000 to 1000"),
+        ({"IN00": 1e9}, "blocks must be between -1000 and 1000"),
     ],
 )
 def test_blocks_that_cannot_be(blocks: Any, message: str, folder: Path, tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_a_checkpoint_without_recipe(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("count", "options", "message"),
     [
-        (2, {"alpha": float("nan")}, "alpha must be a number from -1000 to 1000, not nan"),
+        (2, {"alpha": float("nan")}, "alpha must be between -1000 and 1000, not nan"),
         (2, {"method": "magic"}, "method must be one of weighted-sum"),
         (2, {"method": "add-difference"}, r"add-difference .* takes 3 models, not 2"),
         (1, {}, "weighted-sum .* takes 2 models, not 1"),
@@ -381,11 +381,17 @@ def test_a_checkpoint_without_recipe(folder: Path, tmp_path: Path) -> None:
         (2, {"method": "sum", "blocks": "IN00=1"}, "sum has no alpha, so no blocks"),
         (2, {"weights": [0.5, 0.5]}, "weighted-sum has no weights"),
         (2, {"density": 0.5}, "weighted-sum has no density"),
-        (2, {"method": "ties", "density": 0}, "density must be a number above 0"),
+        (2, {"method": "ties", "density": 0}, "density must be above 0 and at most 1, not 0"),
         (2, {"only": ["lora"]}, "only must be of unet"),
         (2, {"layout": "diffusers"}, "diffusers is a folder"),
         (2, {"dtype": "f64"}, "dtype must be one of"),
-        (2, {"seed": -1}, "seed must be between 0"),
+        (2, {"seed": -1}, "seed must be between 0 and"),
+        (2, {"seed": 0.5}, "seed must be a whole number, not 0.5"),
+        (2, {"alpha": "much"}, "alpha must be a number, not 'much'"),
+        (2, {"method": "sum", "weights": 0.5}, "weights must be a list, not 0.5"),
+        (2, {"blocks": 5}, "blocks must be numbers, or names with numbers, not 5"),
+        (2, {"only": "unet"}, "only must be a list, not 'unet'"),
+        (2, {"vae": 5}, "vae must be a file, a folder or a hub id, not 5"),
     ],
 )
 def test_options_that_cannot_be(
@@ -394,6 +400,12 @@ def test_options_that_cannot_be(
     with pytest.raises(UsageError, match=message):
         nativesd.merge([folder / "b"] * count, tmp_path / "out.safetensors", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sources_are_several(tmp_path: Path) -> None:
+    for sources in ("tiny", [1, 2], None):
+        with pytest.raises(UsageError, match=r"sources must be several|takes 2 models, not 0"):
+            nativesd.merge(sources, tmp_path / "out.safetensors")  # type: ignore[arg-type]  # as people may
 
 
 def test_numbers_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ WRITERS = {
     "convert": ("convert", "tiny", "DEST.safetensors", "--layout", "ldm"),
     "convert to a folder": ("convert", "tiny", "DEST", "--layout", "diffusers"),
     "merge": ("lora", "merge", "tiny", "lora.safetensors", "DEST"),
+    "merge models": ("merge", "tiny", "tiny", "DEST"),
+    "resize": ("lora", "resize", "lora.safetensors", "DEST.safetensors", "--rank", "1", "--base", "tiny"),
     "export": ("export", "onnx", "tiny", "DEST", "--component", "text_encoder", "--no-check"),
     "generate": ("generate", "a red house", "--steps", "1", "--seed", "1", "-o", "DEST.png"),
 }
@@ -84,7 +86,7 @@ def test_destinations_that_cannot_be(command: str, place: Callable[[Path], str],
 @pytest.mark.parametrize("target", ["nowhere", "DEST", "lora.safetensors"])
 def test_a_link_is_no_free_name(command: str, target: str, here: Path, run: Run) -> None:
     """To nothing, to itself, to a file: it stays, and what it leads to."""
-    name = "DEST.safetensors" if command == "convert" else "DEST"
+    name = "DEST.safetensors" if "DEST.safetensors" in WRITERS[command] else "DEST"
     (here / name).symlink_to(target if target != "DEST" else name)
     before = tree(here)
     done = run(*WRITERS[command])

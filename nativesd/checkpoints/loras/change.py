@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,8 @@ from nativesd.checkpoints.loras.naming import (
 from nativesd.checkpoints.loras.ranks import Rule, shrink
 from nativesd.destination import fresh
 from nativesd.errors import UsageError, WeightsError
+from nativesd.pipeline.readers import real
+from nativesd.pipeline.records import MOST_SCALE
 from nativesd.weights.lora.file import LoraFile, read_lora
 from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.writing import cast_finite
@@ -84,7 +85,7 @@ def resize_lora(
     rank is the most, and alone the rank of all layers. Changes that are no product of two matrices stay as they are.
     Raises UsageError, SourceError, WeightsError.
     """
-    rule = Rule(rank, ratio, cumulative, frobenius, energy)
+    rule = Rule.of(rank=rank, ratio=ratio, cumulative=cumulative, frobenius=frobenius, energy=energy)
     check_lora(dest, layout, dtype)
     with fresh(dest) as temporary, torch.no_grad():
         [file], known = _open([lora], base)
@@ -125,10 +126,8 @@ def join_loras(
     """
     if not loras:
         raise UsageError("there is no LoRA to join")
-    for _, strength in loras:
-        if not math.isfinite(strength):
-            raise UsageError(f"a LoRA's strength must be a finite number, not {strength}")
-    rule = None if rank is None and energy is None else Rule(rank, energy=energy)
+    loras = [(lora, real(-MOST_SCALE, MOST_SCALE)("the strength of a LoRA", strength)) for lora, strength in loras]
+    rule = None if rank is None and energy is None else Rule.of(rank=rank, energy=energy)
     check_lora(dest, layout, dtype)
     with fresh(dest) as temporary, torch.no_grad():
         files, known = _open([lora for lora, _ in loras], base)

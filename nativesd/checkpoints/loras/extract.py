@@ -19,6 +19,7 @@ from nativesd.config import TextEncoderConfig, UNetConfig
 from nativesd.destination import fresh
 from nativesd.errors import UsageError, WeightsError
 from nativesd.models.build import expected
+from nativesd.pipeline.readers import real, whole
 from nativesd.weights.lora.place import Place
 from nativesd.weights.maps.keymap import load_tables
 from nativesd.weights.writing import cast_finite
@@ -65,11 +66,9 @@ def extract_lora(
     Layers that do not differ are not in it. What differs and has no place in a LoRA is in `left_out`: norms, biases,
     embeddings, the first and the last convolution. Raises UsageError, SourceError, WeightsError.
     """
-    rule = Rule(rank, ratio, cumulative, frobenius, energy)
-    if conv_rank is not None and conv_rank < 0:
-        raise UsageError(f"conv_rank must be a whole number from 0 on, not {conv_rank}")
-    if clamp_quantile is not None and not 0 < clamp_quantile <= 1:
-        raise UsageError(f"clamp_quantile must be a number above 0 and at most 1, not {clamp_quantile}")
+    rule = Rule.of(rank=rank, ratio=ratio, cumulative=cumulative, frobenius=frobenius, energy=energy)
+    conv_rank = None if conv_rank is None else whole(0)("conv_rank", conv_rank)
+    clamp_quantile = None if clamp_quantile is None else real(0, 1, above=True)("clamp_quantile", clamp_quantile)
     check_lora(dest, layout, dtype)
     tables = load_tables()
     left_out: dict[str, float] = {}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nativesd.errors import UsageError
+from nativesd.pipeline.readers import Reader, real, whole
 
 ZERO = 1e-6
 """The largest singular value of a matrix that counts as zero; of it one is kept (kohya's MIN_SV)."""
@@ -33,23 +35,16 @@ class Rule:
     frobenius: float | None = None
     energy: float | None = None
 
-    def __post_init__(self) -> None:
-        given = {name: v for name, v in vars(self).items() if v is not None and name != "rank"}
-        if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)} are two rules for one rank: pass one")
-        if self.rank is None and not given:
+    @classmethod
+    def of(cls, **given: Any) -> Rule:
+        """A rule of what a caller passes. Raises UsageError."""
+        said = {name: READERS[name](name, value) for name, value in given.items() if value is not None}
+        others = [name for name in said if name != "rank"]
+        if len(others) > 1:
+            raise UsageError(f"{' and '.join(others)} are two rules for one rank: pass one")
+        if not said:
             raise UsageError("say how large it may be: rank=, ratio=, cumulative=, frobenius= or energy=")
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"rank must be a whole number above 0, not {self.rank}")
-        for name, value in given.items():
-            if not (math.isfinite(value) and (value >= 1 if name == "ratio" else 0 < value <= 1)):
-                allowed = "from 1 on" if name == "ratio" else "above 0 and at most 1"
-                raise UsageError(f"{name} must be a number {allowed}, not {value}")
-
-    @property
-    def is_dynamic(self) -> bool:
-        """Whether ranks differ from layer to layer."""
-        return bool({self.ratio, self.cumulative, self.frobenius, self.energy} - {None})
+        return cls(**said)
 
     def says(self) -> str:
         """In words."""
@@ -72,6 +67,13 @@ class Rule:
         else:
             return most
         return max(1, min(most, int(torch.searchsorted(sums, torch.tensor(wanted, dtype=sums.dtype))) + 1))
+
+
+_PART = real(0, 1, above=True)
+READERS: Mapping[str, Reader] = {
+    "rank": whole(1), "ratio": real(1), "cumulative": _PART, "frobenius": _PART, "energy": _PART,
+}  # fmt: skip
+"""How the fields of a `Rule` are read."""
 
 
 def split(matrix: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from nativesd.checkpoints.layouts import DTYPES, SINGLE, check_target, write_model
-from nativesd.checkpoints.merging.blocks import Given, alphas, parse_blocks
+from nativesd.checkpoints.merging.blocks import Given, alphas
 from nativesd.checkpoints.merging.methods import How, Method, combine
-from nativesd.checkpoints.merging.recipe import Recipe, read_recipe, source_hashes
+from nativesd.checkpoints.merging.recipe import Recipe, read_recipe, recipe_of, source_hashes
 from nativesd.checkpoints.sources import open_model, open_side, require_alike
 from nativesd.config import UNetConfig
 from nativesd.destination import fresh
@@ -78,14 +78,12 @@ def merge(
             raise UsageError("a recipe names its models: pass no others beside recipe=")
         asked = read_recipe(Path(recipe))
     else:
-        asked = Recipe(
-            tuple(map(str, sources or ())), method, alpha, None if weights is None else tuple(map(float, weights)),
-            density, seed, None if blocks is None else parse_blocks(blocks), tuple(only),
-            None if unet is None else str(unet), None if vae is None else str(vae), tuple(map(str, text_encoders)),
-            layout, dtype,
+        asked = recipe_of(
+            sources if sources is not None else (), method=method, alpha=alpha, weights=weights, density=density,
+            seed=seed, blocks=blocks, only=only, unet=unet, vae=vae, text_encoders=text_encoders, layout=layout,
+            dtype=dtype,
         )  # fmt: skip
     path = Path(dest)
-    asked.check()
     asked = replace(asked, layout=asked.layout or ("ldm" if path.suffix in SINGLE else "diffusers"))
     assert asked.layout is not None  # said above
     check_target(path, asked.layout, asked.dtype)

@@ -14,8 +14,12 @@ from nativesd.checkpoints.layouts import DTYPES, LAYOUTS
 from nativesd.checkpoints.merging.blocks import parse_blocks
 from nativesd.checkpoints.merging.methods import METHODS, How, Method
 from nativesd.errors import SourceError, UsageError, quote
+from nativesd.pipeline.readers import Reader, is_list, is_path, real, whole
+from nativesd.pipeline.readers import shown as shown_value
+from nativesd.pipeline.readers import text as a_text
 from nativesd.reading import parse_json, read_bounded
-from nativesd.schema import REQUIRED, Field, either, many, mapping, number, one_of, read_fields, text, whole
+from nativesd.schema import REQUIRED, Field, either, many, mapping, number, one_of, read_fields, text
+from nativesd.schema import whole as whole_number
 from nativesd.weights.files.hashes import hash_file
 from nativesd.weights.formats.container import read_file
 from nativesd.weights.maps.grammar import parse_toml
@@ -77,19 +81,10 @@ class Recipe:
         for name, value in (("alpha", self.alpha), ("density", self.density)):
             if value is not None and getattr(method, name) is None:
                 raise UsageError(f"{self.method} has no {name}")
-        if self.alpha is not None and not abs(self.alpha) <= LARGEST:  # NaN, too
-            raise UsageError(f"alpha must be a number from {-LARGEST:g} to {LARGEST:g}, not {self.alpha}")
-        if self.density is not None and not 0 < self.density <= 1:
-            raise UsageError(f"density must be a number above 0 and at most 1, not {self.density}")
         if self.weights is not None:
             self._check_weights(self.weights)
         if self.blocks is not None and method.alpha is None:
             raise UsageError(f"{self.method} has no alpha, so no blocks have their own")
-        for value in self.blocks.values() if isinstance(self.blocks, Mapping) else self.blocks or ():
-            if not abs(value) <= LARGEST:
-                raise UsageError(f"blocks must be numbers from {-LARGEST:g} to {LARGEST:g}, not {value}")
-        if not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"seed must be between 0 and 2^63 - 1, not {self.seed}")
         if unknown := set(self.only) - set(PARTS):
             raise UsageError(f"only must be of {', '.join(PARTS)}, not {quote(sorted(unknown)[0])}")
         for name, word, known in (("layout", self.layout, LAYOUTS), ("dtype", self.dtype, tuple(DTYPES))):
@@ -101,8 +96,6 @@ class Recipe:
             raise UsageError(f"{self.method} has no weights")
         if len(weights) != len(self.sources):
             raise UsageError(f"weights must be {len(self.sources)} numbers, one for each model, not {len(weights)}")
-        if not all(abs(weight) <= LARGEST for weight in weights):
-            raise UsageError(f"weights must be numbers from {-LARGEST:g} to {LARGEST:g}, not {weights}")
         if not math.isclose(sum(weights), 1, abs_tol=1e-6):
             raise UsageError(f"weights must add up to 1, not {sum(weights):g}: the result would be no model")
 
@@ -139,24 +132,71 @@ def shown(source: str) -> str:
     return Path(os.path.abspath(source)).name if Path(source).exists() else source
 
 
-_WORDS = many(text(), MOST, 0)
+def recipe_of(sources: Any, **given: Any) -> Recipe:
+    """A recipe of what a caller passes, or a file says, every value read and in its range. Raises UsageError.
+
+    sources  the models; by name the other fields of a `Recipe`, None where nothing is said
+    """
+    if not is_list(sources) or not all(map(is_path, sources)):
+        raise UsageError(f"sources must be several files, folders or hub ids, not {shown_value(sources)}")
+    read = {name: READERS[name](name, value) for name, value in given.items() if value is not None}
+    recipe = Recipe(tuple(map(str, sources)), **read)
+    recipe.check()
+    return recipe
+
+
+def _several(reader: Reader) -> Reader:
+    """Any number of values, as a tuple."""
+
+    def read(name: str, value: Any) -> tuple[Any, ...]:
+        if not is_list(value):
+            raise UsageError(f"{name} must be a list, not {shown_value(value)}")
+        return tuple(reader(name, each) for each in value)
+
+    return read
+
+
+def _source(name: str, value: Any) -> str:
+    if not is_path(value):
+        raise UsageError(f"{name} must be a file, a folder or a hub id, not {shown_value(value)}")
+    return str(value)
+
+
+def _blocks(name: str, value: Any) -> tuple[float, ...] | dict[str, float]:
+    if not (isinstance(value, str | Mapping) or is_list(value)):
+        raise UsageError(f"{name} must be numbers, or names with numbers, not {shown_value(value)}")
+    blocks = parse_blocks(value)
+    for amount in blocks.values() if isinstance(blocks, Mapping) else blocks:
+        _AMOUNT(name, amount)
+    return blocks
+
+
+_AMOUNT = real(-LARGEST, LARGEST)
+READERS: Mapping[str, Reader] = {
+    "method": a_text, "alpha": _AMOUNT, "weights": _several(_AMOUNT), "density": real(0, 1, above=True),
+    "seed": whole(0, (1 << 63) - 1), "blocks": _blocks, "only": _several(a_text), "unet": _source, "vae": _source,
+    "text_encoders": _several(_source), "layout": a_text, "dtype": a_text, "hashes": lambda _, value: dict(value),
+}  # fmt: skip
+"""How every argument is read."""
+
+_PATHS = many(text(4096), MOST, 0)
 _NUMBERS = many(number(-LARGEST, LARGEST), MOST)
 SCHEMA = (
     Field("type", one_of("nativesd"), "nativesd"),
-    Field("sources", many(text(), MOST, 1), REQUIRED),
-    Field("method", one_of(*METHODS), "weighted-sum"),
+    Field("sources", many(text(4096), MOST, 1), REQUIRED),
+    Field("method", one_of(*METHODS)),
     Field("alpha", number(-LARGEST, LARGEST)),
     Field("weights", _NUMBERS),
     Field("density", number(0, 1)),
-    Field("seed", whole(0, (1 << 63) - 1), 0),
+    Field("seed", whole_number(0, (1 << 63) - 1)),
     Field("blocks", either(_NUMBERS, mapping(number(-LARGEST, LARGEST), 1000), text(2000))),
-    Field("only", _WORDS, ()),
-    Field("unet", text()),
-    Field("vae", text()),
-    Field("text_encoders", _WORDS, ()),
+    Field("only", many(one_of(*PARTS), len(PARTS), 0)),
+    Field("unet", text(4096)),
+    Field("vae", text(4096)),
+    Field("text_encoders", _PATHS),
     Field("layout", one_of(*LAYOUTS)),
     Field("dtype", one_of(*DTYPES)),
-    Field("hashes", mapping(text(64), 1000), {}),
+    Field("hashes", mapping(text(64), 1000, text(4096))),
 )
 """The fields of a recipe's file."""
 
@@ -170,10 +210,7 @@ def read_recipe(path: Path) -> Recipe:
     if unknown := set(data) - {each.name for each in SCHEMA}:
         raise UsageError(f"{path}: unknown field {quote(sorted(unknown)[0])}")
     read = read_fields(data, SCHEMA, str(path), UsageError)
-    blocks = read["blocks"]
-    recipe = Recipe(**{each.name: read[each.name] for each in fields(Recipe)})
-    if isinstance(blocks, str):
-        recipe = replace(recipe, blocks=parse_blocks(blocks))
+    recipe = recipe_of(**{each.name: read[each.name] for each in fields(Recipe)})
 
     def found(name: str) -> str:
         beside = path.parent / name
