@@ -149,12 +149,18 @@ def test_loras_in_prompts(api: webuiapi.WebUIApi, pipe: nativesd.Pipeline, lora_
     same(made.image, pipe(PROMPT, **OURS, loras=(lora_dir / "style.safetensors", 0.8)))
 
 
+def test_noise_on_the_way_and_tiling(api: webuiapi.WebUIApi, pipe: nativesd.Pipeline) -> None:
+    noisy = {**HERE, "sampler_name": "Euler", "tiling": True, "s_churn": 2.0, "s_noise": 1.01}
+    sampling = nativesd.Sampling(churn=2.0, noise=1.01)
+    same(api.txt2img(**noisy).image, pipe(PROMPT, **{**OURS, "sampler": "Euler"}, tiling="xy", sampling=sampling))
+
+
 def test_what_is_not_heeded_is_named(server: Running) -> None:
-    odd = {"tiling": True, "styles": ["x"], "refiner_checkpoint": "None",
+    odd = {"s_min_uncond": 1.0, "styles": ["x"], "refiner_checkpoint": "None",
            "override_settings": {"sd_vae": "other"}, "s_churn": 0.0, "subseed_new": 1}  # fmt: skip
     made = server.post("/sdapi/v1/txt2img", {**HERE, **odd}).json()
     notes = json.loads(made["info"])["notes"]
-    for name in ("tiling", "styles", "override_settings.sd_vae", "subseed_new"):
+    for name in ("s_min_uncond", "styles", "override_settings.sd_vae", "subseed_new"):
         assert f"{name} is not used" in notes
     assert len(notes) == 4
 

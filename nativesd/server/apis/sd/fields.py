@@ -27,6 +27,7 @@ BOTH: Mapping[str, Reader] = {
     "sampler_index": words, "scheduler": words, "eta": real(0, 1), "denoising_strength": real(0, 1),
     "override_settings": mapping, "alwayson_scripts": mapping, "script_name": words, "force_task_id": words,
     "send_images": flag, "refiner_checkpoint": words, "refiner_switch_at": real(0, 1), "styles": listed,
+    "s_churn": real(0, 1000), "s_tmin": real(0, 1e6), "s_tmax": real(0, 1e6), "s_noise": real(0, 10), "tiling": flag,
     "subseed": SEED, "subseed_strength": real(0, 1), "seed_resize_from_w": whole(-1), "seed_resize_from_h": whole(-1),
 }  # fmt: skip
 TXT2IMG: Mapping[str, Reader] = {
@@ -40,7 +41,7 @@ IMG2IMG: Mapping[str, Reader] = {
     "resize_mode": whole(0, 3), "image_cfg_scale": real(0), "include_init_images": flag,
 }  # fmt: skip
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "restore_faces": (False,), "tiling": (False,), "s_churn": (0,), "s_tmax": (0,), "s_tmin": (0,), "s_noise": (1,),
+    "restore_faces": (False,),
     "s_min_uncond": (0,), "comments": ({},), "disable_extra_networks": (False,), "firstpass_image": ("",),
     "firstphase_width": (0,), "firstphase_height": (0,), "hr_checkpoint_name": ("", "Use same checkpoint"),
     "hr_additional_modules": ([], ["Use same choices"]), "mask_blur_x": (4,), "mask_blur_y": (4,),

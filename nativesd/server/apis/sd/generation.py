@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from nativesd.pictures.programs.a1111 import automatic_schedule
 from nativesd.pipeline.hires import UPSCALERS, Hires
 from nativesd.pipeline.readers import whole
 from nativesd.sampling.names import find_sampler, find_schedule
+from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import Variation
 from nativesd.server.apis.sd.controlnet import read_controls
 from nativesd.server.apis.sd.fields import IMG2IMG, TXT2IMG, read_fields
@@ -97,7 +99,9 @@ def read_request(body: Mapping[str, Any], context: Context, *, from_text: bool) 
     fields, unheeded = read_fields(body, TXT2IMG if from_text else IMG2IMG)
     settings = {**context.options, **fields.get("override_settings", {})}
     options, model = _from_settings(settings, unheeded, context)
-    options |= _sampling(fields)
+    options |= _sampling(fields) | _noise(fields)
+    if fields.get("tiling"):
+        options["tiling"] = "xy"
     options |= {
         name: fields[theirs]
         for name, theirs in {**{name: name for name in PLAIN}, "guidance_scale": "cfg_scale"}.items()
@@ -184,6 +188,13 @@ def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
         options["schedule"] = automatic
     find_sampler(name, options.get("schedule"))
     return options
+
+
+def _noise(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Churn and the noise's factor; an s_tmax of 0 is no bound."""
+    most = fields.get("s_tmax") or math.inf
+    asked = Sampling(fields.get("s_churn", 0.0), fields.get("s_tmin", 0.0), most, fields.get("s_noise", 1.0))
+    return {} if asked == Sampling() else {"sampling": asked}
 
 
 def _schedule(name: str) -> str:
