@@ -50,6 +50,8 @@ LIKE = 0.75
 """How alike a name is to a column's that is meant: "setps", "promt", but neither "task" nor "image_id"."""
 TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 JSON = ("{", "[")
+LISTS = ("outpaint", "guidance", "savings")
+"""Options that may be lists and are no records."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def _cell(name: str, cell: str) -> Any:
     """The value of a cell that is a text, as JSON has it."""
     if name in ("prompt", "negative_prompt", "id", "model"):
         return cell
-    if name in (*BUILT, "outpaint", "guidance") and cell.lstrip().startswith(JSON):
+    if name in (*BUILT, *LISTS) and cell.lstrip().startswith(JSON):
         try:
             return parse_json(f'{{"cell": {cell}}}'.encode(), name)["cell"]
         except SourceError as error:

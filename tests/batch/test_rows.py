@@ -259,7 +259,7 @@ EXAMPLES: dict[str, Any] = {
     "tiling": "x", "image": "in.png", "mask": "mask.png", "strength": 0.5, "steps_as": "a1111",
     "image_guidance_scale": 1.2, "resize": "crop", "outpaint": [0, 8, 0, 8], "mask_blur": 2, "mask_fill": "noise",
     "only_masked": 8, "hires": {"scale": 1.5}, "tiles": 512, "refiner_at": 0.5, "loras": [["a.safetensors", 0.5]],
-    "control": [{"model": "tiny", "image": "edges.png"}], "guess_mode": True, "partial": True,
+    "control": [{"model": "tiny", "image": "edges.png"}], "guess_mode": True, "partial": True, "savings": "tome",
     "image_prompts": [{"adapter": "ip.safetensors", "picture": ["in.png", "other.png"], "scale": 0.5}],
     "image_encoder": "encoder.safetensors", "guidance_rescale": 0.5, "eta": 0.5, "sampling": {"churn": 2},
     "clip_skip": 2, "literal": True, "force": False, "sdxl": {"prompt_2": "b"}, "noise": "cuda",
