@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
 from nativesd.checkpoints.manifest import write_manifest
 from nativesd.destination import fresh
 from nativesd.diffusion.control import check_controlnet
+from nativesd.diffusion.image_prompts import ImageAdapter, ImagePrompt, check_encoder, check_family
 from nativesd.errors import UsageError
 from nativesd.export.graphs import FILE, vae_parts
 from nativesd.export.kept.store import Store
@@ -22,16 +23,19 @@ from nativesd.export.tensorrt.engines import Wish, build
 from nativesd.export.tensorrt.product import Backend, device_target, parse_target
 from nativesd.export.tensorrt.profiles import ready_profile
 from nativesd.loading.load import load
+from nativesd.models.clip_vision import VisionEncoder
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
+from nativesd.pictures.clip import MEAN, STD
 from nativesd.pipeline.arguments import Lora
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.pipeline.readers import real
+from nativesd.pipeline.records import read_loras
 from nativesd.tuning.memory import memory_explained
 
 OnPart = Callable[[str, int, int], None]
 LEAST_FACTOR = 4
 """Pixels along a side of a latent's cell, of the VAEs that there are: what is wrong for it is so for every model."""
-EXPORTED = ("text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder")
+EXPORTED = ("text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder", "image_encoder", "ip_adapter")
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ def export_onnx(
     dtype: str | torch.dtype = "float32",
     slots: bool = True,
     image_prompts: bool = False,
+    image_encoder: str | Path | None = None,
+    image_adapters: Sequence[str | Path] = (),
     static: Static | None = None,
     opset: int | None = None,
     names: Convention = "nativesd",
@@ -94,12 +100,15 @@ def export_onnx(
 
     source      what `load` takes
     dest        a folder that does not exist yet
-    components  of text_encoder, unet, controlnet, vae_encoder, vae_decoder; controlnet are those of `control`
+    components  of text_encoder, unet, controlnet, vae_encoder, vae_decoder, image_encoder, ip_adapter; the last three
+                of these are those of `control`, `image_encoder` and `image_adapters`
     loras       merged into the weights before, as `Pipeline.__call__` takes them
     slots       whether the UNet has inputs for control residuals; zeros in them cost next to nothing
-    image_prompts  whether the UNet has inputs for image prompts, of any IP-Adapter
+    image_prompts  whether the UNet has inputs for image prompts, of any IP-Adapter; with `image_adapters` it has
+    image_encoder  a CLIP image encoder to export too
+    image_adapters  IP-Adapters whose projections, keys and values are exported too; FaceID's LoRAs are merged before
     static      one size and batch; else batch, sides and chunks of the prompt are dynamic
-    opset       default: 23 (attention is one node), for the VAE 21 (a group norm is one node)
+    opset       default: 23 (attention is one node), for the VAE, image encoder and adapters 21 (a group norm is one)
     names       of the UNet's inputs and outputs: nativesd's, or those that comfyui or streamdiffusion bind
     check       run every file by ONNX Runtime against PyTorch
     tolerance   max|difference| / max|float32's| that it may show; default: 1e-5 in float32, 5e-3 in float16, 4e-2 in
@@ -111,14 +120,18 @@ def export_onnx(
     """
     if static is not None:
         static.request(LEAST_FACTOR)
+        if image_prompts or image_adapters:
+            raise UsageError("graphs of one static size take no image prompts: leave either out")
     if tolerance is not None:
         tolerance = real(0)("tolerance", tolerance)
     done: list[Exported] = []
     said: dict[str, dict[str, Any]] = {}
     with fresh(dest) as folder:
-        pipeline = _load(source, dtype, loras, maps)
+        pipeline = _load(source, dtype, maps)
+        adapters = _merge(pipeline, loras, image_adapters)
         request = None if static is None else static.request(pipeline.config.vae.factor)
-        for part in _turns(_parts(pipeline, components, control, image_prompts), on_part):
+        parts = _parts(pipeline, components, control, image_prompts, image_encoder, adapters)
+        for part in _turns(parts, on_part):
             file = folder / part.name / FILE
             file.parent.mkdir(parents=True)
             details = write_onnx(
@@ -129,7 +142,7 @@ def export_onnx(
             done.append(Exported(part.name, Path(dest) / part.name / FILE, details))
             said[part.name] = {
                 "file": f"{part.name}/{FILE}", "component": part.component, "family": part.family,
-                "weights": part.weights, **details,
+                "weights": part.weights, **details, **_told(part),
             }  # fmt: skip
         write_manifest(folder, pipeline, said)
     return done
@@ -149,6 +162,8 @@ def export_tensorrt(
     dtype: str | torch.dtype = "float16",
     slots: bool = True,
     image_prompts: bool = False,
+    image_encoder: str | Path | None = None,
+    image_adapters: Sequence[str | Path] = (),
     weight_streaming: bool = False,
     check: bool = True,
     tolerance: float | None = None,
@@ -186,11 +201,12 @@ def export_tensorrt(
         ready_profile(name, "unet", native=512, factor=LEAST_FACTOR)
     if tolerance is not None:
         tolerance = real(0)("tolerance", tolerance)
-    pipeline = _load(source, dtype, loras, maps)
+    pipeline = _load(source, dtype, maps)
+    parts = _parts(pipeline, components, control, image_prompts, image_encoder, _merge(pipeline, loras, image_adapters))
     config, store = pipeline.config, Store(default_store() if engines is None else engines)
     wish = Wish(groups, backend, slots, weight_streaming, check, tolerance, again, on_progress)
     done = []
-    for part in _turns(_parts(pipeline, components, control, image_prompts), on_part):
+    for part in _turns(parts, on_part):
         ready = [
             ready_profile(name, part.component, native=config.size, factor=config.vae.factor, image_prompts=part.images)
             for name in profiles
@@ -208,14 +224,37 @@ def _turns(parts: Sequence[Part], on_part: OnPart | None) -> Iterator[Part]:
         yield part
 
 
-def _load(source: str | Path, dtype: str | torch.dtype, loras: Sequence[Lora], maps: str | Path | None) -> Pipeline:
-    pipeline = load(source, device="cpu", dtype=dtype, maps=maps)
-    pipeline.set_loras(loras)
-    return pipeline
+def _load(source: str | Path, dtype: str | torch.dtype, maps: str | Path | None) -> Pipeline:
+    return load(source, device="cpu", dtype=dtype, maps=maps)
+
+
+def _merge(pipeline: Pipeline, loras: Sequence[Lora], image_adapters: Sequence[str | Path]) -> list[ImageAdapter]:
+    """Load the image adapters, and merge the LoRAs, with those that are in FaceID's. Raises UsageError for an adapter
+    of another family."""
+    prompts = pipeline.adapted([ImagePrompt(adapter) for adapter in image_adapters])
+    adapters = [cast("ImageAdapter", prompt.adapter) for prompt in prompts]
+    for adapter in adapters:
+        check_family(adapter, pipeline.config.unet)
+    with pipeline.turns.call():
+        pipeline.merge([*read_loras("loras", loras), *pipeline.identity_loras(prompts)], partial=False)
+    return adapters
+
+
+def _told(part: Part) -> dict[str, Any]:
+    """What a manifest says of an image encoder's input."""
+    if not isinstance(part.module, VisionEncoder):
+        return {}
+    pixels = {"resample": "bicubic, the shorter side to the input's", "crop": "center", "mean": MEAN, "std": STD}
+    return {"pixel_values": pixels}
 
 
 def _parts(
-    pipeline: Pipeline, components: Sequence[str], control: Sequence[str | Path], image_prompts: bool = False
+    pipeline: Pipeline,
+    components: Sequence[str],
+    control: Sequence[str | Path],
+    image_prompts: bool = False,
+    image_encoder: str | Path | None = None,
+    adapters: Sequence[ImageAdapter] = (),
 ) -> list[Part]:
     """The components that are asked for. Raises UsageError for one that there is not."""
     if unknown := set(components) - set(EXPORTED):
@@ -228,7 +267,7 @@ def _parts(
             for i, encoder in enumerate(pipeline.text_encoders, 1)
         ]
     if "unet" in components:
-        out.append(Part("unet", "unet", pipeline.unet, family, source, merged, image_prompts))
+        out.append(Part("unet", "unet", pipeline.unet, family, source, merged, image_prompts or bool(adapters)))
     if "controlnet" in components and pipeline.load_control is not None:
         for i, each in enumerate(control, 1):
             model = pipeline.load_control(each)
@@ -241,6 +280,19 @@ def _parts(
         for component in vae_parts(pipeline.vae)
         if component in components
     ]
+    if image_encoder is not None and "image_encoder" in components and pipeline.load_image_encoder is not None:
+        encoder = pipeline.load_image_encoder(image_encoder)
+        for adapter in adapters:
+            check_encoder(adapter, encoder)
+        out.append(Part("image_encoder", "image_encoder", encoder.module, family, encoder.name))
+    if "ip_adapter" in components:
+        out += [
+            Part(numbered("ip_adapter", i), "ip_adapter", adapter.module, family, adapter.name, images=True)
+            for i, adapter in enumerate(adapters, 1)
+        ]
     if not out:
-        raise UsageError("there is nothing to export: name a component, and ControlNets with control (--control)")
+        raise UsageError(
+            "there is nothing to export: name a component, ControlNets with control (--control), an image encoder with "
+            "image_encoder (--image-encoder), and IP-Adapters with image_adapters (--image-adapter)"
+        )
     return out

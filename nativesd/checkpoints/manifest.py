@@ -34,7 +34,7 @@ AXES = {
     "batch": "rows: pictures, twice as many for guidance in one call",
     "tokens": "of the prompt: 77 for every chunk",
     "groups": "image prompts, each attended to by itself; 1 where there are none",
-    "image_tokens": "of the longest image prompt; 1 where there are none",
+    "image_tokens": "of the longest image prompt; 1 where there are none. Of an ip_adapter: states of its picture",
     "h": "the picture's height in latent cells: its pixels divided by vae.factor",
     "w": "the picture's width in latent cells",
 }

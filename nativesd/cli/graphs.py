@@ -16,7 +16,7 @@ from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, lora_use, main, 
 if TYPE_CHECKING:
     from nativesd.checkpoints.export import Exported
 
-COMPONENTS = ["text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder"]
+COMPONENTS = ["text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder", "image_encoder", "ip_adapter"]
 NAMES = ["nativesd", "comfyui", "streamdiffusion"]
 COLUMNS = [
     "component", "family", "weights", "backend", "for", "precision", "profiles", "control", "size", "state"
@@ -40,6 +40,10 @@ def _common(command: Command) -> Command:
         click.option("--tolerance", type=click.FloatRange(0), help="Largest relative difference that is allowed."),
         click.option("--no-slots", is_flag=True, help="Leave out the UNet's inputs for control residuals."),
         click.option("--image-prompts", is_flag=True, help="Give the UNet inputs for image prompts (IP-Adapters)."),
+        click.option("--image-encoder", metavar="ENCODER", help="CLIP image encoder to export too."),
+        click.option(
+            "--image-adapter", "image_adapters", multiple=True, metavar="ADAPTER", help="IP-Adapter; repeatable."
+        ),
         click.option("--maps", type=click.Path(path_type=Path), help="Folder of weight maps to add or override."),
     ]):  # fmt: skip
         command = option(command)
@@ -53,7 +57,7 @@ def _common(command: Command) -> Command:
 @click.option("--static", type=Size(), metavar="WxH", help="One size in pixels [default: any].")
 @click.option("--batch", type=int, help="With --static: rows, two for guidance [default: 2].")
 @click.option("--chunks", type=int, help="With --static: chunks of 77 tokens [default: 1].")
-@click.option("--opset", type=int, help="[default: 23; of the VAE 21]")
+@click.option("--opset", type=int, help="[default: 23; of the VAE and of --image-encoder and --image-adapter 21]")
 @click.option("--names", type=click.Choice(NAMES), default=NAMES[0], help="Whose the UNet's inputs and outputs have.")
 def export_onnx(
     source: str,

@@ -151,7 +151,7 @@ def prepare(prompt: ImagePrompt, unet: UNetConfig, encoder: Callable[[ImageAdapt
     """
     adapter = prompt.adapter
     assert isinstance(adapter, ImageAdapter)  # the pipeline has loaded it
-    _check_family(adapter, unet)
+    check_family(adapter, unet)
     if not 0 <= prompt.start <= prompt.end <= 1:
         raise UsageError(
             f"{adapter.name}: start and end must be 0 <= start <= end <= 1, not {prompt.start}, {prompt.end}"
@@ -186,7 +186,8 @@ def encode_pictures(
     return ImageEmbeddings(out.embedding, out.hidden, module(torch.zeros_like(pixels[:1])).hidden)
 
 
-def _check_family(adapter: ImageAdapter, unet: UNetConfig) -> None:
+def check_family(adapter: ImageAdapter, unet: UNetConfig) -> None:
+    """Raises UsageError where an adapter is not for a UNet of this form."""
     config, widths = adapter.module.config, tuple(place.width for place in unet.cross_attentions)
     if config.context != unet.context:
         theirs, ours = CONTEXTS.get(config.context, "another model"), CONTEXTS.get(unet.context, "another")
@@ -266,10 +267,17 @@ def _embeddings(
     if given is None:
         raise UsageError(f"{adapter.name} is prompted by a picture: pass one, or image embeddings")
     pictures = [read_image(each) for each in one_or_several(given)]
-    config, by = adapter.module.config, encoder(adapter)
-    gives = by.module.config.projection if config.kind == "base" else by.module.config.width
-    _require_width(adapter, gives or 0, f"the image encoder {by.name} gives")
-    return encode_pictures(by, pictures, prompt.crop, states=config.kind != "base")
+    by = encoder(adapter)
+    check_encoder(adapter, by)
+    return encode_pictures(by, pictures, prompt.crop, states=adapter.module.config.kind != "base")
+
+
+def check_encoder(adapter: ImageAdapter, encoder: ImageEncoder) -> None:
+    """Raises UsageError where an adapter that is prompted by pictures takes another width than an encoder gives."""
+    config, given = adapter.module.config, encoder.module.config
+    if config.image is not None:
+        gives = given.projection if config.kind == "base" else given.width
+        _require_width(adapter, gives or 0, f"the image encoder {encoder.name} gives")
 
 
 def _require_width(adapter: ImageAdapter, width: int, who: str) -> None:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from nativesd.errors import UsageError
 from nativesd.export.slots import (
     CHUNK,
+    IDENTITY,
+    IMAGE_EMBEDS,
+    IMAGE_STATES,
     IP_BIAS,
     IP_KEYS,
     IP_MASK,
@@ -19,23 +22,27 @@ from nativesd.export.slots import (
     Request,
     Schema,
     controlnet_schema,
+    image_encoder_schema,
+    ip_adapter_schema,
     text_encoder_schema,
     unet_schema,
     vae_schema,
 )
 from nativesd.models.clip import TextEncoder
+from nativesd.models.clip_vision import VisionEncoder
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
+from nativesd.models.ip_adapter import IPAdapter
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import ImageContext, UNet
 from nativesd.models.vae import VAE
 
-COMPONENTS: tuple[Component, ...] = ("text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder")
 FILE = "model.onnx"
 OPSETS: Mapping[Component, int] = {
-    "unet": 23, "controlnet": 23, "text_encoder": 23, "vae_decoder": 21, "vae_encoder": 21,
+    "unet": 23, "controlnet": 23, "text_encoder": 23, "vae_decoder": 21, "vae_encoder": 21, "image_encoder": 21,
+    "ip_adapter": 21,
 }  # fmt: skip
 """From 23 on attention is one node, which TensorRT-RTX builds for the heads of UNets and not for the VAE's 512
-channels; from 21 on a group norm is one node."""
+channels, nor for all heads of image encoders (ViT-H's are 80 wide); from 21 on a group norm is one node."""
 DTYPES = {"float32": torch.float32, "int64": torch.int64}
 
 
@@ -98,6 +105,10 @@ def graph_of(module: nn.Module, component: Component, *, control: bool = True, i
             return Graph(module, controlnet_schema(module.control_config))  # which says why not
         case TextEncoder():
             return Graph(module, text_encoder_schema(module.config))
+        case VisionEncoder():
+            return Graph(module, image_encoder_schema(module.config))
+        case IPAdapter():
+            return Graph(module, ip_adapter_schema(module.config))
         case VAE() | TinyVAE() if component in ("vae_decoder", "vae_encoder"):
             return Graph(module, vae_schema(module.config, component))
     raise UsageError(f"a {type(module).__name__} has no exported form")
@@ -174,7 +185,23 @@ def _text_encoder(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Te
     return torch.stack([encoder.context(state) for state in states]), encoder.pooled(tokens, states[-1])
 
 
+def _image_encoder(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    embedding, hidden = cast("VisionEncoder", module)(given["pixel_values"])
+    return (hidden,) if embedding is None else (embedding, hidden)
+
+
+def _ip_adapter(module: nn.Module, given: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    adapter = cast("IPAdapter", module)
+    tokens = adapter.tokens(given.get(IMAGE_EMBEDS, given.get(IMAGE_STATES)), given.get(IDENTITY))
+    made, widths = adapter.keys_values(tokens), adapter.config.widths
+    return [
+        torch.stack([made[number][part] for number, each in enumerate(widths) if each == width])[:, :, None]
+        for part in (0, 1)
+        for width in sorted({*widths})
+    ]  # (L, B, S, C) -> (L, B, 1, S, C)
+
+
 _RUN: dict[Component, Callable[[nn.Module, Mapping[str, Tensor]], Sequence[Tensor]]] = {
     "unet": _unet, "controlnet": _controlnet, "vae_decoder": _vae_decoder, "vae_encoder": _vae_encoder,
-    "text_encoder": _text_encoder,
+    "text_encoder": _text_encoder, "image_encoder": _image_encoder, "ip_adapter": _ip_adapter,
 }  # fmt: skip

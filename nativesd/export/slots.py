@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from nativesd.config import ControlNetConfig, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from nativesd.config import (
+    ControlNetConfig,
+    IPAdapterConfig,
+    TextEncoderConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+    VisionEncoderConfig,
+)
 from nativesd.errors import UsageError
 
 CHUNK = 77  # tokens of one chunk of a prompt, begin and end included
@@ -22,7 +30,7 @@ MOST_CHUNKS = 500  # that a prompt may have
 MIDDLE = "input_control_middle"
 OUTPUT = "out_sample"
 
-Component = Literal["unet", "controlnet", "vae_decoder", "vae_encoder", "text_encoder"]
+Component = Literal["unet", "controlnet", "vae_decoder", "vae_encoder", "text_encoder", "image_encoder", "ip_adapter"]
 Kind = Literal["weights", "float32", "int64"]
 """A slot's dtype; "weights" is that of the parameters."""
 
@@ -178,6 +186,8 @@ class Schema:
             return self
         if self.component != "unet":
             raise UsageError(f"the names of {convention} are those of a UNet, not of a {self.component}")
+        if self.images:
+            raise UsageError(f"{convention}'s runtime has nothing for inputs for image prompts: leave them out")
         if convention == "comfyui" and any(slot.name == "time_ids" for slot in self.inputs):
             raise UsageError(
                 "ComfyUI_TensorRT gives SDXL one vector y in place of text_embeds and time_ids, which is another graph"
@@ -211,22 +221,49 @@ def unet_schema(config: UNetConfig, *, control: bool = True, images: bool = Fals
 
 
 IP_KEYS, IP_VALUES, IP_BIAS, IP_MASK = "ip_keys_{}", "ip_values_{}", "ip_bias", "ip_mask_{}"
+IMAGE_EMBEDS, IMAGE_STATES, IDENTITY = "image_embeds", "image_states", "identity"
 
 
 def _image_slots(config: UNetConfig) -> tuple[Slot, ...]:
     """What `ImageContext` has: keys and values by the width of the attentions, a bias, and masks by level."""
-    counts = Counter(place.width for place in config.cross_attentions)
     tokens: tuple[Axis, ...] = ("batch", "groups", "image_tokens")
-    slots = [
-        Slot(name.format(width), (count, *tokens, width), is_image=True)
-        for name in (IP_KEYS, IP_VALUES)
-        for width, count in sorted(counts.items())
-    ]
+    widths = [place.width for place in config.cross_attentions]
+    slots = [replace(slot, is_image=True) for slot in _keys_values(widths, tokens)]
     slots.append(Slot(IP_BIAS, tokens, is_image=True))
     for level in config.attended_levels:
         sides = (Side("h", parts=2**level), Side("w", parts=2**level))
         slots.append(Slot(IP_MASK.format(level), ("batch", "groups", *sides), is_image=True))
     return tuple(slots)
+
+
+def _keys_values(widths: Sequence[int], tokens: tuple[Axis, ...]) -> list[Slot]:
+    """Keys, then values, of all attentions of a width."""
+    return [
+        Slot(name.format(width), (count, *tokens, width))
+        for name in (IP_KEYS, IP_VALUES)
+        for width, count in sorted(Counter(widths).items())
+    ]
+
+
+def image_encoder_schema(config: VisionEncoderConfig) -> Schema:
+    """Of a CLIP image encoder: normalised pixels to the embedding, where there is one, and the states."""
+    pixels = Slot("pixel_values", ("batch", config.image_channels, config.image, config.image))
+    states = Slot(IMAGE_STATES, ("batch", config.tokens, config.width))
+    embeds = [] if config.projection is None else [Slot(IMAGE_EMBEDS, ("batch", config.projection))]
+    return Schema("image_encoder", (pixels,), (*embeds, states))
+
+
+def ip_adapter_schema(config: IPAdapterConfig) -> Schema:
+    """Of an IP-Adapter: what its kind takes, to the inputs of one group of a UNet's, before scales."""
+    inputs = []
+    if config.kind.startswith("faceid"):
+        inputs.append(Slot(IDENTITY, ("batch", config.identity)))
+    if config.image is not None and config.kind == "base":
+        inputs.append(Slot(IMAGE_EMBEDS, ("batch", config.image)))
+    elif config.image is not None:
+        inputs.append(Slot(IMAGE_STATES, ("batch", "image_tokens", config.image)))
+    tokens: Axis = "image_tokens" if config.kind == "full" else config.tokens
+    return Schema("ip_adapter", tuple(inputs), tuple(_keys_values(config.widths, ("batch", 1, tokens))))
 
 
 def controlnet_schema(config: ControlNetConfig) -> Schema:

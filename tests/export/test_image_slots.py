@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
 import nativesd
 from nativesd import ImageEmbeddings, ImagePrompt
-from nativesd.config import SD15_UNET, SDXL_UNET, Level, TextTime, UNetConfig
+from nativesd.checkpoints.export import Static
+from nativesd.checkpoints.export import export_onnx as onnx_folder
+from nativesd.cli import main
+from nativesd.config import (
+    SD15_UNET,
+    SDXL_UNET,
+    IPAdapterKind,
+    Level,
+    TextTime,
+    UNetConfig,
+    VisionEncoderConfig,
+)
 from nativesd.errors import NativesdWarning, UsageError
 from nativesd.export.accelerate import Delegate, accelerate_module
 from nativesd.export.check import TOLERANCES, compare, difference
@@ -23,8 +36,9 @@ from nativesd.export.onnx import export_onnx
 from nativesd.export.sessions import OnnxRunner, OpenVinoRunner
 from nativesd.export.slots import Request, unet_schema
 from nativesd.export.tensorrt.profiles import check_profiles, ready_profile, within
+from nativesd.models.clip_vision import VisionEncoder
 from nativesd.models.unet import ImageContext, UNet
-from oracles import adapter_of, drawn_adapter, save_adapter
+from oracles import adapter_of, draw, drawn_adapter, save_adapter, vision_pair
 
 CPU = torch.device("cpu")
 
@@ -199,3 +213,83 @@ def test_without_inputs_for_them_pytorch_answers() -> None:
     with pytest.warns(NativesdWarning, match="exported without slots for image prompts: PyTorch runs it instead"):
         found = fast(*given, images=ImageContext(keys, keys))
     assert torch.equal(found, module(*given, images=ImageContext(keys, keys)))
+
+
+ENCODER = VisionEncoderConfig(40, 3, 2, 64, "gelu", projection=40, image=42)
+KINDS: tuple[IPAdapterKind, ...] = ("base", "plus", "full", "faceid-plus")
+
+
+@pytest.mark.parametrize("config", [ENCODER, replace(ENCODER, projection=None, activation="quick_gelu")])
+def test_an_image_encoder_as_a_graph(config: VisionEncoderConfig, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        module = VisionEncoder(config).eval()
+    draw(module, 0)
+    graph = graph_of(module.requires_grad_(False), "image_encoder")
+    assert [str(slot) for slot in (*graph.schema.inputs, *graph.schema.outputs)] == [
+        "pixel_values [batch, 3, 42, 42] weights", *["image_embeds [batch, 40] weights"] * (config.projection == 40),
+        "image_states [batch, 10, 40] weights",
+    ]  # fmt: skip
+    export_onnx(graph, tmp_path / FILE)
+    assert all(each.error <= 1e-5 for each in compare(graph, File(graph, tmp_path / FILE).runner("onnx")))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=[f"kind-{kind}" for kind in KINDS])
+@torch.inference_mode()
+def test_an_adapter_as_a_graph_gives_the_unets_inputs(kind: IPAdapterKind, tmp_path: Path) -> None:
+    config = unet("sd15")
+    module = drawn_adapter(adapter_of(config, kind))[0].eval()
+    graph = graph_of(module, "ip_adapter")
+    export_onnx(graph, tmp_path / FILE)
+    runner = File(graph, tmp_path / FILE).runner("onnx")
+    requests = [Request(1, 1, 1, image_tokens=9), Request(2, 1, 1), Request(4, 1, 1, image_tokens=20)]
+    assert all(each.error <= 1e-5 for each in compare(graph, runner, requests))
+    slots = [slot for slot in unet_schema(config, images=True).images if slot.name.startswith(("ip_keys", "ip_values"))]
+    request = Request(2, 1, 1, groups=1, image_tokens=20)
+    inputs = dict(zip((slot.name for slot in graph.schema.inputs), graph.inputs(request), strict=True))
+    made = runner.run(inputs)
+    tokens = made["ip_keys_32"].shape[3]
+    assert tokens == {"plus": 5, "full": 20}.get(kind, 4)
+    takes = {slot.name: slot.shape(replace(request, image_tokens=tokens)) for slot in slots}
+    assert {name: each.shape for name, each in made.items()} == takes
+    image = inputs.get("image_embeds", inputs.get("image_states"))
+    layers = module.keys_values(module.tokens(image, inputs.get("identity")))
+    at = dict.fromkeys((32, 64), 0)
+    for place, (keys, values) in zip(config.cross_attentions, layers, strict=True):
+        for name, expected in ((f"ip_keys_{place.width}", keys), (f"ip_values_{place.width}", values)):
+            assert difference(made[name][at[place.width], :, 0], expected) <= 1e-5
+        at[place.width] += 1
+
+
+def test_encoder_and_adapters_are_exported_beside_a_model(tmp_path: Path) -> None:
+    """By the command line; FaceID's LoRA is merged into what it belongs to."""
+    config = nativesd.load("tiny", device="cpu").config.unet
+    vision_pair(ENCODER)[1].save_pretrained(tmp_path / "encoder")
+    vision_pair(replace(ENCODER, width=56, projection=56))[1].save_pretrained(tmp_path / "other")
+    kinds: dict[IPAdapterKind, int | None] = {"plus": None, "faceid": 4}
+    files = [
+        save_adapter(drawn_adapter(adapter_of(config, kind, lora=lora))[1], tmp_path / f"{kind}.safetensors")
+        for kind, lora in kinds.items()
+    ]
+    arguments = ["export", "onnx", "tiny", tmp_path / "made", "--image-encoder", tmp_path / "encoder"]
+    for name in ("image_encoder", "ip_adapter"):
+        arguments += ["--component", name]
+    for file in files:
+        arguments += ["--image-adapter", file]
+    done = CliRunner().invoke(main, [str(each) for each in arguments])
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((tmp_path / "made" / "manifest.json").read_text("utf-8"))
+    assert [*manifest["components"]] == ["image_encoder", "ip_adapter", "ip_adapter_2"]
+    assert all(each["error"] <= 1e-5 for each in manifest["components"].values())
+    assert manifest["components"]["image_encoder"]["pixel_values"]["mean"][0] == pytest.approx(0.4815, abs=1e-4)
+    assert [each["name"] for each in manifest["components"]["ip_adapter_2"]["inputs"]] == ["identity"]
+    assert [each["name"] for each in manifest["loras"]] == ["faceid"]
+    with pytest.raises(UsageError, match=r"plus takes states 40 wide .*image encoder other gives states 56 wide"):
+        onnx_folder(
+            "tiny", tmp_path / "no", components=["image_encoder"], image_encoder=tmp_path / "other",
+            image_adapters=files,
+        )  # fmt: skip
+    with pytest.raises(UsageError, match=r"nothing to export: .*--image-encoder.*--image-adapter"):
+        onnx_folder("tiny", tmp_path / "no", components=["ip_adapter"])
+    for options in cast("Any", ({"static": Static(64, 64)}, {"names": "comfyui"})):
+        with pytest.raises(UsageError, match=r"take no image prompts|has nothing for inputs for image prompts"):
+            onnx_folder("tiny", tmp_path / "no", components=["unet"], image_prompts=True, **options)
