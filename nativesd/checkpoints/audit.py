@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,7 @@ def diff(source: str | Path, other: str | Path, *, values: bool = False, maps: s
 def find(source: str | Path, *, revision: str | None = None) -> list[Member]:
     """The checkpoints of a local or remote source, their headers read. Raises SourceError, NetworkError."""
     path = NAMED.get(str(source), Path(source))
-    if path.exists():
+    if os.path.exists(path):
         return open_source(path)
     if isinstance(source, Path) or not REMOTE.fullmatch(source) or is_missing_file(source):
         raise SourceError(f"{source} does not exist; a source is a file, a folder, a URL, or a hub id such as org/name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -66,7 +67,9 @@ def expand(paths: Iterable[str | Path]) -> list[Path]:
     out: dict[Path, None] = {}
     for path in paths:
         named = NAMED.get(str(path), Path(path))
-        found = [named] if named.exists() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        found = (
+            [named] if os.path.exists(named) else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        )
         if not found:
             raise SourceError(f"{path} does not exist, and no file has a name like it")
         for each in found:

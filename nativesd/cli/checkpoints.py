@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -121,8 +122,8 @@ def _are_many(sources: Sequence[str]) -> bool:
     if len(sources) > 1:
         return True
     path = Path(sources[0])
-    if not path.is_dir():
-        return not path.exists() and any(mark in sources[0] for mark in "*?[") and "://" not in sources[0]
+    if not os.path.isdir(path):
+        return not os.path.exists(path) and any(mark in sources[0] for mark in "*?[") and "://" not in sources[0]
     from nativesd.checkpoints.survey import expand
 
     found = expand([path])
@@ -133,7 +134,7 @@ def _survey(sources: Sequence[str], maps: Path | None, *, as_json: bool, missing
     """Print a line for every source and a summary, or JSON lines; leave with 1 where one is not ok."""
     from nativesd.checkpoints.survey import survey
 
-    inside = Path(sources[0]) if len(sources) == 1 and Path(sources[0]).is_dir() else None
+    inside = Path(sources[0]) if len(sources) == 1 and os.path.isdir(sources[0]) else None
     lines = []
     for line in survey(sources, maps=maps):
         lines.append(line)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
@@ -80,7 +80,7 @@ def lora_use(text: str) -> tuple[str, float, float]:
 
 def embedding_files(text: str) -> list[str]:
     """FILE, or the two of SDXL's embedding, FILE,FILE; a file's own name may have commas."""
-    return [text] if Path(text).exists() else text.split(",")
+    return [text] if os.path.exists(text) else text.split(",")
 
 
 @dataclass(frozen=True)

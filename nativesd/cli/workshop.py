@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -86,7 +87,8 @@ def hash_command(files: Sequence[Path], as_json: bool) -> None:
     from nativesd.weights.files.source import open_source
 
     for path in files:
-        for file in [path] if not path.is_dir() else [part for each in open_source(path) for part in each.data_starts]:
+        of_folder = [file for member in open_source(path) for file in member.data_starts] if os.path.isdir(path) else []
+        for file in of_folder or [path]:
             found = hash_file(file)
             if as_json:
                 click.echo(json.dumps({"file": str(file), **asdict(found)}))

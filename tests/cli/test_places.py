@@ -125,6 +125,25 @@ def test_a_system_that_refuses(command: str, error: int, here: Path, run: Run, m
     assert tree(here) == before
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "audit NAME", "audit NAME NAME", "hash NAME", "convert NAME out --layout diffusers", "merge NAME NAME out",
+        "merge --recipe NAME out", "lora merge NAME NAME out", "lora merge tiny NAME out",
+        "lora resize NAME out.safetensors --rank 1", "generate x --model NAME", "generate x --vae NAME",
+        "convert tiny out --layout diffusers --vae NAME",
+    ],
+)  # fmt: skip
+def test_a_source_of_300_characters(command: str, here: Path, run: Run) -> None:
+    """No name that a file can have: one sentence, as of any other that is not there."""
+    done = run(*command.replace("NAME", "x" * 300).split())
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.startswith("nativesd: xxx")
+    assert ("does not exist" in done.stderr) or ("cannot be read: File name too long" in done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert set(tree(here)) == {"lora.safetensors"}
+
+
 def copied(here: Path) -> Path:
     shutil.copytree(TINY, here / "model")
     return here / "model"

@@ -129,7 +129,7 @@ class Recipe:
 
 def shown(source: str) -> str:
     """How a recipe names a source: a local one by its last name, others as they are."""
-    return Path(os.path.abspath(source)).name if Path(source).exists() else source
+    return Path(os.path.abspath(source)).name if os.path.exists(source) else source
 
 
 def recipe_of(sources: Any, **given: Any) -> Recipe:
@@ -214,7 +214,7 @@ def read_recipe(path: Path) -> Recipe:
 
     def found(name: str) -> str:
         beside = path.parent / name
-        return str(beside) if beside.exists() else name
+        return str(beside) if os.path.exists(beside) else name
 
     return replace(
         recipe,

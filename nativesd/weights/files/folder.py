@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -90,7 +91,7 @@ def component_file(names: Iterable[str], where: str, *, half: bool) -> str:
 
 def folder_of(path: Path) -> Path:
     """A model's folder, where its model_index.json is named; any other path as it is."""
-    return path.parent if path.name == INDEX and path.is_file() else path
+    return path.parent if path.name == INDEX and os.path.isfile(path) else path
 
 
 def weight_file(names: Collection[str], component: str, *, half: bool) -> str | None:

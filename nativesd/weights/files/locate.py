@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def locate_model(source: str | Path, *, half: bool = False) -> Path:
     if source == "tiny":
         return TINY
     path = folder_of(Path(source))
-    if path.exists():
+    if os.path.exists(path):
         return path
     if not _on_hub(source):
         raise SourceError(f"{source} does not exist; a model is 'tiny', a folder, a file, or a hub id such as org/name")
@@ -78,7 +79,7 @@ def locate_part(source: str | Path, *, stem: str = "diffusion_pytorch_model") ->
     Raises SourceError, NetworkError.
     """
     path = Path(source)
-    if path.exists():
+    if os.path.exists(path):
         return path
     if not _on_hub(source):
         raise SourceError(f"{source} does not exist: name a file, a folder, or a hub id such as org/name")
@@ -108,4 +109,4 @@ def _on_hub(source: str | Path) -> bool:
 def is_missing_file(source: str) -> bool:
     """Whether a name that is nothing here means a local file, though it looks like one on the hub: `org/name` with a
     file's suffix is no repository, and what would lie in a folder that is here is no file of one."""
-    return source.endswith((*SUFFIXES, ".json")) and (source.count("/") == 1 or Path(source).parent.is_dir())
+    return source.endswith((*SUFFIXES, ".json")) and (source.count("/") == 1 or os.path.isdir(Path(source).parent))

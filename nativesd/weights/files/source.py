@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,7 +56,7 @@ UNUSED = {
 def open_source(source: str | Path, *, half: bool = False) -> list[Member]:
     """The checkpoints of a local file or folder; `half` prefers fp16 variants. Raises SourceError."""
     path = folder_of(Path(source))
-    if path.is_dir():
+    if os.path.isdir(path):
         return list(_folder(path, half=half))
     if path.name.endswith(".json"):
         return [member("", shards(path))]
