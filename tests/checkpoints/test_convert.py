@@ -13,6 +13,7 @@ from statistics import median
 import diffusers
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from nativesd.config import (
     TinyVAEConfig,
     UNetConfig,
     VAEConfig,
+    VisionEncoderConfig,
 )
 from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.models.build import build
@@ -37,7 +39,7 @@ from nativesd.shipped import TINY
 from nativesd.weights.checkpoint import unmap
 from nativesd.weights.formats.header import read_header
 from nativesd.weights.maps.keymap import load_table
-from oracles import draw, published_manifests, sparse
+from oracles import draw, published_manifests, sparse, vision_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* of no published form")
 
@@ -260,6 +262,20 @@ def test_a_component_alone(name: str, tmp_path: Path) -> None:
     back = load_file(tmp_path / "back.safetensors")
     prefix = next(iter(back)).removesuffix(next(iter(sorted(original))))
     assert same({key.removeprefix(prefix): tensor for key, tensor in back.items()}, original)
+
+
+def test_an_image_encoder_alone(tmp_path: Path) -> None:
+    """From OpenCLIP's names to the folder that transformers opens; there is no way back."""
+    ours, reference = vision_pair(VisionEncoderConfig(128, 2, 2, 256, "gelu", projection=1024, image=56))
+    table = load_table("image_encoder.openclip")
+    tensors = unmap(ours.state_dict(), table.bind({}, table.prefixes[0]))
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "alone.safetensors")
+    nativesd.convert(tmp_path / "alone.safetensors", tmp_path / "folder", layout="diffusers")
+    assert same(load_file(tmp_path / "folder" / "model.safetensors"), dict(reference.state_dict()))
+    opened = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "folder")
+    assert same(dict(opened.state_dict()), dict(reference.state_dict()))
+    with pytest.raises(UsageError, match="there is no ldm layout of an image encoder: pass layout='diffusers'"):
+        nativesd.convert(tmp_path / "folder", tmp_path / "back.safetensors", layout="ldm")
 
 
 def test_left_over_tensors_stop_loading_and_conversion(tmp_path: Path) -> None:
