@@ -68,7 +68,7 @@ def convert(
     }  # fmt: skip
     if layout in ("kohya", "peft") or (layout == "diffusers" and path.suffix == ".safetensors" and _is_lora(source)):
         if said := [name for name, value in given.items() if value]:
-            raise UsageError(f"{said[0]} is nothing of a LoRA, which {layout} is a layout of")
+            raise UsageError(f"{said[0]} is for models: {layout} is a layout of LoRAs here")
         done = convert_lora(source, path, layout=layout, fold_alpha=fold_alpha, base=base)
         return Converted(path, done.tensors, {})
     if fold_alpha or base is not None:

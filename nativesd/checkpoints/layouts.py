@@ -168,6 +168,10 @@ SINGLES = {
 def target(layout: str, family: str, name: str, config: Config, *, alone: bool) -> BoundMap:
     """The table that writes a component. Raises UsageError where the layout cannot state it."""
     tables = load_tables()
+    if name == "vae" and isinstance(config, TinyVAEConfig):
+        raise UsageError(
+            'a model is written with a whole VAE: TAESD stands in for it when it is loaded, with vae="taesd"'
+        )
     if layout == "diffusers":
         table = f"{name.removesuffix('_2')}.{'transformers' if name in TRANSFORMERS else 'diffusers'}"
         return tables[table].bind(prefix=tables[table].prefixes[0])

@@ -83,10 +83,11 @@ def hash_command(files: Sequence[Path], as_json: bool) -> None:
     """
     from dataclasses import asdict
 
+    from nativesd.shipped import NAMED
     from nativesd.weights.files.hashes import hash_file
     from nativesd.weights.files.source import open_source
 
-    for path in files:
+    for path in (NAMED.get(str(file), file) for file in files):
         of_folder = [file for member in open_source(path) for file in member.data_starts] if os.path.isdir(path) else []
         for file in of_folder or [path]:
             found = hash_file(file)

@@ -89,6 +89,13 @@ def test_the_training_average_is_kept(file: Path, tmp_path: Path) -> None:
     assert not any(key.startswith("model_ema") for key in load_file(out))
 
 
+@pytest.mark.parametrize(("dest", "layout"), [("out.safetensors", "ldm"), ("out", "diffusers")])
+def test_taesd_is_no_models_own_vae(dest: str, layout: str, file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a model is written with a whole VAE: TAESD stands in for it when"):
+        nativesd.convert(file, tmp_path / dest, layout=layout, vae="taesd")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_left(file: Path, tmp_path: Path) -> None:
     unet = tmp_path / "unet.safetensors"
     nativesd.convert(file, unet, layout="ldm", keep=["unet"])

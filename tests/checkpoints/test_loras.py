@@ -292,7 +292,7 @@ def test_what_cannot_be_written(model: loras.Model, tmp_path: Path) -> None:
         join_loras([(loha, float("nan"))], out, base=model.folder)
     with pytest.raises(UsageError, match=r"a LoRA is a \.safetensors file"):
         convert_lora(loha, tmp_path / "out", layout="peft")
-    with pytest.raises(UsageError, match="vae is nothing of a LoRA"):
+    with pytest.raises(UsageError, match="vae is for models: kohya is a layout of LoRAs here"):
         nativesd.convert(loha, out, layout="kohya", vae="taesd")
     with pytest.raises(UsageError, match="fold_alpha is for LoRAs"):
         nativesd.convert(model.folder, out, layout="ldm", fold_alpha=True)

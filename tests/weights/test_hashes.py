@@ -105,6 +105,8 @@ def test_the_command(file: Path, run: Run) -> None:
     assert f"{found.sha256[:10]} (A1111's model hash)" in done.stdout
     [line] = run("hash", str(file), "--json").stdout.splitlines()
     assert json.loads(line)["crc32"] == found.crc32
+    lines = run("hash", "tiny", "--json").stdout.splitlines()
+    assert {Path(json.loads(line)["file"]).parent.name for line in lines} == {"unet", "vae", "text_encoder"}
     done = run("hash", "nothing.safetensors")
     assert (done.returncode, done.stderr.count("\n")) == (3, 1)
     with pytest.raises(SourceError, match="is a folder"):
