@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from nativesd.diffusion.guiding.guiders import DynamicThreshold as DynamicThreshold
     from nativesd.diffusion.guiding.guiders import FreeU as FreeU
     from nativesd.diffusion.guiding.guiders import Interval as Interval
-    from nativesd.diffusion.image_prompts import ImageEmbeddings as ImageEmbeddings
-    from nativesd.diffusion.image_prompts import ImagePrompt as ImagePrompt
+    from nativesd.diffusion.images.prompts import ImageEmbeddings as ImageEmbeddings
+    from nativesd.diffusion.images.prompts import ImagePrompt as ImagePrompt
     from nativesd.diffusion.prompting import SDXL as SDXL
     from nativesd.diffusion.regions import Region as Region
     from nativesd.diffusion.savings import DeepCache as DeepCache
@@ -49,10 +49,10 @@ if TYPE_CHECKING:
     from nativesd.loading.load import load as load
     from nativesd.pictures.preprocess import canny as canny
     from nativesd.pictures.result import Result as Result
-    from nativesd.pipeline.arguments import GenerateOptions, Prompt
-    from nativesd.pipeline.hires import Hires as Hires
+    from nativesd.pipeline.asked.arguments import GenerateOptions, Prompt
+    from nativesd.pipeline.asked.hires import Hires as Hires
+    from nativesd.pipeline.asked.repeat import options_from as options_from
     from nativesd.pipeline.pipeline import Pipeline as Pipeline
-    from nativesd.pipeline.repeat import options_from as options_from
     from nativesd.pipeline.upscaling import load_upscaler as load_upscaler
     from nativesd.sampling.options import Sampling as Sampling
     from nativesd.sampling.variation import Variation as Variation
@@ -153,7 +153,7 @@ def generate(prompt: Prompt, model: str | Path = "tiny", **options: Unpack[Gener
     Those of the call are checked before anything is loaded. Raises what the two raise.
     """
     from nativesd.loading.load import load
-    from nativesd.pipeline.arguments import check, split
+    from nativesd.pipeline.asked.arguments import check, split
 
     loading, asked = split(options)
     check(prompt, asked)
@@ -167,7 +167,7 @@ def stream(prompt: str | None = None, model: str | Path = "tiny", **options: Unp
     is loaded. Raises what the two raise.
     """
     from nativesd.loading.load import load
-    from nativesd.pipeline.arguments import split
+    from nativesd.pipeline.asked.arguments import split
     from nativesd.streaming.options import check_stream
 
     loading, asked = split(options)

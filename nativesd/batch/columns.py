@@ -20,17 +20,17 @@ from PIL import Image
 from nativesd.batch.files import Row, plain
 from nativesd.batch.jobs import HASH_DIGITS, Job, digest, read_id, seed_of
 from nativesd.diffusion.control import Control
-from nativesd.diffusion.image_prompts import ImagePrompt
+from nativesd.diffusion.images.prompts import ImagePrompt
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
 from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import SourceError, UsageError, quote
 from nativesd.pictures.images import read_image
-from nativesd.pipeline.arguments import CallOptions, Checked, LoadOptions, check, readers_of
-from nativesd.pipeline.elsewhere import ELSEWHERE
-from nativesd.pipeline.hires import Hires
-from nativesd.pipeline.readers import Reader, flag, is_list, shown, text, to_real, to_whole, whole
-from nativesd.pipeline.records import MOST_PICTURES, read_seed, record_of
+from nativesd.pipeline.asked.arguments import CallOptions, Checked, LoadOptions, check, readers_of
+from nativesd.pipeline.asked.elsewhere import ELSEWHERE
+from nativesd.pipeline.asked.hires import Hires
+from nativesd.pipeline.asked.readers import Reader, flag, is_list, shown, text, to_real, to_whole, whole
+from nativesd.pipeline.asked.records import MOST_PICTURES, read_seed, record_of
 from nativesd.reading import parse_json
 from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import SEEDS, Variation

@@ -14,7 +14,7 @@ from nativesd.batch.jobs import Job
 from nativesd.batch.results import Outcome
 from nativesd.batch.studio import Setting, Studio
 from nativesd.errors import NativesdError, UsageError
-from nativesd.pipeline.arguments import check, split
+from nativesd.pipeline.asked.arguments import check, split
 
 ADDED = ("id", "image", "seed", "width", "height", "error")
 

@@ -12,7 +12,7 @@ import torch
 from nativesd.checkpoints.manifest import write_manifest
 from nativesd.destination import fresh
 from nativesd.diffusion.control import check_controlnet
-from nativesd.diffusion.image_prompts import ImageAdapter, ImagePrompt, check_encoder, check_family
+from nativesd.diffusion.images.prompts import ImageAdapter, ImagePrompt, check_encoder, check_family
 from nativesd.errors import UsageError
 from nativesd.export.graphs import FILE, vae_parts
 from nativesd.export.kept.store import Store
@@ -26,10 +26,10 @@ from nativesd.loading.load import load
 from nativesd.models.clip_vision import VisionEncoder
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.pictures.clip import MEAN, STD
-from nativesd.pipeline.arguments import Lora
+from nativesd.pipeline.asked.arguments import Lora
+from nativesd.pipeline.asked.readers import real
+from nativesd.pipeline.asked.records import read_loras
 from nativesd.pipeline.pipeline import Pipeline
-from nativesd.pipeline.readers import real
-from nativesd.pipeline.records import read_loras
 from nativesd.tuning.memory import memory_explained
 
 OnPart = Callable[[str, int, int], None]

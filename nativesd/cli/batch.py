@@ -119,7 +119,7 @@ def batch(
     from nativesd.batch.shards import read_shard
     from nativesd.batch.studio import Setting
     from nativesd.cli.progress import listening
-    from nativesd.pipeline.arguments import split
+    from nativesd.pipeline.asked.arguments import split
 
     if address is not None and shard is not None:
         raise click.UsageError("--ray shares out the rows itself: leave --shard out")

@@ -14,7 +14,7 @@ from nativesd.cli.given import for_python
 from nativesd.cli.help import flag, section, with_flags
 
 if TYPE_CHECKING:
-    from nativesd.pipeline.arguments import GenerateOptions, LoadOptions
+    from nativesd.pipeline.asked.arguments import GenerateOptions, LoadOptions
 
 BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 NEEDS = {
@@ -229,7 +229,7 @@ def generate(
     from nativesd.cli.progress import listening, progress
     from nativesd.latents.preview import Step
     from nativesd.pictures.result import check_target, write_picture
-    from nativesd.pipeline.arguments import check, split
+    from nativesd.pipeline.asked.arguments import check, split
 
     for path in filter(None, (output or Path("nativesd.png"), preview)):
         check_target(path)  # before anything is loaded

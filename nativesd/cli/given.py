@@ -11,7 +11,7 @@ from nativesd.cli.common import lora_use
 
 if TYPE_CHECKING:
     from nativesd.diffusion.control import Control
-    from nativesd.diffusion.image_prompts import ImagePrompt
+    from nativesd.diffusion.images.prompts import ImagePrompt
     from nativesd.diffusion.regions import Region
 
 
@@ -46,7 +46,7 @@ def for_python(options: dict[str, Any]) -> dict[str, Any]:
         options["variation"] = Variation(**variation)
     passes = {name.removeprefix("hires_"): options.pop(name) for name in list(options) if name.startswith("hires_")}
     if "hires" in options:
-        from nativesd.pipeline.hires import Hires
+        from nativesd.pipeline.asked.hires import Hires
 
         options["hires"] = Hires(options["hires"], **passes)
     return options
@@ -74,7 +74,7 @@ def _controls(options: dict[str, Any]) -> list[Control]:
 
 def _image_prompts(options: dict[str, Any]) -> list[ImagePrompt]:
     """The --image-prompt options, in the same way."""
-    from nativesd.diffusion.image_prompts import ImagePrompt
+    from nativesd.diffusion.images.prompts import ImagePrompt
 
     prompts = options.pop("image_prompts", ())
     settings = ("scale", "start", "end", "layers", "mask", "crop")

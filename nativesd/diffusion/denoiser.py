@@ -24,7 +24,7 @@ from nativesd.sampling.published import EDM
 
 
 class Shows(Protocol):
-    """What the UNet is shown beside the text: image prompts (`nativesd.diffusion.image_keys.ImagePrompting`)."""
+    """What the UNet is shown beside the text: image prompts (`nativesd.diffusion.images.keys.ImagePrompting`)."""
 
     def at(self, sigma: float, group: Group) -> ImageContext | None:
         """For the rows of a group, what the UNet takes as `images`."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nativesd.diffusion.config import PipelineConfig
 from nativesd.diffusion.control import ControlModel
-from nativesd.diffusion.image_prompts import ImageAdapter, ImageEncoder
+from nativesd.diffusion.images.prompts import ImageAdapter, ImageEncoder
 from nativesd.diffusion.turns import Turns
 from nativesd.errors import NoMemoryError
 from nativesd.latents import autoencoder

@@ -16,8 +16,8 @@ from nativesd.diffusion.control import Control, ControlModel, make_hint, steer
 from nativesd.diffusion.denoiser import Guided, guidance_embedding, keep_known, watch
 from nativesd.diffusion.guiding.combine import Guidance
 from nativesd.diffusion.guiding.guiders import Guider, combiners_of, guided_sides
-from nativesd.diffusion.image_keys import ImageKeyring, ImagePrompting
-from nativesd.diffusion.image_prompts import Prepared
+from nativesd.diffusion.images.keys import ImageKeyring, ImagePrompting
+from nativesd.diffusion.images.prompts import Prepared
 from nativesd.diffusion.loaded import Loaded, going_around
 from nativesd.diffusion.prompting import SDXL, Frame, Sides, negative_side, over_steps, prompt_sides
 from nativesd.diffusion.regions import Region, with_regions

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nativesd.config import IPAdapterConfig, VisionEncoderConfig
-from nativesd.diffusion.image_prompts import ImageAdapter, ImageEncoder
+from nativesd.diffusion.images.prompts import ImageAdapter, ImageEncoder
 from nativesd.errors import NativesdError, SourceError
 from nativesd.loading.placement import find_placement
 from nativesd.models.build import build

@@ -16,9 +16,9 @@ from nativesd.loading.image_prompts import find_image_encoder, load_image_adapte
 from nativesd.loading.modules import build_modules, by_name, fill_modules, speed_up
 from nativesd.loading.placement import find_placement
 from nativesd.loading.settle import settle
-from nativesd.pipeline.arguments import Lora
+from nativesd.pipeline.asked.arguments import Lora
+from nativesd.pipeline.asked.records import read_loras
 from nativesd.pipeline.pipeline import Pipeline
-from nativesd.pipeline.records import read_loras
 from nativesd.text.tokenizer import DEFAULT, ClipTokenizer, pad_id, pad_token
 from nativesd.tuning.memory import memory_explained
 from nativesd.weights.files.folder import folder_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nativesd.diffusion.control import Control, ControlModel
-from nativesd.diffusion.image_prompts import (
+from nativesd.diffusion.images.prompts import (
     ImageAdapter,
     ImageEmbeddings,
     ImageEncoder,
@@ -24,8 +24,8 @@ from nativesd.diffusion.model import Diffusion
 from nativesd.errors import NativesdError, NativesdWarning, UsageError
 from nativesd.pictures.clip import Crop
 from nativesd.pictures.images import ImageSource, read_image
-from nativesd.pipeline.arguments import Lora
-from nativesd.pipeline.records import read_loras
+from nativesd.pipeline.asked.arguments import Lora
+from nativesd.pipeline.asked.records import read_loras
 from nativesd.text.embedding import Embedding, read_embeddings, words_of
 from nativesd.tuning.fp8 import is_fp8
 from nativesd.weights.lora.file import LoraFile, read_lora

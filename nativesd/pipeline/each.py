@@ -10,7 +10,7 @@ import torch
 
 from nativesd.errors import UsageError
 from nativesd.pictures.result import Result
-from nativesd.pipeline.arguments import Checked
+from nativesd.pipeline.asked.arguments import Checked
 
 
 def by_prompt(asked: Checked) -> list[Checked]:

@@ -22,11 +22,11 @@ from nativesd.errors import Interrupted, UsageError
 from nativesd.latents.preview import Step
 from nativesd.pictures import images
 from nativesd.pictures.result import Result
-from nativesd.pipeline.arguments import CallOptions, Checked, Prompt, check, signed
-from nativesd.pipeline.chosen import choose, recorded
+from nativesd.pipeline.asked.arguments import CallOptions, Checked, Prompt, check, signed
+from nativesd.pipeline.asked.chosen import choose, recorded
+from nativesd.pipeline.asked.inputs import inpainting, read_inputs
+from nativesd.pipeline.asked.tagged import tagged_prompts
 from nativesd.pipeline.each import by_prompt, joined
-from nativesd.pipeline.inputs import inpainting, read_inputs
-from nativesd.pipeline.tagged import tagged_prompts
 from nativesd.pipeline.twice import Twice
 from nativesd.tuning.memory import memory_explained
 

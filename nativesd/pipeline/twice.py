@@ -10,8 +10,8 @@ from nativesd.diffusion.model import Job
 from nativesd.diffusion.start import Start
 from nativesd.pictures import images
 from nativesd.pipeline.adapted import Adapted
-from nativesd.pipeline.chosen import choose_sampler
-from nativesd.pipeline.hires import LATENT, Hires, enlarge_latents, enlarge_picture
+from nativesd.pipeline.asked.chosen import choose_sampler
+from nativesd.pipeline.asked.hires import LATENT, Hires, enlarge_latents, enlarge_picture
 from nativesd.pipeline.upscaling import is_upscaler_file, load_upscaler
 from nativesd.text.tags import take_tags
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_args
 
 from nativesd.diffusion.control import Control
-from nativesd.diffusion.image_prompts import ImageEncoder, ImagePrompt
+from nativesd.diffusion.images.prompts import ImageEncoder, ImagePrompt
 from nativesd.errors import UsageError
-from nativesd.pipeline.arguments import LoadOptions, Lora, readers_of, refuse_unknown
-from nativesd.pipeline.elsewhere import ELSEWHERE
-from nativesd.pipeline.readers import flag, is_list, one_of, real, shown, to_whole, whole
-from nativesd.pipeline.records import read_controls, read_image_encoder, read_image_prompts, read_loras
+from nativesd.pipeline.asked.arguments import LoadOptions, Lora, readers_of, refuse_unknown
+from nativesd.pipeline.asked.elsewhere import ELSEWHERE
+from nativesd.pipeline.asked.readers import flag, is_list, one_of, real, shown, to_whole, whole
+from nativesd.pipeline.asked.records import read_controls, read_image_encoder, read_image_prompts, read_loras
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.streaming.batch import Residual
 from nativesd.streaming.frames import OUTPUTS, Output

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from nativesd.diffusion.config import PLAIN, PipelineConfig
 from nativesd.diffusion.control import acts
-from nativesd.diffusion.image_keys import ImageKeyring
-from nativesd.diffusion.image_prompts import ImageEncoder, ImagePrompt
+from nativesd.diffusion.images.keys import ImageKeyring
+from nativesd.diffusion.images.prompts import ImageEncoder, ImagePrompt
 from nativesd.errors import UsageError
 from nativesd.export.slots import Request
 from nativesd.models.unet import ImageContext
+from nativesd.pipeline.asked.tagged import LoraUse, tagged_prompts
 from nativesd.pipeline.pipeline import Pipeline
-from nativesd.pipeline.tagged import LoraUse, tagged_prompts
 from nativesd.streaming.batch import Plan, extra_rows, make_plan
 from nativesd.streaming.ladder import Ladder
 from nativesd.streaming.options import Asked, Seeds

@@ -21,7 +21,7 @@ from nativesd.errors import UsageError
 from nativesd.latents import autoencoder
 from nativesd.pictures.images import ImageSource, read_image
 from nativesd.pictures.preprocess import preprocess
-from nativesd.pipeline.arguments import signed
+from nativesd.pipeline.asked.arguments import signed
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.sampling.noise import move_noise
 from nativesd.streaming.batch import Batch

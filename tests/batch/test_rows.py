@@ -25,7 +25,7 @@ from nativesd.batch.plan import Plan
 from nativesd.batch.shards import Shard, read_shard
 from nativesd.cli.batch import _own_device
 from nativesd.errors import NativesdError, SourceError, UsageError
-from nativesd.pipeline.arguments import Checked, check
+from nativesd.pipeline.asked.arguments import Checked, check
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "a fox, on a hill", "steps": 12, "seed": 7, "caption": "kept"},

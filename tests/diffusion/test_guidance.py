@@ -22,7 +22,7 @@ from nativesd.diffusion.conditioning import Conditioning
 from nativesd.diffusion.guiding.combine import At, Guidance
 from nativesd.diffusion.guiding.guiders import GUIDERS, Combined, Guider, Perturbed
 from nativesd.errors import UsageError
-from nativesd.pipeline.worded import read_guidance, record_text
+from nativesd.pipeline.asked.worded import read_guidance, record_text
 from oracles import run_published_unet, unet_inputs, unet_pair
 
 SIGMA = 3.0

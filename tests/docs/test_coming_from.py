@@ -9,8 +9,8 @@ import diffusers
 import pytest
 from reading import ROOT, tables
 
-from nativesd.pipeline.arguments import CallOptions
-from nativesd.pipeline.elsewhere import ELSEWHERE
+from nativesd.pipeline.asked.arguments import CallOptions
+from nativesd.pipeline.asked.elsewhere import ELSEWHERE
 from nativesd.sampling.names import find_sampler, find_schedule
 
 TABLES = tables(ROOT / "docs" / "coming-from.md")

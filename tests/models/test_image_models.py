@@ -20,8 +20,8 @@ from torch import Tensor
 
 from nativesd.config import CLIP_VISION_BIGG, CLIP_VISION_H, CLIP_VISION_L, Level, TextTime, UNetConfig
 from nativesd.diffusion.conditioning import Conditioning, groups
-from nativesd.diffusion.image_keys import ImageKeyring, ImagePrompting
-from nativesd.diffusion.image_prompts import ImageAdapter, ImageEmbeddings, ImagePrompt, prepare
+from nativesd.diffusion.images.keys import ImageKeyring, ImagePrompting
+from nativesd.diffusion.images.prompts import ImageAdapter, ImageEmbeddings, ImagePrompt, prepare
 from nativesd.models.ip_adapter import IPAdapter
 from nativesd.models.unet import ImageContext, UNet
 from nativesd.tuning.tune import Tuning, tune

@@ -31,7 +31,7 @@ from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
 from nativesd.pipeline import acceleration
 from nativesd.pipeline.acceleration import accelerate
-from nativesd.pipeline.arguments import split
+from nativesd.pipeline.asked.arguments import split
 from oracles import draw
 
 pytest.importorskip("onnxruntime", reason='needs pip install ".[onnx]"')

@@ -18,8 +18,8 @@ import nativesd
 from nativesd.errors import UsageError
 from nativesd.loading.load import load
 from nativesd.pipeline import arguments
-from nativesd.pipeline.arguments import CallOptions, Checked, GenerateOptions, LoadOptions, check
-from nativesd.pipeline.hires import Hires
+from nativesd.pipeline.asked.arguments import CallOptions, Checked, GenerateOptions, LoadOptions, check
+from nativesd.pipeline.asked.hires import Hires
 
 CONTROL = nativesd.Control("tiny", Image.new("RGB", (64, 64)))
 STYLE = ("x.safetensors", 1.0, 1.0)

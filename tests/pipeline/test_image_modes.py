@@ -17,7 +17,7 @@ import nativesd
 from nativesd.diffusion import loaded
 from nativesd.diffusion.start import Start
 from nativesd.errors import NoMemoryError, UsageError
-from nativesd.pipeline.hires import UPSCALERS
+from nativesd.pipeline.asked.hires import UPSCALERS
 from nativesd.sampling.names import find_sampler
 from nativesd.tuning import memory
 from nativesd.weights import model as weights_model

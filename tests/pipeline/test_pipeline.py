@@ -299,7 +299,7 @@ def test_no_step_waits_for_the_device(name: str, options: dict[str, Any], monkey
 
         return replace(choice, sampler=replace(choice.sampler, run=run))
 
-    monkeypatch.setattr(nativesd.pipeline.chosen, "find_sampler", find)
+    monkeypatch.setattr(nativesd.pipeline.asked.chosen, "find_sampler", find)
     for module in (nativesd.diffusion.model, noise):
         monkeypatch.setattr(module, "move_noise", lambda noise, device: torch.empty(noise.shape, device=device))
     if options.get("control"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nativesd.errors import UsageError
-from nativesd.pipeline.tagged import tagged_prompts
+from nativesd.pipeline.asked.tagged import tagged_prompts
 
 
 @pytest.fixture

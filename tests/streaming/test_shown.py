@@ -14,7 +14,7 @@ from torch import Tensor
 
 import nativesd
 from nativesd import ImageEmbeddings, ImagePrompt
-from nativesd.diffusion.image_keys import ImageKeyring
+from nativesd.diffusion.images.keys import ImageKeyring
 from nativesd.errors import UsageError
 from nativesd.export.accelerate import Delegate, accelerate_module
 from nativesd.export.kept.store import Store

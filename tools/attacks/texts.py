@@ -20,8 +20,8 @@ from nativesd.diffusion.control import Control
 from nativesd.pictures.embedded import user_comment_exif
 from nativesd.pictures.images import read_image
 from nativesd.pictures.infotext import parse_infotext
-from nativesd.pipeline.arguments import CallOptions, check
-from nativesd.pipeline.hires import Hires
+from nativesd.pipeline.asked.arguments import CallOptions, check
+from nativesd.pipeline.asked.hires import Hires
 from nativesd.sampling.variation import Variation
 from nativesd.text.prompt import parse_prompt, split_chunks
 from nativesd.text.tokenizer import ClipTokenizer

@@ -25,8 +25,8 @@ from nativesd.checkpoints.loras.naming import (
 from nativesd.checkpoints.loras.ranks import Rule, shrink
 from nativesd.destination import fresh
 from nativesd.errors import UsageError, WeightsError
-from nativesd.pipeline.readers import real
-from nativesd.pipeline.records import MOST_SCALE
+from nativesd.pipeline.asked.readers import real
+from nativesd.pipeline.asked.records import MOST_SCALE
 from nativesd.weights.lora.file import LoraFile, read_lora
 from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.writing import cast_finite

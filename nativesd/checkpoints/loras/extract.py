@@ -19,7 +19,7 @@ from nativesd.config import TextEncoderConfig, UNetConfig
 from nativesd.destination import fresh
 from nativesd.errors import UsageError, WeightsError
 from nativesd.models.build import expected
-from nativesd.pipeline.readers import real, whole
+from nativesd.pipeline.asked.readers import real, whole
 from nativesd.weights.lora.place import Place
 from nativesd.weights.maps.keymap import load_tables
 from nativesd.weights.writing import cast_finite

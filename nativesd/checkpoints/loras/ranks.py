@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nativesd.errors import UsageError
-from nativesd.pipeline.readers import Reader, real, whole
+from nativesd.pipeline.asked.readers import Reader, real, whole
 
 ZERO = 1e-6
 """The largest singular value of a matrix that counts as zero; of it one is kept (kohya's MIN_SV)."""

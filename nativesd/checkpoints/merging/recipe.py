@@ -14,9 +14,9 @@ from nativesd.checkpoints.layouts import DTYPES, LAYOUTS
 from nativesd.checkpoints.merging.blocks import parse_blocks
 from nativesd.checkpoints.merging.methods import METHODS, How, Method
 from nativesd.errors import SourceError, UsageError, quote
-from nativesd.pipeline.readers import Reader, is_list, is_path, real, whole
-from nativesd.pipeline.readers import shown as shown_value
-from nativesd.pipeline.readers import text as a_text
+from nativesd.pipeline.asked.readers import Reader, is_list, is_path, real, whole
+from nativesd.pipeline.asked.readers import shown as shown_value
+from nativesd.pipeline.asked.readers import text as a_text
 from nativesd.reading import parse_json, read_bounded
 from nativesd.schema import REQUIRED, Field, either, many, mapping, number, one_of, read_fields, text
 from nativesd.schema import whole as whole_number

@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from nativesd.errors import UsageError
 from nativesd.pictures.embedded import user_comment_exif
-from nativesd.pipeline.readers import Reader, one_of, real, shown, to_whole, whole
+from nativesd.pipeline.asked.readers import Reader, one_of, real, shown, to_whole, whole
 from nativesd.server.apis.own import jpeg, with_loras
 from nativesd.server.context import Context, context_of
 from nativesd.server.jobs.job import Job, Made

@@ -18,10 +18,10 @@ from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
 from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import UsageError
-from nativesd.pipeline.arguments import CallOptions
-from nativesd.pipeline.hires import UPSCALERS, Hires
-from nativesd.pipeline.readers import real, text
-from nativesd.pipeline.records import record_of
+from nativesd.pipeline.asked.arguments import CallOptions
+from nativesd.pipeline.asked.hires import UPSCALERS, Hires
+from nativesd.pipeline.asked.readers import real, text
+from nativesd.pipeline.asked.records import record_of
 from nativesd.sampling.options import Sampling
 from nativesd.sampling.table import SAMPLERS, SCHEDULES
 from nativesd.sampling.variation import Variation

@@ -19,7 +19,7 @@ import nativesd
 from nativesd.errors import UsageError
 from nativesd.pictures.embedded import texts_of
 from nativesd.pictures.programs.find import recipe_of
-from nativesd.pipeline.repeat import options_of
+from nativesd.pipeline.asked.repeat import options_of
 from nativesd.server.context import context_of
 from nativesd.server.wire.answers import answering, json_answer, plain
 from nativesd.server.wire.bodies import read_object

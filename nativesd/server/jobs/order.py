@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from nativesd.errors import UsageError
-from nativesd.pipeline.arguments import Checked, check
+from nativesd.pipeline.asked.arguments import Checked, check
 from nativesd.server.jobs.job import Made
 from nativesd.server.jobs.turn import Turn
 from nativesd.server.settings import Limits

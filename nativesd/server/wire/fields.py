@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nativesd.errors import UsageError
-from nativesd.pipeline.readers import shown
+from nativesd.pipeline.asked.readers import shown
 
 
 def words(name: str, value: Any) -> str:

@@ -20,7 +20,7 @@ from nativesd.diffusion.control import Control
 from nativesd.errors import UsageError
 from nativesd.pictures.images import Fit, fit, read_image
 from nativesd.pictures.preprocess import canny
-from nativesd.pipeline.readers import flag, real, shown, whole
+from nativesd.pipeline.asked.readers import flag, real, shown, whole
 from nativesd.server.apis.sd.style import answered
 from nativesd.server.context import Context, context_of
 from nativesd.server.wire.answers import answering, json_answer

@@ -16,8 +16,8 @@ from nativesd.errors import UsageError
 from nativesd.pictures.embedded import texts_of
 from nativesd.pictures.images import fit, read_image
 from nativesd.pictures.infotext import parse_infotext
-from nativesd.pipeline.hires import PIXELS
-from nativesd.pipeline.readers import flag, real, whole
+from nativesd.pipeline.asked.hires import PIXELS
+from nativesd.pipeline.asked.readers import flag, real, whole
 from nativesd.server.apis.sd.style import answered
 from nativesd.server.context import context_of
 from nativesd.server.settings import Limits

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nativesd.pipeline.readers import Reader, flag, real, whole
+from nativesd.pipeline.asked.readers import Reader, flag, real, whole
 from nativesd.server.wire.fields import listed, mapping, words
 
 SEED = whole(-1, (1 << 64) - 1)

@@ -19,8 +19,8 @@ from starlette.routing import Route
 from nativesd.errors import UsageError
 from nativesd.pictures.infotext import schedule_named
 from nativesd.pictures.programs.a1111 import automatic_schedule
-from nativesd.pipeline.hires import UPSCALERS, Hires
-from nativesd.pipeline.readers import whole
+from nativesd.pipeline.asked.hires import UPSCALERS, Hires
+from nativesd.pipeline.asked.readers import whole
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import Variation

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nativesd.pictures.infotext import shown_schedule
-from nativesd.pipeline.hires import LATENT, PIXELS
+from nativesd.pipeline.asked.hires import LATENT, PIXELS
 from nativesd.sampling.table import SAMPLERS, SCHEDULES
 from nativesd.server.apis.sd.style import answered
 from nativesd.server.apis.state import resident_bytes

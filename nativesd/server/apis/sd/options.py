@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nativesd.errors import UsageError
-from nativesd.pipeline.readers import whole
+from nativesd.pipeline.asked.readers import whole
 from nativesd.server.apis.sd.style import answered
 from nativesd.server.context import Context, context_of
 from nativesd.server.jobs.job import Job

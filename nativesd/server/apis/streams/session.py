@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from nativesd.errors import UsageError
-from nativesd.pipeline.readers import shown
+from nativesd.pipeline.asked.readers import shown
 from nativesd.server.apis.own import jpeg, named_control, named_lora
 from nativesd.server.context import Context
 from nativesd.server.jobs.shelf import Shelf

@@ -15,7 +15,7 @@ from nativesd.diffusion.savings import DeepCache
 from nativesd.errors import UsageError
 from nativesd.pictures import images, masks
 from nativesd.pictures.region import Box, cut_out, fill_masked, put_back
-from nativesd.pipeline.arguments import Checked
+from nativesd.pipeline.asked.arguments import Checked
 from nativesd.sampling.table import Sampler
 from nativesd.text.words import FILE as WORDS
 from nativesd.text.words import unknown_words

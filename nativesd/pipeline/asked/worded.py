@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from nativesd.diffusion.guiding.guiders import GUIDERS, Guider
 from nativesd.diffusion.savings import SAVINGS, Saving
 from nativesd.errors import UsageError
-from nativesd.pipeline.readers import Reader, is_list, real, shown, whole
+from nativesd.pipeline.asked.readers import Reader, is_list, real, shown, whole
 
 Record = TypeVar("Record", Guider, Saving)
 _SHARE = real(0, 1)

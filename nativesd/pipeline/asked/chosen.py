@@ -11,9 +11,9 @@ from nativesd.diffusion.config import EDITING, PipelineConfig
 from nativesd.diffusion.regions import Region
 from nativesd.diffusion.start import Start
 from nativesd.errors import UsageError
-from nativesd.pipeline.arguments import Checked
-from nativesd.pipeline.inputs import Inputs, unheeded
-from nativesd.pipeline.worded import record_text
+from nativesd.pipeline.asked.arguments import Checked
+from nativesd.pipeline.asked.inputs import Inputs, unheeded
+from nativesd.pipeline.asked.worded import record_text
 from nativesd.sampling.names import Choice, find_own, find_sampler, find_schedule
 from nativesd.sampling.published import Kind
 from nativesd.weights.files.hashes import known_hashes

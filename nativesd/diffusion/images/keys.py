@@ -12,7 +12,7 @@ from torch import Tensor
 from nativesd.config import UNetConfig
 from nativesd.diffusion.conditioning import Group
 from nativesd.diffusion.control import acts
-from nativesd.diffusion.image_prompts import Prepared
+from nativesd.diffusion.images.prompts import Prepared
 from nativesd.diffusion.prompting import step_at
 from nativesd.models.unet import ImageContext
 from nativesd.pictures.masks import mask_to_tensor

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from nativesd.diffusion.control import Control
-from nativesd.diffusion.image_layers import WeightType
-from nativesd.diffusion.image_prompts import ImageAdapter, ImageEncoder, ImagePrompt
+from nativesd.diffusion.images.layers import WeightType
+from nativesd.diffusion.images.prompts import ImageAdapter, ImageEncoder, ImagePrompt
 from nativesd.diffusion.model import Diffusion
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
@@ -24,8 +24,8 @@ from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import UsageError
 from nativesd.models.tiling import Tiling
 from nativesd.pictures.clip import Crop
-from nativesd.pipeline.hires import UPSCALERS, Hires, Upscaler
-from nativesd.pipeline.readers import Reader, is_list, is_path, one_of, pixels, real, shown, text, to_whole, whole
+from nativesd.pipeline.asked.hires import UPSCALERS, Hires, Upscaler
+from nativesd.pipeline.asked.readers import Reader, is_list, is_path, one_of, pixels, real, shown, text, to_whole, whole
 from nativesd.pipeline.upscaling import is_upscaler_file
 from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import SEEDS, Variation

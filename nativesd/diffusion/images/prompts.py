@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nativesd.config import IPAdapterConfig, UNetConfig
 from nativesd.destination import fresh
-from nativesd.diffusion.image_layers import Layers, WeightType, layer_scales
+from nativesd.diffusion.images.layers import Layers, WeightType, layer_scales
 from nativesd.diffusion.turns import Turns
 from nativesd.errors import SourceError, UsageError
 from nativesd.models.clip_vision import VisionEncoder

@@ -11,8 +11,8 @@ from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import UsageError
 from nativesd.pictures.programs.find import read_recipe
 from nativesd.pictures.programs.recipe import Recipe
-from nativesd.pipeline.hires import UPSCALERS, Hires
-from nativesd.pipeline.worded import read_guidance, read_savings
+from nativesd.pipeline.asked.hires import UPSCALERS, Hires
+from nativesd.pipeline.asked.worded import read_guidance, read_savings
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import Variation

@@ -33,7 +33,7 @@ from torch import Tensor
 from nativesd.config import Prediction
 from nativesd.diffusion.control import Control
 from nativesd.diffusion.guiding.guiders import Guider
-from nativesd.diffusion.image_prompts import ImageEncoder, ImagePrompt
+from nativesd.diffusion.images.prompts import ImageEncoder, ImagePrompt
 from nativesd.diffusion.model import Diffusion
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
@@ -44,10 +44,10 @@ from nativesd.errors import UsageError
 from nativesd.latents.preview import Step
 from nativesd.models.tiling import Tiling
 from nativesd.pictures.images import Fit, ImageSource
-from nativesd.pipeline.elsewhere import ELSEWHERE
-from nativesd.pipeline.hires import Hires
-from nativesd.pipeline.readers import Reader, flag, is_list, one_of, real, text, whole
-from nativesd.pipeline.records import (
+from nativesd.pipeline.asked.elsewhere import ELSEWHERE
+from nativesd.pipeline.asked.hires import Hires
+from nativesd.pipeline.asked.readers import Reader, flag, is_list, one_of, real, text, whole
+from nativesd.pipeline.asked.records import (
     MOST_BLUR,
     MOST_GUIDANCE,
     MOST_PICTURES,
@@ -73,7 +73,7 @@ from nativesd.pipeline.records import (
     read_tiling,
     read_variation,
 )
-from nativesd.pipeline.worded import read_guidance, read_savings
+from nativesd.pipeline.asked.worded import read_guidance, read_savings
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.noise import NoiseKind
 from nativesd.sampling.options import PLAIN, Sampling
