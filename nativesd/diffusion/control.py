@@ -14,13 +14,13 @@ from torch import Tensor
 
 from nativesd.config import UNetConfig
 from nativesd.diffusion.conditioning import Conditioning
-from nativesd.diffusion.prompting import step_at
 from nativesd.diffusion.turns import Turns
 from nativesd.errors import UsageError
 from nativesd.models.controlnet import ControlNet, ControlNetUnion
 from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.pictures.images import ImageSource, fit, open_image, read_image, to_tensor
 from nativesd.pictures.preprocess import preprocess
+from nativesd.sampling.steps import Steps
 
 # xinsir6/ControlNetPlus README: the kinds of hint by number
 UNION_KINDS = {"openpose": 0, "depth": 1, "scribble": 2, "hed": 2, "canny": 3, "lineart": 3, "mlsd": 3, "normal": 4,
@@ -185,14 +185,14 @@ def acts(hint: Acts, step: int, steps: int) -> bool:
 def steer(
     hints: Sequence[Hint],
     unet: UNetConfig,
-    sigmas: Sequence[float],
+    steps: Steps,
     *,
     batch: int,
     cells: tuple[int, int],
     device: torch.device,
     guess: bool,
 ) -> Steering:
-    """The hints made ready for a pass over `sigmas` (but the last) on `batch` latents of `cells`, height and width."""
+    """The hints made ready for a pass on `batch` latents of `cells`, height and width."""
     adapters = [hint for hint in hints if isinstance(hint.model.module, T2IAdapter)]
 
     def moved(hint: Hint) -> Tensor:
@@ -200,15 +200,15 @@ def steer(
 
     features = [(hint, adapter_features(hint.model, unet, *cells, moved(hint))) for hint in adapters]
     networks = [replace(hint, pixels=moved(hint)) for hint in hints if hint not in adapters]
-    return Steering(networks, sigmas, batch, guess, features)
+    return Steering(networks, steps, batch, guess, features)
 
 
 @dataclass(frozen=True)
 class Steering:
-    """The ControlNets and adapters of one pass, for `batch` pictures, over `sigmas` (the last one left out)."""
+    """The ControlNets and adapters of one pass, for `batch` pictures."""
 
     networks: Sequence[Hint]
-    sigmas: Sequence[float]
+    steps: Steps
     batch: int
     guess: bool
     """ControlNets act for the prompt only, and the deeper the stronger ("guess mode" of lllyasviel/ControlNet)."""
@@ -224,7 +224,7 @@ class Steering:
 
     def active(self, hint: Hint, sigma: float) -> bool:
         """Whether a hint acts at a sigma."""
-        return acts(hint, step_at(self.sigmas, sigma), len(self.sigmas))
+        return acts(hint, self.steps.at(sigma), len(self.steps))
 
     def residuals(self, latents: Tensor, time: float, sigma: float, side: Conditioning) -> list[Tensor] | None:
         """The sum of all ControlNets' residuals for latents (n * B, C, h, w), as the UNet takes them; None: none."""

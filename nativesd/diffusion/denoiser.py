@@ -13,7 +13,7 @@ from torch import Tensor
 from nativesd.config import Prediction
 from nativesd.diffusion.conditioning import Conditioning, Group, groups, join
 from nativesd.diffusion.guiding.combine import At, Combiner, Guidance
-from nativesd.diffusion.prompting import Sides, step_at
+from nativesd.diffusion.prompting import Sides
 from nativesd.diffusion.savings import DeepCache
 from nativesd.errors import NativesdWarning
 from nativesd.models.edits import Edits
@@ -21,6 +21,7 @@ from nativesd.models.reuse import Reuse
 from nativesd.models.unet import ImageContext, UNet
 from nativesd.sampling.methods.onestep import Denoiser
 from nativesd.sampling.published import EDM
+from nativesd.sampling.steps import Steps
 
 
 class Shows(Protocol):
@@ -78,6 +79,7 @@ class Guided:
         self._sequential = guidance.sequential
         self._prepared: dict[int, _Prepared] = {}
         self._cache, self._reuse = cache, dict[int, Reuse]()
+        self._made: dict[int, int] = {}  # by group: the call that left what is kept of it
         self._asked: list[float] = []  # the noise levels so far, but for those asked for again at once
         self._last: tuple[At, Sequence[Conditioning], Sequence[Tensor]] | None = None
 
@@ -156,7 +158,11 @@ class Guided:
         if self._cache is None:
             return None
         kept = self._reuse.setdefault(id(group), Reuse(self._cache.level))
-        kept.fresh = (len(self._asked) - 1) % self._cache.every == 0
+        call = len(self._asked)
+        age = call - self._made.get(id(group), -self._cache.every)  # groups take turns where prompts or sides change
+        kept.fresh = age == 0 or age >= self._cache.every
+        if kept.fresh:
+            self._made[id(group)] = call
         return kept
 
 
@@ -233,17 +239,17 @@ def keep_known(denoise: Denoiser, known: Tensor, noise: Tensor, mask: Tensor) ->
     return inpaint
 
 
-def watch(denoise: Denoiser, sigmas: Sequence[float], report: Callable[[int, float, Tensor, Tensor], None]) -> Denoiser:
+def watch(denoise: Denoiser, steps: Steps, report: Callable[[int, float, Tensor, Tensor], None]) -> Denoiser:
     """A denoiser that reports (index, sigma, x, denoised) when a sampler first comes to a step, or is beyond it.
 
-    `sigmas` are those at which the steps begin; a sampler with steps of its own may leave some out.
+    A sampler with steps of its own may leave some out.
     """
     reported = -1
 
     def watched(x: Tensor, sigma: float) -> Tensor:
         nonlocal reported
         denoised = denoise(x, sigma)
-        index = step_at(sigmas, sigma)
+        index = steps.at(sigma)
         if index > reported:
             reported = index
             report(index, sigma, x, denoised)

@@ -36,6 +36,7 @@ from nativesd.sampling.noise import BrownianNoise, NoiseKind, NoiseSource, move_
 from nativesd.sampling.options import Sampling
 from nativesd.sampling.published import Kind
 from nativesd.sampling.schedule import Schedule
+from nativesd.sampling.steps import Steps
 from nativesd.sampling.variation import Variation, varied_noise
 from nativesd.text.encode import require_finite
 
@@ -164,12 +165,14 @@ class Diffusion(Loaded):
             if begin == end:
                 continue
             part = plan.part(begin, end)
-            guided, networks = model._guided(job, plan, part, x, size, steps, channels, steered=model is self)
-            denoise = guided if keep is None else keep_known(guided, *keep)
             settings, eta = job.choice.settings(model.config.scheduler), job.choice.eta(job.eta)
-            call = Call(part, noise, settings, eta, guided.unguided, job.sampling)
-            starts = [call.risen(sigma) for sigma in call.sigmas[:-1]]
-            denoise = watch(denoise, starts, partial(self._report, job, begin, total))
+            call = Call(part, noise, settings, eta, options=job.sampling)
+            guided, networks = model._guided(
+                job, part, call.steps(plan), x, size, steps, channels, steered=model is self
+            )
+            call = replace(call, unguided=guided.unguided)
+            denoise = guided if keep is None else keep_known(guided, *keep)
+            denoise = watch(denoise, call.steps(part), partial(self._report, job, begin, total))
             modules = [model.unet, *(network.module for network in networks)]
             with model._visiting(*modules), going_around(modules, job.tiling):
                 x = job.choice.sampler.run(denoise, x, call)
@@ -180,8 +183,8 @@ class Diffusion(Loaded):
     def _guided(
         self,
         job: Job,
-        plan: Schedule,
         part: Schedule,
+        moments: Steps,
         x: Tensor,
         size: tuple[int, int],
         steps: int,
@@ -189,30 +192,33 @@ class Diffusion(Loaded):
         *,
         steered: bool,
     ) -> tuple[Tiled, list[ControlModel]]:
-        """What samplers call for a `part` of the plan, over the windows of x, and the ControlNets that it asks."""
-        factor, sigmas = self.config.vae.factor, plan.sigmas[:-1].tolist()
+        """What samplers call for a `part` of a plan, over the windows of x, and the ControlNets that it asks.
+
+        moments  the plan's steps; steps  as in `_sample`
+        """
+        factor = self.config.vae.factor
         hints = [make_hint(each, self.config.unet, size, factor) for each in job.control] if steered else []
         tiles = Tiles(max(size)) if job.tiles is None else job.tiles
         parts = []
-        networks: dict[str, ControlModel] = {}
+        networks: dict[int, ControlModel] = {}
         for window in tiles.windows(x.shape[2], x.shape[3], factor):
             cells = window.bottom - window.top, window.right - window.left
             own = (cells[1] * factor, cells[0] * factor)
-            sides = self._sides(job, own, None if channels is None else window.of(channels), steps, sigmas)
+            sides = self._sides(job, own, None if channels is None else window.of(channels), steps, moments)
             steering = None
             if hints:
                 seen = [replace(hint, pixels=window.of(hint.pixels, factor)) for hint in hints]
                 steering = steer(
-                    seen, self.config.unet, sigmas, batch=len(x), cells=cells, device=self.device, guess=job.guess
+                    seen, self.config.unet, moments, batch=len(x), cells=cells, device=self.device, guess=job.guess
                 )
-                networks |= {hint.model.name: hint.model for hint in steering.networks}
+                networks |= {id(hint.model.module): hint.model for hint in steering.networks}
             shown = None
             if steered and job.image_prompts:
                 keyring = ImageKeyring(job.image_prompts, self.config.unet, cells, device=self.device, dtype=self.dtype)
-                shown = ImagePrompting(keyring, sigmas)
+                shown = ImagePrompting(keyring, moments)
             guided = Guided(
                 self.unet,
-                guided_sides(sides, job.guiders, sigmas),
+                guided_sides(sides, job.guiders, moments),
                 job.guidance,
                 part.timestep,
                 self.config.prediction,
@@ -232,9 +238,9 @@ class Diffusion(Loaded):
             job.on_step(Step(begin + index, total, sigma, x, denoised, partial(self.preview, denoised)))
 
     def _sides(
-        self, job: Job, size: tuple[int, int], channels: Tensor | None, steps: int, sigmas: Sequence[float]
+        self, job: Job, size: tuple[int, int], channels: Tensor | None, steps: int, moments: Steps
     ) -> Sides:
-        """The conditionings that guidance combines, over a pass of `sigmas`, of which `steps` were asked for."""
+        """The conditionings that guidance combines, over the steps of a pass, of which `steps` were asked for."""
         unet, pictures = self.config.unet, len(job.seeds)
         of_pass = (pictures, steps, job.steps_before)
         texts = prompt_sides(job.prompts, *of_pass, literal=job.literal, second=job.sdxl.prompt_2)
@@ -258,11 +264,11 @@ class Diffusion(Loaded):
             sdxl=job.sdxl,
         )
         encode = partial(self.encode_each, literal=job.literal, clip_skip=job.clip_skip)
-        sides = over_steps(texts, encode, frame, sigmas)
+        sides = over_steps(texts, encode, frame, moments)
         if not job.regions:
             return sides
         parts = [prompt_sides([each.prompt], *of_pass, literal=job.literal)[0] for each in job.regions]
-        return with_regions(sides, over_steps(parts, encode, frame, sigmas), job.regions)
+        return with_regions(sides, over_steps(parts, encode, frame, moments), job.regions)
 
     def _within_memory(self, job: Job, size: tuple[int, int]) -> Job:
         """The job, with guidance one by one where the memory asks for it."""

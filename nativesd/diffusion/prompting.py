@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nativesd.diffusion.conditioning import Conditioning, Role
+from nativesd.sampling.steps import Steps
 from nativesd.text.editing import Timeline, split_and, timeline
 from nativesd.text.encode import Text
 
@@ -148,9 +149,9 @@ def _each(values: Sequence[Value], pictures: int) -> list[Value]:
     return [value for value in values for _ in range(pictures // len(values))]
 
 
-def over_steps(texts: Sequence[Texts], encode: Encode, frame: Frame, sigmas: Sequence[float]) -> Sides:
-    """The sides at every sigma of a pass, which begins at the first of `sigmas`; all texts are encoded at once."""
-    moments = [tuple(side.at(step) for side in texts) for step in range(len(sigmas))]
+def over_steps(texts: Sequence[Texts], encode: Encode, frame: Frame, steps: Steps) -> Sides:
+    """The sides at every sigma of a pass; all texts are encoded at once."""
+    moments = [tuple(side.at(step) for side in texts) for step in range(len(steps))]
     distinct = list(dict.fromkeys(text for moment in dict.fromkeys(moments) for side in moment for text in side))
     contexts, pooled = encode(distinct)
     numbers = {text: i for i, text in enumerate(distinct)}
@@ -165,14 +166,9 @@ def over_steps(texts: Sequence[Texts], encode: Encode, frame: Frame, sigmas: Seq
         return lambda sigma: only
 
     def at(sigma: float) -> Sequence[Conditioning]:
-        return made[moments[step_at(sigmas, sigma)]]
+        return made[moments[steps.at(sigma)]]
 
     return at
-
-
-def step_at(sigmas: Sequence[float], sigma: float) -> int:
-    """The step of a pass over `sigmas` that a sigma belongs to: between two of them, the earlier one's."""
-    return max((i for i, each in enumerate(sigmas) if each >= sigma * (1 - 1e-9)), default=0)
 
 
 def _told(

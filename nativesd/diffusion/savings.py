@@ -64,6 +64,8 @@ class HyperTile(Saving):
 class DeepCache(Saving):
     """DeepCache: the levels below `level` are computed at every so many noise levels only, and kept in between.
 
+    What is kept is of one prompt (and side): where that changes they are computed anew unless its own are young enough.
+
     Source: Ma et al. 2023, arXiv 2312.00858, with the whole level in place of one of its blocks.
     """
 

@@ -11,6 +11,7 @@ from nativesd.sampling.methods.onestep import Noise, Unguided
 from nativesd.sampling.options import PLAIN, Sampling
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.sampling.schedule import Schedule
+from nativesd.sampling.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Call:
         if not options.churn or not options.churn_min <= sigma <= options.churn_max:
             return sigma
         return sigma * (1 + min(options.churn / len(self.schedule.timesteps), math.sqrt(2) - 1))
+
+    def steps(self, plan: Schedule) -> Steps:
+        """The steps of a plan, by the sigmas at which the sampler begins them here."""
+        sigmas = plan.sigmas[:-1].tolist()
+        return Steps(sigmas, [self.risen(sigma) for sigma in sigmas])
 
     @property
     def full_noise(self) -> float:

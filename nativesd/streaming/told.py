@@ -18,6 +18,7 @@ from nativesd.diffusion.prompting import Frame, Texts, negative_side, over_steps
 from nativesd.errors import UsageError
 from nativesd.models.layers import CachedContext
 from nativesd.models.unet import CachedTime
+from nativesd.sampling.steps import Steps
 from nativesd.streaming.ladder import Ladder
 
 Blend = Literal["linear", "slerp"]
@@ -82,7 +83,7 @@ def tell(
         device=model.device,
         zero_empty=model.config.zero_empty_negative,
     )
-    at = over_steps(sides, lambda distinct: model.encode_each(distinct), frame, ladder.sigmas)
+    at = over_steps(sides, lambda distinct: model.encode_each(distinct), frame, Steps(ladder.sigmas))
     weights = [weight for _, weight in texts]
     rows = [_blend_sides(at(sigma)[: len(texts)], weights, blend) for sigma in ladder.sigmas]
     rows += [at(sigma)[-1] for sigma in ladder.sigmas[:extra]]

@@ -16,7 +16,7 @@ from test_pipeline import save_model
 from torch import Tensor
 
 import nativesd
-from nativesd import APG, PAG, SEG, SLG, TCFG, DynamicThreshold, FreeU, Interval
+from nativesd import APG, PAG, SEG, SLG, TCFG, DynamicThreshold, FreeU, Interval, Sampling
 from nativesd.config import Level, UNetConfig
 from nativesd.diffusion.conditioning import Conditioning
 from nativesd.diffusion.guiding.combine import At, Guidance
@@ -210,6 +210,25 @@ def test_an_interval_leaves_the_negative_prompt_out(folders: dict[str, Path], mo
     rows.clear()
     pipe("a fox AND an owl", guidance="interval:end=0.5", **options)
     assert rows == [3] * 10
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "Heun", "DPM2"])
+@pytest.mark.parametrize("churn", [0.0, 0.5, 8.0])
+def test_churn_moves_no_step(sampler: str, churn: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guidance sets in with the step it is for, though churn has raised the noise that the step begins at."""
+    pipe = nativesd.load("tiny", device="cpu")
+    rows, said = list[int](), list[int]()
+    forward = pipe.unet.forward
+
+    def record(latents: Tensor, time: float, context: Any, **options: Any) -> Tensor:
+        rows.append(context.shape[0])
+        return forward(latents, time, context, **options)
+
+    monkeypatch.setattr(pipe.unet, "forward", record)
+    pipe("a fox", guidance=Interval(0.5, 1.0), guidance_scale=4.0, steps=6, seed=1, sampler=sampler, width=64,
+         height=64, sampling=Sampling(churn=churn), on_step=lambda step: said.append(len(rows)))  # fmt: skip
+    # of every step the rows of the call that begins it; a call that a later step shares belongs to it
+    assert [rows[count - 1] for count in said] == [1, 1, 1, 2, 2, 2]
 
 
 def test_records_go_together(folders: dict[str, Path]) -> None:

@@ -155,3 +155,32 @@ def test_every_second_step_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fresh == [True, True, False, False, False, False] * 2
     with pytest.raises(UsageError, match="has levels 0 to"):
         pipe("a fox", savings=DeepCache(2, 7), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt": "a [strawberry|lemon] on a plate"}, {"prompt": "a fox", "guidance": "interval:start=0.2,end=0.5"}],
+    ids=["prompts take turns", "sides take turns"],
+)
+def test_features_are_never_old(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is taken was left by the call before the one that takes it, whatever was asked for in between."""
+    pipe = nativesd.load(device="cpu")
+    made: dict[int, float] = {}
+    levels: list[float] = []
+    ages: list[int] = []
+    forward = pipe.unet.forward
+
+    def record(latents: Tensor, time: float, context: Any, **told: Any) -> Tensor:
+        kept = told["reuse"]
+        if time not in levels:
+            levels.append(time)
+        if kept.ready:
+            ages.append(len(levels) - 1 - levels.index(made[id(kept)]))
+        else:
+            made[id(kept)] = time
+        return forward(latents, time, context, **told)
+
+    monkeypatch.setattr(pipe.unet, "forward", record)
+    pipe(**options, steps=10, sampler="Euler", seed=3, width=96, guidance_scale=4.0, savings="deepcache:3")
+    assert ages
+    assert max(ages) <= 2

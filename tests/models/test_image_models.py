@@ -24,6 +24,7 @@ from nativesd.diffusion.images.keys import ImageKeyring, ImagePrompting
 from nativesd.diffusion.images.prompts import ImageAdapter, ImageEmbeddings, ImagePrompt, prepare
 from nativesd.models.ip_adapter import IPAdapter
 from nativesd.models.unet import ImageContext, UNet
+from nativesd.sampling.steps import Steps
 from nativesd.tuning.tune import Tuning, tune
 from nativesd.weights.files.source import Member
 from oracles import (
@@ -124,7 +125,7 @@ def shown(form: str, cases: Sequence[Case]) -> ImageContext:
     prepared = [prepare(each.prompt, config, encoder) for each in cases]
     keyring = ImageKeyring(prepared, config, (HEIGHT, WIDTH), device=torch.device("cpu"), dtype=torch.float32)
     side = Conditioning(torch.zeros(2, 7, 64), prompt=torch.tensor([0.0, 1.0]))
-    found = ImagePrompting(keyring, [10.0, 5.0]).at(10.0, groups(side)[0])
+    found = ImagePrompting(keyring, Steps([10.0, 5.0])).at(10.0, groups(side)[0])
     assert found is not None
     return found
 

@@ -17,9 +17,10 @@ from nativesd.diffusion.conditioning import Conditioning
 from nativesd.diffusion.guiding.combine import Combiner
 from nativesd.diffusion.guiding.combiners import Damping, Limiting, Projecting
 from nativesd.diffusion.guiding.edits import FLAT, Alone, Blurred, Scaled, Skipped
-from nativesd.diffusion.prompting import Sides, step_at
+from nativesd.diffusion.prompting import Sides
 from nativesd.errors import UsageError
 from nativesd.models.edits import Edit, Place
+from nativesd.sampling.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def check_guiders(guiders: Sequence[Guider], config: UNetConfig, model: str) -> 
                     raise UsageError(f"{guider.name}: {model} has no transformer at {layer}: it has {', '.join(known)}")
 
 
-def guided_sides(sides: Sides, guiders: Sequence[Guider], sigmas: Sequence[float]) -> Sides:
+def guided_sides(sides: Sides, guiders: Sequence[Guider], steps: Steps) -> Sides:
     """What is asked for at every sigma, with the sides more that guiders ask for, and without those left out."""
     changing = [guider for guider in guiders if isinstance(guider, Perturbed | Interval)]
     if not changing:
@@ -236,8 +237,8 @@ def guided_sides(sides: Sides, guiders: Sequence[Guider], sigmas: Sequence[float
     made: dict[tuple[int, tuple[Guider, ...]], tuple[Sequence[Conditioning], Sequence[Conditioning]]] = {}
 
     def at(sigma: float) -> Sequence[Conditioning]:
-        now, step = sides(sigma), step_at(sigmas, sigma)
-        acting = tuple(guider for guider in changing if guider.acts(step, len(sigmas)))
+        now, step = sides(sigma), steps.at(sigma)
+        acting = tuple(guider for guider in changing if guider.acts(step, len(steps)))
         key = (id(now), acting)
         if key not in made:
             out = list(now)

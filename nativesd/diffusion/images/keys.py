@@ -13,9 +13,9 @@ from nativesd.config import UNetConfig
 from nativesd.diffusion.conditioning import Group
 from nativesd.diffusion.control import acts
 from nativesd.diffusion.images.prompts import Prepared
-from nativesd.diffusion.prompting import step_at
 from nativesd.models.unet import ImageContext
 from nativesd.pictures.masks import mask_to_tensor
+from nativesd.sampling.steps import Steps
 
 FILLING = -1e4
 """A logit so low that its exponential is 0 beside any other's, and that half precision holds."""
@@ -115,17 +115,17 @@ def _at_levels(mask: Image.Image | None, unet: UNetConfig, cells: tuple[int, int
 
 
 class ImagePrompting:
-    """The image prompts of one pass over `sigmas` (the last one left out)."""
+    """The image prompts of one pass."""
 
-    def __init__(self, keyring: ImageKeyring, sigmas: Sequence[float]) -> None:
+    def __init__(self, keyring: ImageKeyring, steps: Steps) -> None:
         self._keyring = keyring
-        self._sigmas = sigmas
+        self._steps = steps
         self._made: dict[tuple[tuple[bool, ...], Group], ImageContext | None] = {}
 
     def at(self, sigma: float, group: Group) -> ImageContext | None:
         """What the UNet is shown for the rows of a group, at a sigma; kept for as long as nothing changes."""
-        step = step_at(self._sigmas, sigma)
-        active = tuple(acts(prompt, step, len(self._sigmas)) for prompt in self._keyring.prompts)
+        step = self._steps.at(sigma)
+        active = tuple(acts(prompt, step, len(self._steps)) for prompt in self._keyring.prompts)
         key = (active, group)
         if key not in self._made:
             self._made[key] = self._keyring.context(group.side.prompt, [[float(each)] for each in active])
