@@ -135,10 +135,14 @@ class Loaded:
 
     @memory_explained()
     @torch.inference_mode()
-    def encode_tensor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels (B, 3, H, W) in [-1, 1] to mean and standard deviation of the scaled latents, float32."""
+    def encode_tensor(self, pixels: Tensor, *, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, H, W) in [-1, 1] to mean and standard deviation of the scaled latents, float32.
+
+        tiling  along which axes the picture joins with itself; it is encoded as a whole then
+        """
         options = self.room((pixels.shape[2], pixels.shape[3]), len(pixels))
-        with self.turns.wait(), self._visiting(self.vae):
+        options |= {} if tiling is None else {"tile": None}
+        with self.turns.wait(), self._visiting(self.vae), going_around([self.vae], tiling):
             return autoencoder.encode(
                 self.vae, pixels.to(self.device), scaling=self.config.vae.scaling, name=self.config.name, **options
             )

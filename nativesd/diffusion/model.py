@@ -101,7 +101,9 @@ class Diffusion(Loaded):
             noise = source.first(shape).to(self.device)
             return self._sample(job, plan, noise * plan.start, source, size, steps)
         if config.unet.in_channels == EDITING:
-            edited = self.encode_tensor(start.pixels())[0] / config.vae.scaling  # not scaled, as it was trained
+            edited = (
+                self.encode_tensor(start.pixels(), tiling=job.tiling)[0] / config.vae.scaling
+            )  # not scaled, as it was trained
             noise = source.first(shape).to(self.device)
             return self._sample(job, plan, noise * plan.start, source, size, steps, channels=edited)
 
@@ -129,7 +131,7 @@ class Diffusion(Loaded):
 
     def _draw(self, pixels: Tensor, source: NoiseSource, job: Job) -> Tensor:
         """Latents (B, C, h, w) of a picture (1, 3, H, W), drawn for every seed; A1111's noise is not spent on that."""
-        mean, std = self.encode_tensor(pixels)
+        mean, std = self.encode_tensor(pixels, tiling=job.tiling)
         if job.noise == "cuda" or isinstance(self.vae, TinyVAE):
             return mean.expand(len(job.seeds), -1, -1, -1)
         return mean + std * source.draw(mean.shape[1:]).to(self.device)
@@ -237,9 +239,7 @@ class Diffusion(Loaded):
         if job.on_step is not None:
             job.on_step(Step(begin + index, total, sigma, x, denoised, partial(self.preview, denoised)))
 
-    def _sides(
-        self, job: Job, size: tuple[int, int], channels: Tensor | None, steps: int, moments: Steps
-    ) -> Sides:
+    def _sides(self, job: Job, size: tuple[int, int], channels: Tensor | None, steps: int, moments: Steps) -> Sides:
         """The conditionings that guidance combines, over the steps of a pass, of which `steps` were asked for."""
         unet, pictures = self.config.unet, len(job.seeds)
         of_pass = (pictures, steps, job.steps_before)

@@ -22,6 +22,7 @@ from nativesd.models.controlnet import ControlNet
 from nativesd.models.edits import Edits
 from nativesd.models.layers import CachedContext, Context, repeat_to
 from nativesd.models.reuse import Reuse
+from nativesd.models.tiling import goes_around
 from nativesd.models.tiny_vae import TinyVAE
 from nativesd.models.unet import CachedTime, ImageContext, Time, UNet
 from nativesd.models.vae import VAE
@@ -164,7 +165,7 @@ class AcceleratedControlNet(ControlNet):
             "sample": latents, "timestep": _rows(timestep, latents), "encoder_hidden_states": _states(context),
             "controlnet_cond": hint, "text_embeds": pooled, "time_ids": time_ids,
         }  # fmt: skip
-        answer = self.delegate.run(given)
+        answer = self.delegate.run(given, unfit=_unfit(self))
         if answer is not None:
             return [answer[slot.name].to(latents) * scale for slot in self.delegate.runner.schema.outputs]
         fetch(self, latents.device)
@@ -197,7 +198,7 @@ class AcceleratedVAE(VAE):
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """As `VAE.encode`."""
-        answer = None if self.encoding is None else self.encoding.run({"sample": images})
+        answer = None if self.encoding is None else self.encoding.run({"sample": images}, unfit=_unfit(self))
         if answer is None:
             return super().encode(images)
         mean, logvar = answer["latent_parameters"].to(images).chunk(2, dim=1)
@@ -205,7 +206,7 @@ class AcceleratedVAE(VAE):
 
     def decode(self, latents: Tensor) -> Tensor:
         """As `VAE.decode`."""
-        answer = None if self.decoding is None else self.decoding.run({"latent_sample": latents})
+        answer = None if self.decoding is None else self.decoding.run({"latent_sample": latents}, unfit=_unfit(self))
         return super().decode(latents) if answer is None else answer["sample"].to(latents)
 
 
@@ -217,12 +218,12 @@ class AcceleratedTinyVAE(TinyVAE):
 
     def encode(self, images: Tensor) -> Tensor:
         """As `TinyVAE.encode`."""
-        answer = None if self.encoding is None else self.encoding.run({"sample": images})
+        answer = None if self.encoding is None else self.encoding.run({"sample": images}, unfit=_unfit(self))
         return super().encode(images) if answer is None else answer["latent_sample"].to(images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """As `TinyVAE.decode`."""
-        answer = None if self.decoding is None else self.decoding.run({"latent_sample": latents})
+        answer = None if self.decoding is None else self.decoding.run({"latent_sample": latents}, unfit=_unfit(self))
         return super().decode(latents) if answer is None else answer["sample"].to(latents)
 
 
@@ -248,6 +249,11 @@ def accelerate_module(module: Module, delegates: Mapping[str, Delegate]) -> Modu
     out = kind.__new__(kind)
     out.__dict__.update(module.__dict__, **parts)
     return cast("Module", out)
+
+
+def _unfit(module: nn.Module) -> str | None:
+    """Why a graph cannot answer for a module as it is now; None where it can."""
+    return "exported graphs do not go around, and tiling asks for it" if goes_around(module) else None
 
 
 def _states(context: Context) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nativesd.config import VAEConfig
 from nativesd.models.layers import Attention, Context, ResnetBlock, Upsample
+from nativesd.models.tiling import pad_end
 
 EPS = 1e-6  # of every GroupNorm in the VAE (`Normalize` in the source above)
 
@@ -59,7 +60,7 @@ class Stage(nn.Module):
         for resnet in self.resnets:
             x = resnet(x)
         if self.downsample is not None:
-            x = self.downsample(F.pad(x, (0, 1, 0, 1)))  # asymmetric: right and bottom only
+            x = self.downsample(pad_end(x, self.downsample))  # asymmetric: right and bottom only
         if self.upsample is not None:
             x = self.upsample(x)
         return x

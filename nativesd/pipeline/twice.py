@@ -32,7 +32,7 @@ class Twice(Adapted):
             pictures = [
                 enlarge_picture(each, size, factor, upscaler) for each in self.decode(latents, tiling=job.tiling)
             ]
-            larger = self.encode_tensor(images.to_tensor(pictures))[0]
+            larger = self.encode_tensor(images.to_tensor(pictures), tiling=job.tiling)[0]
         start = Start(hires.strength, latents=size.cut(larger), steps_as="all")
         second = replace(self._second(job, hires), steps_before=steps)
         return self.run(second, hires.steps or steps, size.size(factor), start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from test_pipeline import save_model
 from torch import Tensor, nn
 
 import nativesd
-from nativesd import PAG, Region
+from nativesd import PAG, Control, Region
+from nativesd.config import ControlNetConfig
+from nativesd.diffusion.control import ControlModel
 from nativesd.diffusion.regions import shares
 from nativesd.errors import UsageError
+from nativesd.models.controlnet import ControlNet
+from nativesd.models.tiling import Tiling, goes_around
+from oracles import draw
 
 OPTIONS: dict[str, Any] = {"steps": 4, "seed": 5, "sampler": "Euler", "width": 64, "height": 48, "guidance_scale": 6.0}
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
@@ -164,6 +170,38 @@ def test_a_tiled_picture_may_be_rolled(folders: dict[str, Path], tiling: str) ->
         turned = straight.roll((shift[0] * 8, shift[1] * 8), (2, 3))
         same = (rolled(shift) - turned).abs().max() < 2e-3
         assert same == (axis in tiling)
+
+
+@pytest.mark.parametrize("tiling", ["x", "y", "xy"])
+def test_the_encoder_goes_around(folders: dict[str, Path], tiling: Tiling) -> None:
+    """A picture that is rolled by cells is encoded to latents that are rolled so, along the axes of tiling alone."""
+    pipe = nativesd.load(folders["sd15"], device="cpu")
+    pixels = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    straight = pipe.encode_tensor(pixels, tiling=tiling)[0]
+    for axis, shift in (("y", (2, 0)), ("x", (0, 2))):
+        turned = pipe.encode_tensor(pixels.roll((shift[0] * 8, shift[1] * 8), (2, 3)), tiling=tiling)[0]
+        assert close(turned, straight.roll(shift, (2, 3))) == (axis in tiling)
+
+
+def test_both_controlnets_of_one_name_go_around(folders: dict[str, Path]) -> None:
+    pipe = nativesd.load(folders["sd15"], device="cpu")
+    networks = []
+    unet = pipe.config.unet
+    encoder = replace(unet, levels=tuple(replace(level, up=()) for level in unet.levels))
+    for seed in (0, 1):
+        with torch.device("meta"):
+            module = ControlNet(ControlNetConfig(encoder))
+        draw(module, seed)
+        networks.append(ControlModel("same", module))
+    seen: list[bool] = []
+    for network in networks:
+        network.module.register_forward_hook(lambda module, *_: seen.append(goes_around(module)))
+    hint = Image.linear_gradient("L").resize((64, 48))
+    pipe(
+        "a fox", tiling="xy", control=[Control(each, hint, scale=0.1) for each in networks], **(OPTIONS | {"steps": 1})
+    )
+    assert seen
+    assert all(seen)
 
 
 def test_tuned_layers_are_put_aside(folders: dict[str, Path]) -> None:

@@ -271,6 +271,18 @@ def test_t2i_adapters(plain: nativesd.Pipeline, store: Path) -> None:
     assert apart(plain(PROMPT, **options), without) <= BOUND
 
 
+def test_tiling(plain: nativesd.Pipeline, store: Path) -> None:
+    """Graphs do not go around: whatever has one is PyTorch's where a call asks for that, and says so."""
+    other = part(plain, store, "vae", "controlnet")
+    options: dict[str, Any] = {"steps": 2, "seed": 1, "image": hint(), "strength": 0.9, "tiling": "xy"}
+    options["control"] = [nativesd.Control("tiny", hint(), scale=0.5)]
+    said = "exported graphs do not go around, and tiling asks for it: PyTorch runs it instead"
+    found = warned(
+        lambda: other(PROMPT, **options), *(f"{name}: {said}" for name in ("vae_encoder", "vae_decoder", "controlnet"))
+    )
+    assert apart(plain(PROMPT, **options), found) == 0
+
+
 def test_textual_inversions(plain: nativesd.Pipeline, store: Path, tmp_path: Path) -> None:
     width = plain.text_encoders[0].config.width
     save_file(
