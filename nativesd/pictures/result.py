@@ -6,7 +6,7 @@ import json
 import os
 import re
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
@@ -41,12 +41,17 @@ JPEG_EXIF_BYTES = 65533
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """`images`, their `seeds`, the call's `parameters`, and the `latents` (B, C, h, w) as the sampler left them."""
+    """`images`, their `seeds`, the call's `parameters`, and the `latents` (B, C, h, w) as the sampler left them.
+
+    `each` has the parameters of every picture where prompts were painted one after the other, with pictures or LoRAs of
+    their own; what these have not in common is then not among `parameters`.
+    """
 
     images: list[Image.Image]
     seeds: list[int]
     parameters: dict[str, Any]
     latents: Tensor
+    each: Sequence[dict[str, Any]] = ()
 
     def __repr__(self) -> str:
         count = len(self.images)
@@ -74,7 +79,7 @@ class Result:
         fields of an `SDXL`, a `Sampling`, a `Variation`), tiling, tiles, regions (of a `Region`'s fields each), hires
         (`Hires.fields`) and loras (names to scales).
         """
-        p = self.parameters
+        p = self.of(index)
         hires: Mapping[str, Any] = p.get("hires") or {}
         strength = hires.get("strength") if hires else p.get("strength")
         noise = p.get("noise")
@@ -83,7 +88,7 @@ class Result:
             "Sampler": p["sampler"],
             "Schedule type": shown_schedule(p["schedule"]),
             "CFG scale": _number(p["guidance_scale"]),
-            "Seed": self.seeds[index],
+            "Seed": p["seed"],
             "Size": f"{p['width']}x{p['height']}",
             "Model hash": p.get("model_hash"),
             "Model": p["model"],
@@ -99,7 +104,7 @@ class Result:
             "CFG Rescale": _number(p.get("guidance_rescale")),
             "Image CFG scale": _number(p.get("image_guidance_scale")),
             **_sdxl(p.get("sdxl") or {}),
-            **_variation(p.get("variation") or {}, index),
+            **_variation(p.get("variation") or {}),
             "Regions": json.dumps(p["regions"], ensure_ascii=False) if p.get("regions") else None,
             "Tiling": None if p.get("tiling") is None else p["tiling"] == "xy" or p["tiling"],
             "Tiles": None if p.get("tiles") is None else "{} overlap {}".format(*p["tiles"]),
@@ -122,10 +127,18 @@ class Result:
             "LoRAs": _loras(p.get("loras") or {}),
             "Version": f"nativesd {__version__}",
         }
-        prompt, negative = (
-            p[name] if isinstance(p[name], str) else p[name][index] for name in ("prompt", "negative_prompt")
-        )
-        return write_infotext(prompt, negative, fields)
+        return write_infotext(p["prompt"], p["negative_prompt"], fields)
+
+    def of(self, index: int) -> dict[str, Any]:
+        """The parameters of picture `index` alone, with its own prompt and seeds."""
+        if self.each:
+            return self.each[index]
+        own = {name: self.parameters[name] for name in ("prompt", "negative_prompt")}
+        own = {name: given if isinstance(given, str) else given[index] for name, given in own.items()}
+        variation: Mapping[str, Any] = self.parameters.get("variation") or {}
+        if variation.get("seed") is not None:
+            own["variation"] = {**variation, "seed": (variation["seed"] + index) % (1 << 64)}
+        return {**self.parameters, **own, "seed": self.seeds[index]}
 
     def save(self, path: str | Path) -> list[Path]:
         """Write the pictures, several as -0, -1, ... before the suffix, and return the paths.
@@ -183,11 +196,11 @@ def _savings(text: str) -> dict[str, object]:
     return {"Token merging ratio": merging[1] or "0.5"} if merging else {"Savings": text or None}
 
 
-def _variation(variation: Mapping[str, Any], index: int) -> dict[str, object]:
-    """A1111's fields of a variation, of picture `index`."""
+def _variation(variation: Mapping[str, Any]) -> dict[str, object]:
+    """A1111's fields of a variation."""
     strength, size = variation.get("strength"), variation.get("resize_from")
     return {
-        "Variation seed": variation["seed"] + index if strength else None,
+        "Variation seed": variation["seed"] if strength else None,
         "Variation seed strength": _number(strength) if strength else None,
         "Seed resize from": None if size is None else f"{size[0]}x{size[1]}",
         "ENSD": variation.get("ensd") or None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ import torch
 from nativesd.errors import UsageError
 from nativesd.pictures.result import Result
 from nativesd.pipeline.asked.arguments import Checked
+
+COUNTED = ("seed", "variation", "inferred")
+"""Parameters that a call has of its first picture, from which the others' follow."""
 
 
 def by_prompt(asked: Checked) -> list[Checked]:
@@ -42,6 +45,7 @@ def _of_prompt(asked: Checked, number: int) -> Checked:
         negative_prompt=negatives if len(negatives) == 1 else [negatives[number]],
         one_negative=True,
         seeds=asked.seeds[number * share : (number + 1) * share],
+        variation=None if asked.variation is None else asked.variation.after(number * share),
         image=_own(asked.image, number),
         mask=_own(asked.mask, number),
         control=control,
@@ -59,17 +63,13 @@ def joined(asked: Checked, results: Sequence[Result]) -> Result:
     if len({result.latents.shape[1:] for result in results}) > 1:
         raise UsageError("the pictures of a call must be of one size: pass width and height")
     seeds = [seed for result in results for seed in result.seeds]
-    notes = list(dict.fromkeys(note for result in results for note in result.parameters["notes"]))
-    parameters = results[0].parameters | {
-        "prompt": list(_repeated(results, "prompt")),
-        "negative_prompt": list(_repeated(results, "negative_prompt")),
-        "notes": notes,
+    each = [result.of(index) for result in results for index in range(len(result.images))]
+    first = results[0].parameters
+    parameters = {name: value for name, value in first.items() if all(own.get(name) == value for own in each)} | {
+        "prompt": [own["prompt"] for own in each],
+        "negative_prompt": [own["negative_prompt"] for own in each],
+        "notes": list(dict.fromkeys(note for result in results for note in result.parameters["notes"])),
+        **{name: first[name] for name in COUNTED if name in first},
     }
     pictures = [picture for result in results for picture in result.images]
-    return Result(pictures, seeds, parameters, torch.cat([result.latents for result in results]))
-
-
-def _repeated(results: Sequence[Result], name: str) -> Iterator[str]:
-    for result in results:
-        for _ in result.images:
-            yield result.parameters[name]
+    return Result(pictures, seeds, parameters, torch.cat([result.latents for result in results]), each)

@@ -6,7 +6,7 @@ As A1111 does it, in modules/rng.py (`ImageRNG`, `slerp`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ SEEDS = 1 << 64
 class Variation:
     """How the noise of pictures departs from that of their seeds.
 
-    seed         of the noise that is mixed in; picture i of a prompt has seed + i, and all have the same own seed.
-                 None and -1: random
+    seed         of the noise that is mixed in; picture i of a call has seed + i, and all have the same own seed, where
+                 no seeds are listed. None and -1: random
     strength     how much of it, 0 to 1
     resize_from  width and height in pixels of the picture whose noise is to stand in the middle: about its composition
                  at another size
@@ -33,6 +33,10 @@ class Variation:
     strength: float = 0.0
     resize_from: tuple[int, int] | None = None
     ensd: int = 0
+
+    def after(self, pictures: int) -> Variation:
+        """That of the pictures of a call which come after so many."""
+        return self if self.seed is None else replace(self, seed=(self.seed + pictures) % SEEDS)
 
 
 class VariedNoise:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from PIL import Image
 
 import nativesd
-from nativesd import Control
+from nativesd import Control, Variation
 from nativesd.diffusion.control import hint_pixels
 from nativesd.errors import Interrupted, UsageError
+from nativesd.shipped import LCM_LORA
 
 OPTIONS: dict[str, Any] = {"steps": 3, "sampler": "Euler", "guidance_scale": 6.0, "strength": 0.7}
 
@@ -60,6 +62,25 @@ def test_what_does_not_fit_is_said(pipe: nativesd.Pipeline) -> None:
         pipe(["a", "b"], image=[plain("red"), plain("red").resize((64, 96))], seed=1, **OPTIONS)
     with pytest.raises(UsageError, match="must be a picture"):
         pipe(["a", "b"], image=[plain("red"), 3], **OPTIONS)
+
+
+def test_each_picture_has_the_noise_and_the_words_of_one_made_alone(pipe: nativesd.Pipeline) -> None:
+    variation = Variation((1 << 64) - 2, 0.4)
+    tagged = f"an owl <lora:{LCM_LORA.stem}:0.5>"
+    prompts, pictures = [tagged, "a fox"], [plain("red"), plain("blue")]
+    together = pipe(prompts, image=pictures, seed=5, num_images=2, variation=variation, **OPTIONS)
+    for i, prompt in enumerate(prompts):
+        seed = (variation.seed or 0) + 2 * i & (1 << 64) - 1
+        own = replace(variation, seed=seed)
+        alone = pipe(prompt, image=pictures[i], seed=5, num_images=2, variation=own, **OPTIONS)
+        assert torch.equal(together.latents[2 * i : 2 * i + 2], alone.latents)
+        assert [together.infotext(2 * i + k) for k in (0, 1)] == [alone.infotext(k) for k in (0, 1)]
+    assert f"Variation seed: {(1 << 64) - 1}," in together.infotext(1)
+    assert "Variation seed: 1," in together.infotext(3)
+    assert "LoRAs" in together.infotext(0)
+    assert "LoRAs" not in together.infotext(2)
+    assert "loras" not in together.parameters
+    assert together.parameters["variation"]["seed"] == variation.seed
 
 
 def test_an_ended_call_has_what_was_made(pipe: nativesd.Pipeline) -> None:
