@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Border, Size, embedding_files, main, say, tell
-from nativesd.cli.given import for_python
+from nativesd.cli.given import for_python, said_by
 from nativesd.cli.help import flag, section, with_flags
 
 if TYPE_CHECKING:
@@ -220,8 +220,8 @@ def generate(
     if prompt is not None:
         options["prompt"] = prompt
     repeated = {} if picture is None else _repeated(picture, options)
-    _require_needed(context, options, {**repeated, **options})
-    options = {**repeated, **for_python(options)}
+    _require_needed(context, options, {**said_by(repeated), **options})
+    options = {**repeated, **for_python(options, repeated)}
     if "prompt" not in options:
         raise click.UsageError("pass a prompt, or a picture to repeat with --from")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,8 +16,23 @@ if TYPE_CHECKING:
     from nativesd.diffusion.regions import Region
 
 
-def for_python(options: dict[str, Any]) -> dict[str, Any]:
-    """What was given on the command line, as the library takes it."""
+RECORDS: Mapping[str, Mapping[str, str]] = {
+    "sdxl": {"prompt_2": "prompt_2", "negative_prompt_2": "negative_prompt_2", "original_size": "original",
+             "crop_top_left": "crop", "target_size": "target"},
+    "sampling": {"churn": "churn", "churn_min": "churn_min", "churn_max": "churn_max", "noise_scale": "noise",
+                 "sigma_min": "sigma_min", "sigma_max": "sigma_max", "rho": "rho"},
+    "variation": {"variation_seed": "seed", "variation_strength": "strength", "seed_resize": "resize_from",
+                  "ensd": "ensd"},
+}  # fmt: skip
+"""The library's records, and the options that are their fields."""
+
+
+def for_python(options: dict[str, Any], repeated: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given on the command line, as the library takes it.
+
+    `repeated` are the options of a picture to make again: what its records say and nothing on the command line does
+    stays as it was.
+    """
     if "loras" in options:
         options["loras"] = [lora_use(text) for text in options["loras"]]
     if "regions" in options:
@@ -25,31 +41,39 @@ def for_python(options: dict[str, Any]) -> dict[str, Any]:
         options["control"] = control
     if prompts := _image_prompts(options):
         options["image_prompts"] = prompts
-    told = {
-        "prompt_2": "prompt_2", "negative_prompt_2": "negative_prompt_2", "original_size": "original",
-        "crop_top_left": "crop", "target_size": "target",
-    }  # fmt: skip
-    if sdxl := {field: options.pop(name) for name, field in told.items() if name in options}:
-        from nativesd.diffusion.prompting import SDXL
-
-        options["sdxl"] = SDXL(**sdxl)
-    told = {"churn": "churn", "churn_min": "churn_min", "churn_max": "churn_max", "noise_scale": "noise",
-            "sigma_min": "sigma_min", "sigma_max": "sigma_max", "rho": "rho"}  # fmt: skip
-    if sampling := {field: options.pop(name) for name, field in told.items() if name in options}:
-        from nativesd.sampling.options import Sampling
-
-        options["sampling"] = Sampling(**sampling)
-    names = {"variation_seed": "seed", "variation_strength": "strength", "seed_resize": "resize_from", "ensd": "ensd"}
-    if variation := {field: options.pop(name) for name, field in names.items() if name in options}:
-        from nativesd.sampling.variation import Variation
-
-        options["variation"] = Variation(**variation)
+    for name, fields in RECORDS.items():
+        if told := {field: options.pop(flag) for flag, field in fields.items() if flag in options}:
+            options[name] = _record(name, repeated.get(name), told)
     passes = {name.removeprefix("hires_"): options.pop(name) for name in list(options) if name.startswith("hires_")}
     if "hires" in options:
-        from nativesd.pipeline.asked.hires import Hires
-
-        options["hires"] = Hires(options["hires"], **passes)
+        passes |= {"scale": options.pop("hires"), "width": None, "height": None}
+    if passes:
+        options["hires"] = _record("hires", repeated.get("hires"), passes)
+    if "tiles" in options and "tiles" in repeated:
+        size = options["tiles"]
+        told = {"size": size, "overlap": min(repeated["tiles"].overlap, size // 2)}
+        options["tiles"] = replace(repeated["tiles"], **told)
     return options
+
+
+def said_by(repeated: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the library, with the fields of their records under the names they have on the command line."""
+    said = dict(repeated)
+    for name, fields in RECORDS.items():
+        if name in repeated:
+            said |= {flag: value for flag, field in fields.items() if (value := getattr(repeated[name], field))}
+    return said
+
+
+def _record(name: str, repeated: Any, told: dict[str, Any]) -> Any:
+    """One of the library's records, of what was told and else of the one that is repeated."""
+    from nativesd.diffusion.prompting import SDXL
+    from nativesd.pipeline.asked.hires import Hires
+    from nativesd.sampling.options import Sampling
+    from nativesd.sampling.variation import Variation
+
+    kinds = {"sdxl": SDXL, "sampling": Sampling, "variation": Variation, "hires": Hires}
+    return replace(kinds[name]() if repeated is None else repeated, **told)
 
 
 def _region(where: str, prompt: str) -> Region:

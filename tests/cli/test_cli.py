@@ -20,6 +20,8 @@ from sd_parsers import ParserManager
 import nativesd
 from conftest import Done, Run
 from nativesd.diffusion.control import Control
+from nativesd.pictures.embedded import read_texts
+from nativesd.pictures.infotext import parse_infotext
 from nativesd.shipped import TINY
 
 
@@ -151,6 +153,30 @@ def test_a_picture_is_repeated_from_its_parameters(run: Run, tmp_path: Path, opt
     other = tmp_path / "other.png"
     assert run("generate", "--from", str(first), "--seed", "8", "-o", str(other)).returncode == 0
     assert pixels(first) != pixels(other)
+
+
+@pytest.mark.parametrize(("made", "changed", "expected"), [
+    (("--hires", "1.5", "--hires-upscaler", "lanczos"), ("--hires-strength", "0.3"),
+     {"Hires upscale": "1.5", "Hires upscaler": "Lanczos", "Denoising strength": "0.3"}),
+    (("--hires", "1.5", "--hires-strength", "0.6"), ("--hires", "1.25"),
+     {"Hires upscale": "1.25", "Denoising strength": "0.6"}),
+    (("--schedule", "karras", "--sigma-max", "12"), ("--churn", "3"), {"Schedule max sigma": "12", "Sigma churn": "3"}),
+    (("--variation-strength", "0.3", "--variation-seed", "9"), ("--variation-strength", "0.1"),
+     {"Variation seed": "9", "Variation seed strength": "0.1"}),
+    (("--variation-strength", "0.3", "--variation-seed", "9"), ("--variation-seed", "12"),
+     {"Variation seed": "12", "Variation seed strength": "0.3"}),
+    (("--tiles", "64", "--size", "96x96"), ("--tiles", "72"), {"Tiles": "72 overlap 32"}),
+])  # fmt: skip
+def test_an_option_changes_its_own_part_of_what_is_repeated(
+    run: Run, tmp_path: Path, made: tuple[str, ...], changed: tuple[str, ...], expected: dict[str, str]
+) -> None:
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    done = run("generate", "a fox", "--steps", "2", "--seed", "7", "--sampler", "Euler", "-o", str(first), *made)
+    assert done.returncode == 0, done.stderr
+    done = run("generate", "--from", str(first), "-o", str(second), *changed)
+    assert done.returncode == 0, done.stderr
+    was, now = (parse_infotext(read_texts(path).parameters).fields for path in (first, second))
+    assert now == was | expected
 
 
 def test_repeating_from_other_formats(run: Run, tmp_path: Path) -> None:
