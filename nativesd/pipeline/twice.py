@@ -40,8 +40,11 @@ class Twice(Adapted):
     def _second(self, job: Job, hires: Hires) -> Job:
         """What the second pass is asked for: as the first, but for what `hires` says."""
         if hires.sampler is not None or hires.schedule is not None:
-            kind = hires.schedule or (None if hires.sampler is not None else job.kind)
-            choice, kind = choose_sampler(self.config, hires.sampler or job.choice.name, kind)
+            choice, kind = choose_sampler(self.config, hires.sampler or job.choice.sampler.name, hires.schedule)
+            if hires.sampler is None:
+                choice = job.choice  # as it was named
+            elif hires.schedule is None and choice.kind is None:
+                kind = job.kind
             scale = choice.scale(job.guidance.scale / job.choice.scale(1.0))
             guidance = replace(job.guidance, scale=scale, always=choice.sampler.plus_plus)
             job = replace(job, choice=choice, kind=kind, guidance=guidance)

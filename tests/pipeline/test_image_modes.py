@@ -19,6 +19,7 @@ from nativesd.diffusion.start import Start
 from nativesd.errors import NoMemoryError, UsageError
 from nativesd.pipeline.asked.hires import UPSCALERS
 from nativesd.sampling.names import find_sampler
+from nativesd.sampling.published import Kind
 from nativesd.tuning import memory
 from nativesd.weights import model as weights_model
 from pipeline.test_pipeline import BETAS, SCHEDULERS, TOLERANCE, save_model
@@ -215,6 +216,25 @@ def test_hires_runs_every_step_at_any_strength(
          schedule="karras", on_step=lambda step: seen.append(step.sigma))  # fmt: skip
     plan = find_sampler("Euler").schedule(ours.config.scheduler, total, "karras")
     assert seen[2:] == plan.sigmas[-steps - 1 : -1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind"),
+    [
+        ({"schedule": "karras"}, {"sampler": "Heun"}, "karras"),
+        ({"sampler": "Euler Karras"}, {"sampler": "Heun"}, "karras"),
+        ({"sampler": "Euler Karras"}, {"schedule": "exponential"}, "exponential"),
+        ({"schedule": "exponential"}, {"sampler": "Heun Karras"}, "karras"),
+    ],
+)
+def test_the_second_pass_has_the_first_one_s_schedule_or_its_own(
+    first: dict[str, Any], second: dict[str, Any], kind: Kind
+) -> None:
+    pipe, seen = nativesd.load("tiny", device="cpu"), list[float]()
+    pipe("a fox", hires=nativesd.Hires(1, 1.0, **second), on_step=lambda step: seen.append(step.sigma),
+         **{"steps": 3, "seed": 5, "guidance_scale": 1, "sampler": "Euler", **first})  # fmt: skip
+    plan = find_sampler("Euler").schedule(pipe.config.scheduler, 3, kind)
+    assert seen[3:] == plan.sigmas[:-1].tolist()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 import nativesd
 from nativesd.pictures.infotext import parse_infotext
+from nativesd.server.apis.sd.generation import _hires
 from nativesd.server.wire.answers import field_of
 from server.fixtures import PROMPT, SLOW, Running, encoded, pixels, serving, until
 
@@ -70,6 +71,23 @@ def test_hires_and_settings(api: webuiapi.WebUIApi, pipe: nativesd.Pipeline) -> 
     hires = nativesd.Hires(1.5, 0.6, 2, "lanczos")
     same(made.image, pipe(PROMPT, **OURS, hires=hires, clip_skip=2, noise="cuda"))
     assert made.image.size == (96, 96)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "schedule"),
+    [
+        ({"sampler_name": "DPM++ 2M", "scheduler": "Exponential"}, {"hr_sampler_name": "Euler"}, "exponential"),
+        ({"sampler_name": "DPM++ 2M Karras"}, {"hr_sampler_name": "Euler", "hr_scheduler": "Use same scheduler"}, None),
+        ({"sampler_name": "DPM++ 2M"}, {"hr_sampler_name": "Euler", "hr_scheduler": "Use same scheduler"}, "normal"),
+        ({"sampler_name": "Euler"}, {"hr_sampler_name": "DPM++ 2M"}, "karras"),
+        ({"sampler_name": "Euler", "scheduler": "Karras"}, {"hr_scheduler": "Automatic"}, "normal"),
+        ({"sampler_name": "Euler"}, {"hr_sampler_name": "DPM++ 2M Karras", "hr_scheduler": "Automatic"}, None),
+        ({"sampler_name": "Euler", "scheduler": "Karras"}, {}, None),
+    ],
+)
+def test_the_schedule_of_a_second_pass(first: dict[str, Any], second: dict[str, Any], schedule: str | None) -> None:
+    """As modules/processing.py and modules/sd_samplers_kdiffusion.py of A1111 choose it; None: the library does."""
+    assert _hires({**first, **second}).schedule == schedule
 
 
 def test_variations(api: webuiapi.WebUIApi, pipe: nativesd.Pipeline) -> None:

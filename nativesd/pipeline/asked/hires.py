@@ -65,7 +65,8 @@ class Hires:
                    the decoded pictures), a file of a model such as ESRGAN, or a function from a picture to a larger one
     width, height  the size to reach, instead of `scale`: with one of them the other follows from the picture's shape,
                    with both the picture covers them and is cropped
-    sampler, schedule, prompt, negative_prompt, guidance_scale   of the second pass; None: those of the first
+    sampler, schedule, prompt, negative_prompt, guidance_scale   of the second pass; None: those of the first. A sampler
+                   whose name says a schedule ("DPM++ 2M Karras") brings that
     """
 
     scale: float = 2.0

@@ -225,17 +225,26 @@ def _seeds(seed: int, varied: Variation, before: int) -> dict[str, Any]:
 
 
 def _hires(fields: Mapping[str, Any]) -> Hires:
-    """The second pass. Raises UsageError for an upscaler that is not here."""
+    """The second pass. Raises UsageError for an upscaler that is not here.
+
+    "Use same scheduler", and none, is what the first pass was asked for; where that is "Automatic", every sampler has
+    its own (`hr_scheduler` in modules/processing.py, get_sigmas in modules/sd_samplers_kdiffusion.py).
+    """
+    first = fields.get("sampler_name") or fields.get("sampler_index") or ""
     upscaler = fields.get("hr_upscaler") or "Latent"
     if upscaler.lower() not in UPSCALERS:
         raise UsageError(f"hr_upscaler must be one of {', '.join(UPSCALERS)}, not {upscaler!r}")
     sampler, schedule = fields.get("hr_sampler_name") or None, fields.get("hr_scheduler") or None
     if sampler == "Use same sampler":
         sampler = None
-    if schedule is not None and schedule.lower() in ("automatic", "use same scheduler"):
-        schedule = None if sampler is None else automatic_schedule(sampler)
+    if schedule is None or schedule.lower() == "use same scheduler":
+        schedule = fields.get("scheduler") or "automatic"
+        if sampler is None or _says_schedule(first):
+            schedule = None
+    if sampler is not None and _says_schedule(sampler):
+        schedule = None
     elif schedule is not None:
-        schedule = _schedule(schedule)
+        schedule = _schedule(schedule) if schedule.lower() != "automatic" else _automatic(sampler or first)
     return Hires(
         scale=fields.get("hr_scale", 2.0),
         strength=fields.get("denoising_strength", 0.75),
@@ -248,6 +257,16 @@ def _hires(fields: Mapping[str, Any]) -> Hires:
         prompt=fields.get("hr_prompt") or None,
         negative_prompt=fields.get("hr_negative_prompt") or None,
     )
+
+
+def _automatic(sampler: str) -> str | None:
+    """The schedule that A1111 takes for a sampler; None where none is named, for the model's own."""
+    return None if sampler.lower() in ("", "automatic") else automatic_schedule(find_sampler(sampler).sampler.name)
+
+
+def _says_schedule(sampler: str) -> bool:
+    """Whether a sampler's name says a schedule, such as "DPM++ 2M Karras"."""
+    return bool(sampler) and sampler.lower() != "automatic" and find_sampler(sampler).kind is not None
 
 
 def _picture(fields: Mapping[str, Any], intake: Any, unheeded: list[str]) -> dict[str, Any]:
