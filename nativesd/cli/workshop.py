@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -175,9 +176,11 @@ def extract(tuned: str, base: str, dest: Path, unet_only: bool, **given: Any) ->
     from nativesd.checkpoints.loras.extract import extract_lora
 
     done = extract_lora(tuned, base, dest, text_encoders=not unet_only, **_said(given))
-    if done.left_out:
-        largest = max(done.left_out.values())
-        tell(f"left out {some(list(done.left_out))}, which differ by {largest:.3g} at most")
+    unlike = [name for name, largest in done.left_out.items() if math.isinf(largest)]
+    if differing := {name: largest for name, largest in done.left_out.items() if name not in unlike}:
+        tell(f"left out {some(list(differing))}, which differ by {max(differing.values()):.3g} at most")
+    if unlike:
+        tell(f"left out {some(unlike)}: of another shape, or only in one of the models")
     _say_written(done)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_convert import single
 from torch import Tensor, nn
 
 import nativesd
@@ -175,6 +177,33 @@ def test_what_is_extracted(model: loras.Model, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="does not differ from"):
         extract_lora(model.folder, model.folder, tmp_path / "b.safetensors", rank=3)
     assert not (tmp_path / "b.safetensors").exists()
+
+
+def changed(source: Path, out: Path, more: dict[str, Tensor]) -> Path:
+    """A single file of which every parameter is changed, norms and biases too, and some are others."""
+    state = load_file(source)
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        key: (t.float() + 0.02 * torch.randn(t.shape, generator=generator)).to(t.dtype) if t.ndim else t
+        for key, t in state.items()
+    }
+    save_file(tensors | more, out)
+    return out
+
+
+def test_a_whole_fine_tune_is_extracted(run: Run, tmp_path: Path) -> None:
+    """Every parameter differs: matrices are extracted, vectors listed; so is what has another shape."""
+    base = single("sd1", tmp_path / "base.safetensors", seed=1)
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    wide = torch.cat([load_file(base)[key], torch.randn(32, 5, 3, 3).half()], 1)
+    tuned = changed(base, tmp_path / "tuned.safetensors", {key: wide})
+    done = extract_lora(tuned, base, tmp_path / "out.safetensors", rank=2)
+    assert done.layers > 20
+    assert done.left_out["unet.conv_in.weight"] == math.inf
+    assert 0 < done.left_out["text_encoder.layers.0.norm1.weight"] < 1
+    assert any(name.endswith("norm1.weight") and name.startswith("unet.") for name in done.left_out)
+    said = run("lora", "extract", str(tuned), str(base), "b.safetensors", "--rank", "1").stderr
+    assert "left out unet.conv_in.weight: of another shape, or only in one of the models" in said
 
 
 # --- ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,7 @@ text encoder's layers (sd-scripts, networks/lora.py, UNET_TARGET_REPLACE_MODULE 
 @dataclass(frozen=True)
 class Extracted(Written):
     """A LoRA that was extracted. `left_out`: the parameters that differ and are not in it, with the largest difference
-    of each."""
+    of each: inf where the shapes differ, or only one of the models has it."""
 
     left_out: Mapping[str, float] = field(default_factory=dict)
 
@@ -64,7 +65,7 @@ def extract_lora(
     dtype           "f16", "bf16" or "f32"
 
     Layers that do not differ are not in it. What differs and has no place in a LoRA is in `left_out`: norms, biases,
-    embeddings, the first and the last convolution. Raises UsageError, SourceError, WeightsError.
+    embeddings, the first and the last convolution, and what has another shape. Raises UsageError, SourceError, WeightsError.
     """
     rule = Rule.of(rank=rank, ratio=ratio, cumulative=cumulative, frobenius=frobenius, energy=energy)
     conv_rank = None if conv_rank is None else whole(0)("conv_rank", conv_rank)
@@ -85,9 +86,12 @@ def extract_lora(
             raise UsageError(f"{tuned} and {base} have neither a UNet nor a text encoder in common")
         known = Base(places)
         wanted = [name for name in places if text_encoders or name == "unet"]
+        for component in wanted:
+            unlike = _unlike(one, other, component)
+            left_out |= dict.fromkeys((f"{component}.{name}" for name in unlike), math.inf)
         for component, name, difference in _differences(one, other, wanted):
             kernel = difference.ndim == 4 and difference.shape[2:] != (1, 1)
-            if not LAYERS.fullmatch(name) or (kernel and conv_rank == 0):
+            if difference.ndim < 2 or not LAYERS.fullmatch(name) or (kernel and conv_rank == 0):
                 left_out[f"{component}.{name}"] = float(difference.abs().max())
                 continue
             own = replace(rule, rank=conv_rank) if kernel and conv_rank else rule
@@ -109,13 +113,20 @@ def extract_lora(
     return Extracted(done.path, done.tensors, done.layers, done.ranks, max(errors), left_out)
 
 
+def _unlike(tuned: Side, base: Side, component: str) -> list[str]:
+    """The parameters that cannot be compared: their shapes differ, or only one of the models has them."""
+    one, other = (side.parameters(component) for side in (tuned, base))
+    shapes, others = ({name: entry.shape for name, entry in each.items()} for each in (one, other))
+    return sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+
+
 def _differences(tuned: Side, base: Side, components: list[str]) -> Iterator[tuple[str, str, Tensor]]:
     """What differs, parameter by parameter, in float32. Raises WeightsError where it is not finite."""
     for component in components:
         one, other = (side.parameters(component) for side in (tuned, base))
         for name in sorted(one.keys() & other.keys()):
             if one[name].shape != other[name].shape:
-                continue
+                continue  # `_unlike` has it
             difference = one[name].make().float() - other[name].make().float()
             largest = difference.abs().max()
             if not largest.isfinite():
