@@ -96,6 +96,8 @@ def open_side(source: str | Path, tables: Mapping[str, KeyMap]) -> Side:
     return Side(str(source), place, files, parts)
 
 
+LATENTS = 4
+"""Input channels of a UNet that takes nothing but latents."""
 CHANNELS = {8: "an editing model (InstructPix2Pix)", 9: "an inpainting model"}
 """Input channels that a UNet may have beside the latents' four, which A1111 merges into as well."""
 
@@ -123,6 +125,12 @@ def _compare_unets(first: tuple[str, Component], other: tuple[str, Component]) -
     if channels[0] < channels[1]:
         what = CHANNELS.get(channels[1], f"a model of {channels[1]} input channels")
         raise UsageError(f"{other[0]} is {what} and {first[0]} is not: name {other[0]} first")
+    if channels[0] != channels[1] and channels[1] != LATENTS:
+        kinds = [CHANNELS.get(count, f"a model of {count} input channels") for count in channels]
+        raise UsageError(
+            f"{first[0]} is {kinds[0]} and {other[0]} {kinds[1]}: their channels mean other things, "
+            "so they cannot be merged"
+        )
     said = [
         next((e.value for e in component.evidence if e.what == "prediction" and e.determined), "")
         for _, component in (first, other)

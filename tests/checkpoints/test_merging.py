@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -176,6 +177,21 @@ def test_magnitude_keeps_the_largest() -> None:
     assert torch.equal(methods._magnitude([a, b], How(alpha=1.0)), a + (b - a))
 
 
+@pytest.mark.parametrize("angle", [5e-4, 2e-3, 0.1, 1.0, 3.0])
+def test_slerp_of_a_large_matrix_is_its_formula(angle: float) -> None:
+    """In float64; a sum in float32 over so many numbers is off in the fourth digit, and the angle with it."""
+    a, p = drawn(2, 1280 * 1280)
+    p = p - (p @ a) / (a @ a) * a
+    p *= a.norm() / p.norm()
+    b = (1.5 * (a.double() * math.cos(angle) + p.double() * math.sin(angle))).float()
+    x, y = a.double() / a.double().norm(), b.double() / b.double().norm()
+    between = torch.arccos((x @ y).clamp(-1, 1))
+    arc = (x * torch.sin(0.7 * between) + y * torch.sin(0.3 * between)) / torch.sin(between)
+    wanted = arc * torch.lerp(a.double().norm(), b.double().norm(), 0.3)
+    found = methods._slerp([a, b], How(alpha=0.3))
+    assert (found - wanted).norm() / wanted.norm() < 1e-6
+
+
 # --- blocks
 
 
@@ -276,6 +292,22 @@ def test_a_component_alone(folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, c[key]) for key, tensor in out.items())
 
 
+def test_what_a_component_alone_lacks_is_listed(folder: Path, tmp_path: Path) -> None:
+    done = nativesd.merge([folder / "b" / "unet", folder / "c.ckpt"], tmp_path / "unet.safetensors")
+    left = f"{folder / 'b' / 'unet'} has none: that of {folder / 'c.ckpt'} is left out"
+    assert done.choices == {"vae": left, "text_encoder": left}
+
+
+def test_channels_of_two_meanings_are_refused(folder: Path, tmp_path: Path) -> None:
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    for count in (8, 9):
+        state = load_file(folder / "a.safetensors")
+        state[key] = torch.randn(32, count, 3, 3).half()
+        save_file(state, tmp_path / f"{count}.safetensors")
+    with pytest.raises(UsageError, match=r"9.safetensors is an inpainting model and .*8.safetensors an editing model"):
+        nativesd.merge([tmp_path / "9.safetensors", tmp_path / "8.safetensors"], tmp_path / "out.safetensors")
+
+
 @pytest.mark.parametrize("channels", [8, 9])
 def test_an_inpainting_model_by_a1111s_rule(channels: int, folder: Path, tmp_path: Path) -> None:
     """The channels of the latents are merged, the others are the first model's."""
@@ -340,6 +372,31 @@ def test_a_recipe_says_all_and_repeats_it(folder: Path, tmp_path: Path, run: Run
     with pytest.raises(SourceError, match=r"a.safetensors is not the file that the recipe was made with"):
         nativesd.merge(None, tmp_path / "other.safetensors", recipe=out)
     assert run("merge", "--recipe", "recipe.toml", "--alpha", "0", "x.safetensors").returncode == 2
+
+
+def test_sources_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    """And the files of components from elsewhere are checked as well."""
+    for place, name in (("x", "a"), ("y", "b"), ("z", "c")):
+        (tmp_path / place).mkdir()
+        os.symlink(folder / f"{name}.safetensors", tmp_path / place / "model.safetensors")
+    x, y, z = (tmp_path / place / "model.safetensors" for place in "xyz")
+    out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
+    nativesd.merge([x, y], out, alpha=0.3, vae=z)
+    nativesd.merge(None, again, recipe=out)
+    assert again.read_bytes() == out.read_bytes()
+    metadata = read_header(out).metadata
+    said = json.loads(metadata["sd_merge_recipe"])
+    assert said["sources"] == ["x/model.safetensors", "y/model.safetensors"]
+    assert said["hashes"].keys() == {f"{place}/model.safetensors" for place in "xyz"}
+    assert metadata["modelspec.merged_from"] == "x/model, y/model"
+    for place in (x, z):
+        own = os.readlink(place)
+        place.unlink()
+        os.symlink(folder / "b.safetensors", place)
+        with pytest.raises(SourceError, match=rf"{place.parent.name}/model.safetensors is not the file that the"):
+            nativesd.merge(None, tmp_path / "other.safetensors", recipe=out)
+        place.unlink()
+        os.symlink(own, place)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,8 @@ def extract_lora(
     dtype           "f16", "bf16" or "f32"
 
     Layers that do not differ are not in it. What differs and has no place in a LoRA is in `left_out`: norms, biases,
-    embeddings, the first and the last convolution, and what has another shape. Raises UsageError, SourceError, WeightsError.
+    embeddings, the first and the last convolution, and what has another shape. Raises UsageError, SourceError,
+    WeightsError.
     """
     rule = Rule.of(rank=rank, ratio=ratio, cumulative=cumulative, frobenius=frobenius, energy=energy)
     conv_rank = None if conv_rank is None else whole(0)("conv_rank", conv_rank)

@@ -94,6 +94,6 @@ def shrink(up: Tensor, down: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor
 
 def clamp(up: Tensor, down: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
     """Both factors within plus and minus the quantile of their numbers (kohya's clamp_quantile)."""
-    numbers = torch.cat([up.flatten(), down.flatten()]).numpy()
+    numbers = torch.cat([up.flatten(), down.flatten()]).double().numpy()
     most = float(np.quantile(numbers, quantile))
     return up.clamp(-most, most), down.clamp(-most, most)

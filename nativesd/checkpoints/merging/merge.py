@@ -19,6 +19,7 @@ from nativesd.config import UNetConfig
 from nativesd.destination import fresh
 from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.models.build import expected
+from nativesd.weights.files.locate import locate_part
 from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.writing import Entry, stored_parameters
 
@@ -101,14 +102,23 @@ def _merge(recipe: Recipe, out: Path, dest: Path, tables: Mapping[str, KeyMap]) 
         others=[part for side in sides for part in side.parts.values()],
     )  # fmt: skip
     own = open_side(first, tables)
+    names = recipe.names()
     for side in (own, *sides):
-        hashes |= source_hashes(side.name, side.place, side.files)
+        hashes |= source_hashes(names[side.name], side.place, side.files)
+    used = {file for name in given for file in model.parts[name][0].data_starts}
+    for source in recipe.elsewhere:
+        place = locate_part(source)
+        files = [file for file in used if file == place or file.is_relative_to(place)]
+        hashes |= source_hashes(names[source], place, sorted(files))
     _check_hashes(recipe, hashes)
     choices: dict[str, str] = {}
     for name in model.parts.keys() - given - own.parts.keys() - {"tiny_vae"}:
         giver = next((side.name for side in sides if name in side.parts), None)
         if giver is not None:
             choices[name] = f"{first} has none: that of {giver} is taken"
+    for side in reversed(sides):  # where the first model is one component alone
+        for name in side.parts.keys() - model.parts.keys():
+            choices[name] = f"{first} has none: that of {side.name} is left out"
     require_alike(own, sides)
     plain_names = {
         name: list(expected(component.config)) for name, (_, component) in model.parts.items() if component.config

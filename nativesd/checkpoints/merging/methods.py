@@ -7,6 +7,7 @@ the whole model, so that one parameter at a time is in memory.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,13 +77,26 @@ def _sum(models: Sequence[Tensor], how: How) -> Tensor:
 def _slerp(models: Sequence[Tensor], how: How) -> Tensor:
     """Shoemake 1985: along the arc between the directions, by alpha between the lengths; a line where they are one."""
     a, b = models
-    lengths: tuple[Tensor, Tensor] = torch.linalg.vector_norm(a), torch.linalg.vector_norm(b)
-    angle = torch.arccos(((a / lengths[0]) * (b / lengths[1])).sum().clamp(-1, 1))
-    if not angle.isfinite() or angle.sin() < 1e-3:  # where float32 cannot tell the arc from the line
+    lengths = math.sqrt(_dot(a, a)), math.sqrt(_dot(b, b))
+    cosine = _dot(a, b) / (lengths[0] * lengths[1]) if all(lengths) else math.nan
+    angle = math.acos(max(-1.0, min(1.0, cosine))) if math.isfinite(cosine) else 0.0
+    if math.sin(angle) < 1e-6:  # where float64 cannot tell the arc from the line
         return torch.lerp(a, b, how.alpha)
-    shares = (torch.sin((1 - how.alpha) * angle), torch.sin(how.alpha * angle))
-    length = torch.lerp(*lengths, how.alpha) / angle.sin()
-    return a * (shares[0] * length / lengths[0]) + b * (shares[1] * length / lengths[1])
+    length = (lengths[0] + (lengths[1] - lengths[0]) * how.alpha) / math.sin(angle)
+    shares = [
+        math.sin(part * angle) * length / own
+        for part, own in zip((1 - how.alpha, how.alpha), lengths, strict=True)
+    ]  # fmt: skip
+    out = torch.empty(a.shape)
+    for piece, one, other in zip(*(torch.split(each.reshape(-1), PIECE) for each in (out, a, b)), strict=True):
+        piece.copy_(one.double() * shares[0] + other.double() * shares[1])
+    return out
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """The sum of the products, in float64: in float32 the millions of a matrix lose their last digits."""
+    pieces = zip(torch.split(a.reshape(-1), PIECE), torch.split(b.reshape(-1), PIECE), strict=True)
+    return math.fsum(float(one.double() @ other.double()) for one, other in pieces)
 
 
 def _train_difference(models: Sequence[Tensor], how: How) -> Tensor:

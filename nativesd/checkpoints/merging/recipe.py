@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from nativesd.reading import parse_json, read_bounded
 from nativesd.schema import REQUIRED, Field, either, many, mapping, number, one_of, read_fields, text
 from nativesd.schema import whole as whole_number
 from nativesd.weights.files.hashes import hash_file
-from nativesd.weights.formats.container import read_file
+from nativesd.weights.formats.container import SUFFIXES, read_file
 from nativesd.weights.maps.grammar import parse_toml
 
 KEY = "sd_merge_recipe"
@@ -107,7 +107,7 @@ class Recipe:
             for name, value in asdict(self.published()).items()
             if name in ("sources", "method") or value != usual[name]
         }
-        names = [Path(source).stem for source in self.sources]
+        names = [_without_suffix(self.names()[source]) for source in self.sources]
         models = {sha: {"name": name} for name, sha in self.hashes.items()}
         return {
             KEY: json.dumps({"type": "nativesd", **said}, ensure_ascii=False),
@@ -118,18 +118,42 @@ class Recipe:
 
     def published(self) -> Recipe:
         """The same with names instead of paths."""
+        return self.renamed(self.names().__getitem__)
+
+    def renamed(self, name: Callable[[str], str]) -> Recipe:
+        """The same with other names for the sources and the components from elsewhere."""
         return replace(
             self,
-            sources=tuple(map(shown, self.sources)),
-            unet=None if self.unet is None else shown(self.unet),
-            vae=None if self.vae is None else shown(self.vae),
-            text_encoders=tuple(map(shown, self.text_encoders)),
+            sources=tuple(map(name, self.sources)),
+            unet=None if self.unet is None else name(self.unet),
+            vae=None if self.vae is None else name(self.vae),
+            text_encoders=tuple(map(name, self.text_encoders)),
         )
 
+    @property
+    def elsewhere(self) -> tuple[str, ...]:
+        """The sources of components that are not merged."""
+        return tuple(filter(None, (self.unet, self.vae, *self.text_encoders)))
 
-def shown(source: str) -> str:
-    """How a recipe names a source: a local one by its last name, others as they are."""
-    return Path(os.path.abspath(source)).name if os.path.exists(source) else source
+    def names(self) -> dict[str, str]:
+        """How a recipe names everything that it is made of: what is local by its last name, and by the names of as many
+        folders as tell it from the others; the rest as it is."""
+        every = dict.fromkeys((*self.sources, *self.elsewhere))
+        local = {each: Path(os.path.abspath(each)).parts[1:] for each in every if os.path.exists(each)}
+        depth = dict.fromkeys(local, 1)
+        while True:
+            names = {each: "/".join(local[each][-depth[each] :]) if each in local else each for each in every}
+            places: dict[str, set[str]] = {}
+            for each, name in names.items():
+                places.setdefault(name, set()).add("/".join(local.get(each, (each,))))
+            alike = [each for each in local if len(places[names[each]]) > 1 and depth[each] < len(local[each])]
+            if not alike:
+                return names
+            depth |= {each: depth[each] + 1 for each in alike}
+
+
+def _without_suffix(name: str) -> str:
+    return str(Path(name).with_suffix("")) if name.endswith(SUFFIXES) else name
 
 
 def recipe_of(sources: Any, **given: Any) -> Recipe:
@@ -216,13 +240,7 @@ def read_recipe(path: Path) -> Recipe:
         beside = path.parent / name
         return str(beside) if os.path.exists(beside) else name
 
-    return replace(
-        recipe,
-        sources=tuple(map(found, recipe.sources)),
-        unet=None if recipe.unet is None else found(recipe.unet),
-        vae=None if recipe.vae is None else found(recipe.vae),
-        text_encoders=tuple(map(found, recipe.text_encoders)),
-    )
+    return recipe.renamed(found)
 
 
 def _from_toml(path: Path) -> dict[str, Any]:
@@ -241,10 +259,13 @@ def _from_checkpoint(path: Path) -> dict[str, Any]:
     return parse_json(metadata[KEY].encode(), f"{path}, {KEY}")
 
 
-def source_hashes(source: str, place: Path, files: Iterable[Path]) -> dict[str, str]:
-    """The SHA-256 of a source's files of weights, by the names that a recipe has for them."""
-    name = shown(source)
+def source_hashes(name: str, place: Path, files: Iterable[Path]) -> dict[str, str]:
+    """The SHA-256 of the files of weights in a source's place, by the names that a recipe has for them."""
     return {
-        name if file == place else f"{name}/{file.relative_to(place).as_posix()}": hash_file(file).sha256
-        for file in files
-    }
+        name if file == place else f"{name}/{inside(file, place)}": hash_file(file).sha256 for file in files
+    }  # fmt: skip
+
+
+def inside(file: Path, place: Path) -> str:
+    """A file's path in a folder; of one beside it the name."""
+    return file.relative_to(place).as_posix() if file.is_relative_to(place) else file.name
