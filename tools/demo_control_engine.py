@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 
 import nativesd
 from nativesd.checkpoints.export import export_tensorrt
-from nativesd.cli.common import lora_use
 from nativesd.export.library import BackendName
 from nativesd.export.tensorrt.product import backend_for, device_target
+from nativesd.pipeline.asked.readers import lora_use
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.shipped import TINY
 

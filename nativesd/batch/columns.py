@@ -29,7 +29,8 @@ from nativesd.pictures.images import read_image
 from nativesd.pipeline.asked.arguments import CallOptions, Checked, LoadOptions, check, readers_of
 from nativesd.pipeline.asked.elsewhere import ELSEWHERE
 from nativesd.pipeline.asked.hires import Hires
-from nativesd.pipeline.asked.readers import Reader, flag, is_list, shown, text, to_real, to_whole, whole
+from nativesd.pipeline.asked.inputs import require_picture
+from nativesd.pipeline.asked.readers import Reader, flag, is_list, lora_use, shown, text, to_real, to_whole, whole
 from nativesd.pipeline.asked.records import MOST_PICTURES, read_seed, record_of
 from nativesd.reading import parse_json
 from nativesd.sampling.options import Sampling
@@ -48,10 +49,23 @@ LOADING = ("dtype", "prediction", "unet", "vae", "text_encoders", "maps", "fp8")
 """Options of `nativesd.load` on which pictures depend; where and by what they are computed is no part of them."""
 LIKE = 0.75
 """How alike a name is to a column's that is meant: "setps", "promt", but neither "task" nor "image_id"."""
+MODELS = ("sd_model", "sd_model_name", "sd_model_checkpoint", "checkpoint", "ckpt", "ckpt_name")
+"""What other programs call the column `model`."""
 TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 JSON = ("{", "[")
 LISTS = ("outpaint", "guidance", "savings")
 """Options that may be lists and are no records."""
+
+
+def _bare(name: str) -> str:
+    """A name without what programs write differently: "CFG scale", cfg-scale and cfgScale are cfg_scale."""
+    return re.sub(r"[\W_]+", "", name.lower())
+
+
+BARE = {_bare(name): name for name in DECLARED}
+WHOLE_RUN = {_bare(name) for name in (*LoadOptions.__annotations__, *NO_COLUMNS)} - BARE.keys()
+FOREIGN = {_bare(name): ours for name, ours in (*ELSEWHERE.items(), *((each, "model") for each in MODELS))}
+"""By the bare names."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,13 @@ class Columns:
     reserved: Sequence[str] = RESULTS
     _fine: set[str] = field(default_factory=set, compare=False, repr=False)
     """Names that have been looked at."""
+
+    def __post_init__(self) -> None:
+        for name in self.kept:
+            if name in DECLARED:
+                raise UsageError(
+                    f"{quote(name)} cannot be kept as it is: it is an option here; rename the column to pass it through"
+                )
 
     def jobs(self, row: Row) -> list[Job]:
         """The jobs of a row: one, or `num_images` with ids and seeds that count up. Raises UsageError."""
@@ -109,7 +130,7 @@ class Columns:
         if first + count > SEEDS:
             raise UsageError(f"seeds must be between 0 and 2^64 - 1, not {first + count - 1}")
         options = {**{name: _read(name, value) for name, value in self.defaults.items()}, **options}
-        check(prompt, {**options_of(options, pictures), "seed": first})
+        require_picture(check(prompt, {**options_of(options, pictures), "seed": first}))
         return [
             Job(
                 id=name if count == 1 else read_id(f"{name}-{i}"),
@@ -131,18 +152,18 @@ class Columns:
             raise UsageError(f"the column {quote(name)} is what the results call something of their own: rename it")
         if name not in self.kept and name not in DECLARED:
             keep = f"or keep it as it is (--keep {name}, or a Painter's keep)"
-            written = re.sub(r"[\s-]+", "_", name.strip().lower())
-            if name in LoadOptions.__annotations__ or name in NO_COLUMNS:
+            written, bare = re.sub(r"[\s-]+", "_", name.strip().lower()), _bare(name)
+            if bare in WHOLE_RUN:
                 raise UsageError(f"{quote(name)} is of a whole run, not of a row: take the column out, {keep}")
-            if name in ELSEWHERE:
-                raise UsageError(f"there is no column {quote(name)}: here it is {ELSEWHERE[name]}; rename it, {keep}")
+            if bare in FOREIGN:
+                raise UsageError(f"there is no column {quote(name)}: here it is {FOREIGN[bare]}; rename it, {keep}")
             near = [
                 each
                 for each in DECLARED
                 if each[0] == written[:1] and len(each) > 3 and abs(len(each) - len(written)) <= 1 + (len(each) > 6)
             ]
-            if written in DECLARED or (close := get_close_matches(written, near, 1, LIKE)):
-                meant = written if written in DECLARED else close[0]
+            if bare in BARE or (close := get_close_matches(written, near, 1, LIKE)):
+                meant = BARE[bare] if bare in BARE else close[0]
                 raise UsageError(f"there is no column {quote(name)}: did you mean {meant}? Rename it, {keep}")
         self._fine.add(name)
 
@@ -202,6 +223,9 @@ def _cell(name: str, cell: str) -> Any:
             return parse_json(f'{{"cell": {cell}}}'.encode(), name)["cell"]
         except SourceError as error:
             raise UsageError(str(error)) from None
+    if name == "loras":
+        use = lora_use(cell)
+        return cell if use[0] == cell else [list(use)]
     if name == "outpaint":
         return [to_whole(name, side) for side in cell.split(",")]
     if READERS.get(name) is flag:

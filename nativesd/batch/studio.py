@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 PNG_LEVEL = 4
 """zlib's: against Pillow's default of 6 about half the time, and 2 % more bytes for a photo of 1024x1024."""
 FAULTS = 5
-"""Calls one after the other that end in an error which is none of ours: then it is the machine, and not the rows."""
+"""Rows one after the other, each painted alone, whose errors are none of ours: then one that asks for nothing is tried,
+and where that fails too it is the machine, and not the rows."""
 log = logging.getLogger("nativesd.batch")
 
 
@@ -130,17 +131,26 @@ class Studio:
         except NativesdError:
             raise
         except Exception as error:
-            self._faults += 1
             log.error("a call failed, which is a fault of nativesd or of this machine", exc_info=error)
             said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            self._faults += len(jobs) == 1  # a batch says nothing of how many of its rows are bad
             if self._faults >= FAULTS:
-                raise BrokenError(
-                    f"{FAULTS} calls failed one after the other, the last by {said}: it is this machine or a fault of "
-                    "nativesd, and not the rows; run nativesd doctor, and then the same command again"
-                ) from error
+                self._require_whole(pipeline, said)
             raise NativesdError(f"a fault of nativesd or of this machine: {said}") from error
         self._faults = 0
         return result
+
+    def _require_whole(self, pipeline: Pipeline, said: str) -> None:
+        """Paint the least there is. Raises BrokenError where even that fails, and begins to count faults again."""
+        self._faults = 0
+        try:
+            pipeline([""], seed=[0], steps=1, **self.setting.always, **self._more)
+        except Exception as error:
+            raise BrokenError(
+                f"{FAULTS} calls failed one after the other, the last by {said}, and then one without a prompt: it is "
+                "this machine or a fault of nativesd, and not the rows; run nativesd doctor, and then the same command "
+                "again"
+            ) from error
 
     def _outcomes(self, jobs: Sequence[Job], result: Result, begun: float) -> list[Outcome]:
         """The pictures as files, encoded side by side."""

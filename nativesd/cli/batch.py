@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, embedding_files, lora_use, main, print_tables, say
+from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, embedding_files, main, print_tables, say
 from nativesd.cli.generate import BACKENDS
 from nativesd.cli.help import section
+from nativesd.pipeline.asked.readers import lora_use
 
 if TYPE_CHECKING:
     from nativesd.batch.plan import Plan

@@ -64,20 +64,6 @@ class Border(click.ParamType[tuple[int, int, int, int]]):
         return left, top, right, bottom
 
 
-def lora_use(text: str) -> tuple[str, float, float]:
-    """FILE, FILE:SCALE or FILE:SCALE:TEXT, where the file's own name may have colons."""
-    file, scales = text, list[float]()
-    while len(scales) < 2 and ":" in file:
-        head, _, tail = file.rpartition(":")
-        try:
-            scales.insert(0, float(tail))
-        except ValueError:
-            break
-        file = head
-    unet = scales[0] if scales else 1.0
-    return file, unet, scales[1] if len(scales) > 1 else unet
-
-
 def embedding_files(text: str) -> list[str]:
     """FILE, or the two of SDXL's embedding, FILE,FILE; a file's own name may have commas."""
     return [text] if os.path.exists(text) else text.split(",")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nativesd.cli.common import lora_use
+from nativesd.pipeline.asked.readers import lora_use
 
 if TYPE_CHECKING:
     from nativesd.diffusion.control import Control

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from rich.table import Table
 
-from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, lora_use, main, print_tables, say, size_text
+from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, main, print_tables, say, size_text
+from nativesd.pipeline.asked.readers import lora_use
 
 if TYPE_CHECKING:
     from nativesd.checkpoints.export import Exported

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, lora_use, main, say
+from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, main, say
 from nativesd.cli.generate import BACKENDS
 from nativesd.cli.help import section, with_flags
+from nativesd.pipeline.asked.readers import lora_use
 
 if TYPE_CHECKING:
     from PIL import Image

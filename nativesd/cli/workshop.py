@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from rich.text import Text
 
-from nativesd.cli.common import SOURCE_HELP, Row, by_reason, lora_use, main, print_lines, say_left_out, some, tell
+from nativesd.cli.common import SOURCE_HELP, Row, by_reason, main, print_lines, say_left_out, some, tell
 from nativesd.errors import UsageError
+from nativesd.pipeline.asked.readers import lora_use
 
 if TYPE_CHECKING:
     from nativesd.checkpoints.loras.change import Written

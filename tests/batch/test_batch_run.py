@@ -315,6 +315,20 @@ def test_a_broken_machine_is_no_rows_fault(monkeypatch: pytest.MonkeyPatch, tmp_
         paint(jobs, tmp_path / "out", size=1)
 
 
+@pytest.mark.parametrize("size", [1, 8])
+def test_bad_rows_do_not_end_a_run(size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """However many there are one after the other, as long as the model paints anything at all."""
+
+    def fails(prompts: Sequence[str]) -> None:
+        if any(prompt.startswith("bad") for prompt in prompts):
+            raise RuntimeError("boom")
+
+    monkeypatch.setattr(studio, "load", lambda *_, **__: Stub(fails))
+    rows = [{"prompt": f"bad {i}"} for i in range(2 * FAULTS + 1)] + [{"prompt": f"{i}"} for i in range(9)]
+    tally = paint(written(tmp_path / "jobs.jsonl", rows), tmp_path / "out", size=size)
+    assert (tally.painted, tally.failed, tally.left) == (9, 2 * FAULTS + 1, 0)
+
+
 def test_models_that_cannot_be_loaded(jobs: Path, tmp_path: Path) -> None:
     """That of the run ends it; one that a row names is that row's error, and the others are painted."""
     rows = [{"prompt": "a", "model": "missing.safetensors", "id": "a"}, {"prompt": "b", "id": "b"}]

@@ -137,6 +137,11 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("jobs.jsonl", '{"prompt": "a", "sampler": "Eulr"}', "line 1: "),
     ("jobs.jsonl", '{"prompt": "a", "hires": {"scal": 2}}', "line 1: hires has no field 'scal'"),
     ("jobs.jsonl", '{"prompt": "a", "control": {"model": "tiny"}}', "line 1: a control steers by a picture"),
+    ("jobs.jsonl", '{"prompt": "a", "control": [{"model": 1, "image": "x"}]}', "line 1: the model of a control"),
+    ("jobs.jsonl", '{"prompt": "a", "control": [{"model": "tiny", "image": 3}]}', "line 1: the picture of a control"),
+    ("jobs.jsonl", '{"prompt": "a", "control": [{"model": "tiny", "image": [3]}]}', "line 1: the picture of a control"),
+    ("jobs.jsonl", '{"prompt": "a", "mask": "m.png"}', "line 1: mask is for a picture to begin from: pass image="),
+    ("jobs.jsonl", '{"prompt": "a", "variation": {"seed": 1e99}}', "line 1: seeds must be between"),
     ("jobs.jsonl", '{"prompt": "a <lora:x:y>"}', "line 1: <lora:x:y>"),
     ("jobs.jsonl", '{"prompt": "a", "cfg_scale": 7}',
      "line 1: there is no column 'cfg_scale': here it is guidance_scale"),
@@ -238,6 +243,37 @@ def test_near_misses_are_refused(name: str, meant: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "meant"),
+    [("CFG scale", "guidance_scale"), ("CFG", "guidance_scale"), ("cfg-scale", "guidance_scale"),
+     ("cfgscale", "guidance_scale"), ("cfgScale", "guidance_scale"), ("Sampler name", "sampler"),
+     ("Denoising strength", "strength"), ("Batch size", "num_images"), ("Num Inference Steps", "steps"),
+     ("sd_model", "model"), ("neg_prompt", "negative_prompt"), ("Prompts", "prompt")],
+)  # fmt: skip
+def test_other_programs_names_are_refused_however_they_are_written(name: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=rf"no column '{name}': here it is {meant}"):
+        Columns().require_meant(name)
+    Columns(kept=[name]).require_meant(name)
+    with pytest.raises(UsageError, match="of a whole run"):
+        Columns().require_meant("Text Encoders")
+
+
+@pytest.mark.parametrize("name", ["prompt", "id", "seed", "width", "model", "negative_prompt"])
+def test_options_cannot_be_kept(name: str) -> None:
+    with pytest.raises(UsageError, match=f"'{name}' cannot be kept as it is"):
+        Columns(kept=[name])
+
+
+def test_loras_of_a_csv_are_named_as_on_the_command_line() -> None:
+    found = [
+        Columns().jobs(Row(1, {"prompt": "a", "loras": cell}, texts=True))[0].options["loras"]
+        for cell in ("a.safetensors", "a.safetensors:0.5", "a.safetensors:0.5:1", '["b:2.safetensors"]')
+    ]
+    assert found == [
+        "a.safetensors", [["a.safetensors", 0.5, 0.5]], [["a.safetensors", 0.5, 1.0]], ["b:2.safetensors"]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
     "name",
     ["image_id", "prompt_id", "caption", "task", "meta", "url", "label", "hash", "split", "tag", "source", "date"],
 )  # fmt: skip
@@ -271,7 +307,8 @@ EXAMPLES: dict[str, Any] = {
 def test_every_option_is_read_out_of_json_and_of_csv() -> None:
     assert EXAMPLES.keys() == READERS.keys(), "options have come or gone: say here what a jobs file has for them"
     for name, value in EXAMPLES.items():
-        (job,) = Columns().jobs(Row(1, {"prompt": "a", name: value}))
+        more = {"prompt": "a", **({"image": "in.png"} if name in ("mask", "strength", "outpaint") else {})}
+        (job,) = Columns().jobs(Row(1, {**more, name: value}))
         again = Job.from_json(job.to_json())
         assert (again, again.parameters, again.shape) == (job, job.parameters, job.shape)
         found = options_of(again.options, {}, Path("/data"))[name]  # type: ignore[literal-required]
@@ -279,7 +316,7 @@ def test_every_option_is_read_out_of_json_and_of_csv() -> None:
         paths = re.findall(r"[\w/]*\w+\.png", str(found))
         assert paths == [f"/data/{path}" for path in re.findall(r"\w+\.png", str(value))], name
         text = value if isinstance(value, str) else json.dumps(value)
-        (same,) = Columns().jobs(Row(1, {"prompt": "a", name: text}, texts=True))
+        (same,) = Columns().jobs(Row(1, {**more, name: text}, texts=True))
         assert (same, same.parameters) == (job, job.parameters), name
 
 

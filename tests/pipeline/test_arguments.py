@@ -17,7 +17,7 @@ from PIL import Image
 import nativesd
 from nativesd.errors import UsageError
 from nativesd.loading.load import load
-from nativesd.pipeline import arguments
+from nativesd.pipeline.asked import arguments
 from nativesd.pipeline.asked.arguments import CallOptions, Checked, GenerateOptions, LoadOptions, check
 from nativesd.pipeline.asked.hires import Hires
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 ELSEWHERE = {
     "num_inference_steps": "steps", "num_images_per_prompt": "num_images", "batch_size": "num_images",
     "n_iter": "num_images", "n": "num_images", "cfg_scale": "guidance_scale", "cfg": "guidance_scale",
-    "scale": "guidance_scale", "negative": "negative_prompt", "text": "prompt",
+    "scale": "guidance_scale", "negative": "negative_prompt", "neg_prompt": "negative_prompt", "text": "prompt",
     "prompts": "prompt", "sampler_name": "sampler", "sampler_index": "sampler", "sample_method": "sampler",
     "scheduler": "sampler (which steps how) and schedule (at which noise levels)", "init_image": "image",
     "init_images": "image", "input_image": "image", "mask_image": "mask",

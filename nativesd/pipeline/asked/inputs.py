@@ -43,6 +43,14 @@ class Inputs:
         return images.paste(picture, painted, mask) if box is None else put_back(picture, painted, mask, box)
 
 
+def require_picture(asked: Checked) -> None:
+    """Raise UsageError for what is of a picture to begin from, where there is none."""
+    given = {"mask": asked.mask, "outpaint": asked.outpaint, "strength": asked.strength}
+    needing = [name for name, value in given.items() if value is not None]
+    if needing and asked.image is None:
+        raise UsageError(f"{needing[0]} is for a picture to begin from: pass image= too")
+
+
 def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
     """The picture to begin from and its mask, brought to one size. Raises UsageError for what cannot be."""
     width, height, image, mask, outpaint = asked.width, asked.height, asked.image, asked.mask, asked.outpaint
@@ -69,10 +77,8 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
             )
     if asked.latents is not None:
         return _size_of_latents(config, asked, asked.latents)
+    require_picture(asked)
     if image is None:
-        given = {"mask": mask, "outpaint": outpaint, "strength": asked.strength}
-        if needing := [name for name, value in given.items() if value is not None]:
-            raise UsageError(f"{needing[0]} is for a picture to begin from: pass image= too")
         if channels != PLAIN:
             kind = {INPAINTING: "image= and mask= (inpainting)", EDITING: "image= (a picture to edit)"}
             raise UsageError(

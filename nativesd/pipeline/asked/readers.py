@@ -119,3 +119,17 @@ def is_list(value: object) -> bool:
 def is_path(value: object) -> bool:
     """Whether a value is a file's path."""
     return isinstance(value, str | PathLike)
+
+
+def lora_use(text: str) -> tuple[str, float, float]:
+    """FILE, FILE:SCALE or FILE:SCALE:TEXT, where the file's own name may have colons."""
+    file, scales = text, list[float]()
+    while len(scales) < 2 and ":" in file:
+        head, _, tail = file.rpartition(":")
+        try:
+            scales.insert(0, float(tail))
+        except ValueError:
+            break
+        file = head
+    unet = scales[0] if scales else 1.0
+    return file, unet, scales[1] if len(scales) > 1 else unet

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nativesd.diffusion.control import Control
+from nativesd.diffusion.control import Control, ControlModel
 from nativesd.diffusion.images.layers import WeightType
 from nativesd.diffusion.images.prompts import ImageAdapter, ImageEncoder, ImagePrompt
 from nativesd.diffusion.model import Diffusion
@@ -215,7 +215,8 @@ def read_variation(name: str, value: Any) -> Variation:
     strength, size = real(0, 1)(f"{name}.strength", value.strength), value.resize_from
     if size is not None:
         size = pixels(1, "a width and a height")(f"{name}.resize_from", size)
-    return Variation(read_seed(value.seed) if strength else None, strength, size, to_whole(f"{name}.ensd", value.ensd))
+    seed = read_seed(value.seed)
+    return Variation(seed if strength else None, strength, size, to_whole(f"{name}.ensd", value.ensd))
 
 
 def _upscaler(name: str, value: Any) -> Upscaler:
@@ -263,6 +264,9 @@ def read_control(name: str, value: Any) -> list[Control]:
     """One control or several, each with a picture, or a list with one for each prompt."""
     given = list(value) if is_list(value) else [value]
     several = [isinstance(each, Control) and isinstance(each.image, list | tuple) for each in given]
+    for each, listed in zip(given, several, strict=True):
+        if listed:
+            read_pictures(f"the picture of a {name}", each.image)
     controls = read_controls(name, [dataclasses.replace(each, image=None) if listed else each
                                     for each, listed in zip(given, several, strict=True)])  # fmt: skip
     controls = [dataclasses.replace(each, image=list(of.image)) if listed else each
@@ -324,6 +328,10 @@ def read_controls(name: str, value: Any) -> list[Control]:
             raise UsageError(f"{name} must be nativesd.Control(model, image), or several, not {shown(control)}")
         if isinstance(control.image, list | tuple):
             raise UsageError(f"a {name} has one picture here, not {len(control.image)}")
+        if not isinstance(control.model, ControlModel) and not is_path(control.model):
+            raise UsageError(f"the model of a {name} must be loaded, or a file, not {shown(control.model)}")
+        if control.image is not None:
+            read_picture(f"the picture of a {name}", control.image)
     return [
         dataclasses.replace(
             control,
