@@ -281,10 +281,20 @@ class Crossings(TorchFunctionMode):
         return out
 
 
+ADAPTIVE = "DPM adaptive"
+"""The one sampler that has to wait: the error that it measured decides how far it goes next."""
+
+
+def test_only_an_adaptive_sampler_asks_for_values() -> None:
+    pipe = nativesd.load("tiny", device="meta")
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        pipe("a red apple", sampler=ADAPTIVE)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"control": True}, {"control": True, "guess_mode": True}, {"guidance_scale": 1.0}], ids=str
 )
-@pytest.mark.parametrize("name", [sampler.name for sampler in SAMPLERS])
+@pytest.mark.parametrize("name", [sampler.name for sampler in SAMPLERS if sampler.name != ADAPTIVE])
 def test_no_step_waits_for_the_device(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = nativesd.load("tiny", device="meta")
     crossings = Crossings()
