@@ -46,7 +46,9 @@ class Control:
 
     model       a loaded `ControlModel`, or what `load_control` takes: "tiny", a folder, a file, a hub id
     image       the hint: edges, depth, a pose, ...; None, in a stream: every frame itself, and with "inpaint" the
-                call's picture; in a call, a list has one for each prompt
+                call's picture; in a call, a list has one for each prompt. With only_masked it is of the whole
+                picture, and is cut as that is; where a picture is cropped, filled up or outpainted, so is a hint of its
+                shape, unless it has the result's size
     scale       factor on everything that the model adds
     start, end  from which and up to which part of the steps it acts
     preprocess  what makes the hint of `image`: "canny", "inpaint" (of a picture with holes), or a processor of

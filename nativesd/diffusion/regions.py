@@ -24,8 +24,8 @@ class Region:
     """What one part of a picture shows; the call's own prompt is for the rest, and for all where parts weigh less.
 
     prompt  of the part
-    box     left, top, right and bottom, as shares of the picture's width and height, 0 to 1
-    mask    instead of the box: a picture that is white there, of any size
+    box     left, top, right and bottom, as shares of the result's width and height, 0 to 1
+    mask    instead of the box: a picture that is white there, of any size; it is cut and extended as hints are
     weight  of the prompt there. The call's has what is left of 1, and where parts come to more they share
 
     Every cell attends to each prompt by itself, and what it finds is weighed: half masks of one prompt are that prompt.

@@ -93,9 +93,13 @@ def mask_to_latents(mask: Image.Image, factor: int) -> Tensor:
 
 def add_border(mask: Image.Image, border: Image.Image, sides: tuple[int, int, int, int]) -> Image.Image:
     """A picture's `mask` on the canvas that `pad` made of it by `sides`, together with `border`, the mask of `pad`."""
-    left, right, top, bottom = sides
-    left = border.width - mask.width if left and not right else left
-    top = border.height - mask.height if top and not bottom else top
     canvas = Image.new("L", border.size)
-    canvas.paste(mask, (left, top))
+    canvas.paste(mask, corner(mask.size, border.size, sides))
     return ImageChops.lighter(canvas, border)
+
+
+def corner(size: tuple[int, int], canvas: tuple[int, int], sides: tuple[int, int, int, int]) -> tuple[int, int]:
+    """Where a picture of a size lies on the canvas that `pad` made of it by `sides`: left, right, top, bottom."""
+    left, right, top, bottom = sides
+    left = canvas[0] - size[0] if left and not right else left
+    return left, canvas[1] - size[1] if top and not bottom else top

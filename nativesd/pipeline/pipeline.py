@@ -24,7 +24,8 @@ from nativesd.pictures import images
 from nativesd.pictures.result import Result
 from nativesd.pipeline.asked.arguments import CallOptions, Checked, Prompt, check, signed
 from nativesd.pipeline.asked.chosen import choose, recorded
-from nativesd.pipeline.asked.inputs import inpainting, read_inputs
+from nativesd.pipeline.asked.inputs import read_inputs
+from nativesd.pipeline.asked.placed import placed
 from nativesd.pipeline.asked.tagged import tagged_prompts
 from nativesd.pipeline.each import by_prompt, joined
 from nativesd.pipeline.twice import Twice
@@ -161,7 +162,8 @@ class Pipeline(Twice):
         prompts, loras = asked.prompts, self.own_loras if asked.loras is None else asked.loras
         if not asked.literal:
             prompts, loras = tagged_prompts(prompts, loras, asked.lora_dirs)
-        image_prompts = self.adapted(asked.image_prompts)
+        given = placed(asked, inputs)
+        image_prompts = self.adapted(given.image_prompts)
         identities = self.identity_loras(image_prompts)
         self.merge([*loras, *identities], partial=asked.partial or self.own_partial)
         job = Job(
@@ -182,7 +184,7 @@ class Pipeline(Twice):
                 always=chosen.choice.sampler.plus_plus,
             ),
             guiders=asked.guidance,
-            regions=asked.regions,
+            regions=given.regions,
             tiling=asked.tiling,
             tiles=asked.tiles,
             savings=asked.savings,
@@ -190,7 +192,7 @@ class Pipeline(Twice):
             kind=chosen.kind,
             eta=asked.eta,
             sampling=asked.sampling,
-            control=[self.loaded(inpainting(each, inputs)) for each in asked.control],
+            control=[self.loaded(each) for each in given.control],
             guess=asked.guess_mode,
             refiner=asked.refiner,
             refiner_at=asked.refiner_at,
@@ -218,6 +220,7 @@ class Pipeline(Twice):
         own = {key for key, _, _ in identities}
         uses = [use for use in self.uses() if str(use.lora.path) not in own]
         parameters = recorded(config, asked, inputs, chosen, start, uses, self.words)
+        parameters["notes"] += given.notes
 
         def finish(latents: Tensor, *notes: str) -> Result:
             return Result(

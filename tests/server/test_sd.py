@@ -122,6 +122,14 @@ def test_inpainting(
     )  # fmt: skip
     same(made.image, wanted)
     assert made.image.size == (160, 128)
+    if number == 1:
+        unit = webuiapi.ControlNetUnit(image=large, module="none", model="tiny")
+        steered = api.img2img(images=[large], mask_image=large_mask, inpainting_fill=1, inpaint_full_res_padding=8,
+                              controlnet_units=[unit], **HERE)  # fmt: skip
+        same(steered.image, pipe(
+            PROMPT, **OURS, image=large, mask=large_mask, only_masked=8, width=64, height=64, strength=0.75,
+            steps_as="a1111", control=nativesd.Control("tiny", large),
+        ))  # fmt: skip
     whole = api.img2img(images=[large], mask_image=large_mask, inpaint_full_res=False, inpainting_fill=1, **HERE)
     assert whole.image.size == (64, 64)
 

@@ -105,7 +105,8 @@ class ImagePrompt:
     scale        factor on all that the adapter adds
     start, end   from which and up to which part of the steps it acts
     layers       where in the UNet it acts: "style", "layout", "style and layout", or factors by layer; None: everywhere
-    mask         where in the picture it acts: white; one mask, or one for each of several pictures
+    mask         where in the picture it acts: white; one mask, or one for each of several pictures; cut and
+                 extended as hints are
     weight_type  how its scale changes from layer to layer, such as "ease in" (ComfyUI's weight types)
     identity     for FaceID: the vector of a face recogniser, (512,), or (N, 512) of several pictures of a face
     crop         which square of the picture is seen: "center", "top" (where faces are), ..., or "pad": all of it

@@ -26,6 +26,9 @@ class Inputs:
     """The size of the pictures to make, and the picture and mask to begin from, brought to it; `notes` say how.
 
     ground  the picture and its mask as they are outside of what is painted, and the box of that in them; None: all
+    whole   width and height of the picture as it was given; None: there is none
+    resize  how it came to its size without the border
+    border  pixels added to it on the left, top, right and bottom
     """
 
     width: int
@@ -34,6 +37,14 @@ class Inputs:
     mask: Image.Image | None = None
     notes: tuple[str, ...] = ()
     ground: tuple[Image.Image, Image.Image, Box | None] | None = None
+    whole: tuple[int, int] | None = None
+    resize: images.Fit = "resize"
+    border: Box = (0, 0, 0, 0)
+
+    @property
+    def box(self) -> Box | None:
+        """What of the whole picture is painted, where that is a part."""
+        return None if self.ground is None else self.ground[2]
 
     def finished(self, painted: Image.Image) -> Image.Image:
         """What was painted, with what lies outside of the mask as it was."""
@@ -101,7 +112,10 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
     if asked.only_masked is not None:
         return _part(config, asked, asked.only_masked)
     notes = []
-    picture, note = images.fit(images.read_image(image), width, height, asked.resize, factor=factor)
+    given_picture = images.read_image(image)
+    picture, note = images.fit(given_picture, width, height, asked.resize, factor=factor)
+    fitted = picture.size
+    added = (0, 0, 0, 0)
     notes += [note] if note else []
     painted: Image.Image | None = None
     if mask is not None:
@@ -112,12 +126,15 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
         left, top, right, bottom = outpaint
         picture, border, note = images.pad(picture, left, right, top, bottom, factor=factor)
         notes.append(note)
+        at = masks.corner(fitted, border.size, (left, right, top, bottom))
+        added = (*at, border.width - fitted[0] - at[0], border.height - fitted[1] - at[1])
         painted = border if painted is None else masks.add_border(painted, border, (left, right, top, bottom))
     if painted is None:
-        return Inputs(picture.width, picture.height, picture, None, tuple(notes))
+        return Inputs(*picture.size, picture, None, tuple(notes), None, given_picture.size, asked.resize, added)
     painted = masks.blur(painted, asked.mask_blur)
     begin = picture if asked.mask_fill == "original" else fill_masked(picture, painted)
-    return Inputs(picture.width, picture.height, begin, painted, tuple(notes), (picture, painted, None))
+    ground = (picture, painted, None)
+    return Inputs(*picture.size, begin, painted, tuple(notes), ground, given_picture.size, asked.resize, added)
 
 
 def inpainting(control: Control, inputs: Inputs) -> Control:
@@ -164,7 +181,7 @@ def _part(config: PipelineConfig, asked: Checked, padding: int) -> Inputs:
         part = fill_masked(part, part_mask)
     left, top, right, bottom = box
     notes = [*([note] if note else []), f"only {right - left}x{bottom - top} pixels at {left}, {top} are repainted"]
-    return Inputs(width, height, part, part_mask, tuple(notes), (picture, mask, box))
+    return Inputs(width, height, part, part_mask, tuple(notes), (picture, mask, box), picture.size)
 
 
 def unheeded(

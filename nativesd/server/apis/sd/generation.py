@@ -125,7 +125,8 @@ def read_request(body: Mapping[str, Any], context: Context, *, from_text: bool) 
     varied = _variation(fields, options.pop("ensd", 0))
     prompt = fields.get("prompt", "")
     context.require_bounded(Order(model, [Call(prompt, options)], refiner), NAMES)  # hints are made in the size next
-    size = (options.get("width"), options.get("height"))
+    cut = "only_masked" in options  # hints are of the whole picture then, and are cut with it
+    size = (None, None) if cut else (options.get("width"), options.get("height"))
     options |= read_controls(_scripts(fields), context, intake, size, unheeded)
 
     seed = fields.get("seed", -1)
