@@ -57,11 +57,9 @@ def _own(value: Any, number: int) -> Any:
 
 
 def joined(asked: Checked, results: Sequence[Result]) -> Result:
-    """The results of some of a call's prompts as one. Raises UsageError where the pictures are of several sizes."""
+    """The results of some of a call's prompts as one; their pictures are of one size."""
     if len(results) == 1 and len(asked.prompts) == 1:
         return results[0]
-    if len({result.latents.shape[1:] for result in results}) > 1:
-        raise UsageError("the pictures of a call must be of one size: pass width and height")
     seeds = [seed for result in results for seed in result.seeds]
     each = [result.of(index) for result in results for index in range(len(result.images))]
     first = results[0].parameters

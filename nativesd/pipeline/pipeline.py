@@ -24,10 +24,12 @@ from nativesd.pictures import images
 from nativesd.pictures.result import Result
 from nativesd.pipeline.asked.arguments import CallOptions, Checked, Prompt, check, signed
 from nativesd.pipeline.asked.chosen import choose, recorded
+from nativesd.pipeline.asked.hires import Hires
 from nativesd.pipeline.asked.inputs import read_inputs
 from nativesd.pipeline.asked.placed import placed
 from nativesd.pipeline.asked.tagged import tagged_prompts
 from nativesd.pipeline.each import by_prompt, joined
+from nativesd.pipeline.plan import Plan
 from nativesd.pipeline.twice import Twice
 from nativesd.tuning.memory import memory_explained
 
@@ -133,17 +135,21 @@ class Pipeline(Twice):
     def _make_each(self, asked: Checked, on_step: Callable[[Step], object]) -> Result:
         """What a call does in its turn, for each prompt where these have pictures of their own."""
         done: list[Result] = []
-        for part in by_prompt(asked):
+        plans = [self._planned(part) for part in by_prompt(asked)]  # all is read before anything is painted
+        if len({plan.size for plan in plans}) > 1:
+            raise UsageError("the pictures of a call must be of one size: pass width and height")
+        hires = None if asked.hires is None else self._with_upscaler(asked.hires)
+        for plan in plans:
             try:
-                done.append(self._make(part, on_step))
+                done.append(self._make(plan, hires, on_step))
             except Interrupted as ended:
                 if done and ended.finish is not None:
                     ended.finish = partial(_finished, asked, done, ended.finish)
                 raise
         return joined(asked, done) if len(done) > 1 else done[0]
 
-    def _make(self, asked: Checked, on_step: Callable[[Step], object]) -> Result:
-        """The pictures of a call whose prompts have all else in common."""
+    def _planned(self, asked: Checked) -> Plan:
+        """A call whose prompts have all else in common, with what it names read and checked."""
         config = self.config
         chosen = choose(config, asked)
         inputs = read_inputs(config, asked)
@@ -162,12 +168,16 @@ class Pipeline(Twice):
         prompts, loras = asked.prompts, self.own_loras if asked.loras is None else asked.loras
         if not asked.literal:
             prompts, loras = tagged_prompts(prompts, loras, asked.lora_dirs)
-        given = placed(asked, inputs)
+        return Plan(asked, chosen, inputs, placed(asked, inputs), prompts, loras)
+
+    def _make(self, plan: Plan, hires: Hires | None, on_step: Callable[[Step], object]) -> Result:
+        """The pictures of a plan; `hires` has its upscaler loaded."""
+        config, asked, chosen, inputs, given = self.config, plan.asked, plan.chosen, plan.inputs, plan.given
         image_prompts = self.adapted(given.image_prompts)
         identities = self.identity_loras(image_prompts)
-        self.merge([*loras, *identities], partial=asked.partial or self.own_partial)
+        self.merge([*plan.loras, *identities], partial=asked.partial or self.own_partial)
         job = Job(
-            prompts=prompts,
+            prompts=plan.prompts,
             negatives=asked.negative_prompt,
             literal=asked.literal,
             clip_skip=asked.clip_skip,
@@ -231,9 +241,10 @@ class Pipeline(Twice):
             )
 
         try:
-            latents = self.run(job, chosen.steps, size, start)
-            if asked.hires is not None:
-                latents = self._enlarge(job, chosen.steps, latents, asked.hires)
+            second = None if hires is None else self._second(job, hires)
+            latents = self.run(job, chosen.steps, plan.size, start)
+            if hires is not None and second is not None:
+                latents = self._enlarge(second, chosen.steps, latents, hires)
         except Interrupted as ended:
             ended.finish = partial(finish, ended.latents, str(ended))
             raise

@@ -19,13 +19,18 @@ from nativesd.text.tags import take_tags
 class Twice(Adapted):
     """A loaded model and its second pass. See `Diffusion` for what it consists of."""
 
+    def _with_upscaler(self, hires: Hires) -> Hires:
+        """The same with its upscaler's file loaded. Raises what `load_upscaler` does."""
+        upscaler = hires.upscaler
+        if isinstance(upscaler, str) and is_upscaler_file(upscaler):
+            return replace(hires, upscaler=load_upscaler(upscaler, device=self.device))
+        return hires
+
     def _enlarge(self, job: Job, steps: int, latents: Tensor, hires: Hires) -> Tensor:
-        """The second pass: latents of the larger size."""
+        """The second pass, of `_second`'s job and `_with_upscaler`'s record: latents of the larger size."""
         factor = self.config.vae.factor
         size = hires.enlarged(latents.shape[3] * factor, latents.shape[2] * factor, factor)
         upscaler = hires.upscaler
-        if isinstance(upscaler, str) and is_upscaler_file(upscaler):
-            upscaler = load_upscaler(upscaler, device=self.device)
         if isinstance(upscaler, str) and upscaler in LATENT:
             larger = enlarge_latents(latents, size, factor, upscaler)
         else:
@@ -34,8 +39,7 @@ class Twice(Adapted):
             ]
             larger = self.encode_tensor(images.to_tensor(pictures), tiling=job.tiling)[0]
         start = Start(hires.strength, latents=size.cut(larger), steps_as="all")
-        second = replace(self._second(job, hires), steps_before=steps)
-        return self.run(second, hires.steps or steps, size.size(factor), start)
+        return self.run(replace(job, steps_before=steps), hires.steps or steps, size.size(factor), start)
 
     def _second(self, job: Job, hires: Hires) -> Job:
         """What the second pass is asked for: as the first, but for what `hires` says."""

@@ -14,7 +14,7 @@ from PIL import Image
 import nativesd
 from nativesd import Control, Variation
 from nativesd.diffusion.control import hint_pixels
-from nativesd.errors import Interrupted, UsageError
+from nativesd.errors import Interrupted, NativesdError, UsageError
 from nativesd.shipped import LCM_LORA
 
 OPTIONS: dict[str, Any] = {"steps": 3, "sampler": "Euler", "guidance_scale": 6.0, "strength": 0.7}
@@ -81,6 +81,25 @@ def test_each_picture_has_the_noise_and_the_words_of_one_made_alone(pipe: native
     assert "LoRAs" not in together.infotext(2)
     assert "loras" not in together.parameters
     assert together.parameters["variation"]["seed"] == variation.seed
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "said"),
+    [
+        (["a", "b"], {"image": [plain("red"), "missing.png"]}, "missing.png"),
+        (["a", "b"], {"control": Control("tiny", [plain("red"), "missing.png"])}, "missing.png"),
+        (["a", "b <lora:unknown:1>"], {"image": [plain("red")] * 2}, "unknown"),
+        (["a", "b"], {"image": [plain("red"), plain("red").resize((64, 96))]}, "of one size"),
+    ],
+)
+def test_what_cannot_be_is_found_before_anything_is_painted(
+    pipe: nativesd.Pipeline, prompts: Any, options: dict[str, Any], said: str
+) -> None:
+    painted: list[nativesd.Step] = []
+    given = {name: value for name, value in OPTIONS.items() if name != "strength" or "image" in options}
+    with pytest.raises(NativesdError, match=said):
+        pipe(prompts, on_step=painted.append, **options, **given)
+    assert not painted
 
 
 def test_an_ended_call_has_what_was_made(pipe: nativesd.Pipeline) -> None:

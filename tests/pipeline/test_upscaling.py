@@ -118,6 +118,11 @@ def test_hires_by_a_model(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(by_file.latents, by_model.latents)
     assert not torch.equal(by_file.latents, pipe("a fox", hires=Hires(1.5, upscaler="lanczos"), **OPTIONS).latents)
     assert "Hires upscaler: small," in by_file.infotext()
+    painted: list[nativesd.Step] = []
+    (tmp_path / "broken.pth").write_bytes(b"nothing")
+    with pytest.raises(SourceError, match="broken"):
+        pipe("a fox", hires=Hires(1.5, upscaler=str(tmp_path / "broken.pth")), on_step=painted.append, **OPTIONS)
+    assert not painted
     with pytest.raises(UsageError, match="there is no file"):
         pipe("a fox", hires=Hires(1.5, upscaler="other.pth"), **OPTIONS)
 
