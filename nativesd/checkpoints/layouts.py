@@ -60,6 +60,14 @@ TEXT_TABLES = {
 """family -> text encoder -> its table and prefix in a single file."""
 
 
+OF_BYTES = ("modelspec.hash_sha256", "sshs_")
+"""Metadata of the tensors' bytes, which another layout has in another order (github.com/Stability-AI/ModelSpec)."""
+OF_ONE = (
+    "modelspec.title", "modelspec.author", "modelspec.date", "modelspec.description", "modelspec.thumbnail", "ss_",
+)  # fmt: skip
+"""Metadata of one model, its author and its training, which is no merge's."""
+
+
 def check_target(dest: Path, layout: str, dtype: str | None) -> None:
     """Raises UsageError where a model cannot be written so."""
     if layout not in LAYOUTS:
@@ -87,7 +95,7 @@ def write_model(
     """Write a model's parameters to `out`, which becomes `dest`; returns the markers' keys and the number of tensors.
 
     named     component -> its parameters under our names
-    metadata  what is said of it beside what its files say
+    metadata  what is said of it beside what its files say; where it is said, the model is another than theirs
 
     What the layout cannot say is named in a NativesdWarning. Raises UsageError, WeightsError.
     """
@@ -100,6 +108,8 @@ def write_model(
     said = {"format": "pt"}
     for member, _ in reversed(list(model.parts.values())):  # what the UNet's file says counts
         said |= member.metadata
+    gone = (*OF_BYTES, *(OF_ONE if metadata is not None else ()))
+    said = {key: value for key, value in said.items() if not key.startswith(gone)}
     said |= metadata or {}
     marked: set[str] = set()
     if "unet" in model.parts and model.scheduler:

@@ -18,13 +18,18 @@ from conftest import Run
 from nativesd.checkpoints.loras.change import convert_lora, join_loras, resize_lora
 from nativesd.checkpoints.loras.extract import extract_lora
 from nativesd.checkpoints.loras.merge import merge_checkpoint
+from nativesd.checkpoints.loras.naming import Base
 from nativesd.checkpoints.loras.ranks import Rule, clamp, shrink, split
-from nativesd.errors import UsageError, WeightsError
+from nativesd.config import SDXL_UNET
+from nativesd.errors import NativesdWarning, UsageError, WeightsError
+from nativesd.models.build import expected
 from nativesd.weights.files.hashes import hash_file
 from nativesd.weights.formats.header import read_header
 from nativesd.weights.lora.file import read_lora
 from nativesd.weights.lora.merge import set_loras
+from nativesd.weights.lora.place import Place
 from nativesd.weights.lora.resolve import Use
+from nativesd.weights.maps.keymap import load_tables
 from oracles import difference, published_manifests, sparse
 from pipeline.test_pipeline import save_model
 from weights import test_lora as loras
@@ -299,6 +304,87 @@ def test_joined_by_concatenation_and_by_decomposition(model: loras.Model, tmp_pa
     for name in wanted:
         assert difference(found[name], wanted[name]) <= 1e-5 or torch.equal(found[name], wanted[name])
     assert join_loras([(one, 1), (other, 1)], tmp_path / "small.safetensors", rank=1, base=model.folder).error > 0.1
+
+
+# --- what files have beside, and which base they mean
+
+
+def pair(name: str, out: int, into: int, fill: float = 1.0) -> dict[str, Tensor]:
+    """A LoRA of one module, in kohya's names."""
+    tensors = {"lora_down.weight": torch.full((4, into), fill), "lora_up.weight": torch.ones(out, 4)}
+    return {f"{name}.{part}": tensor for part, tensor in (tensors | {"alpha": torch.tensor(4.0)}).items()}
+
+
+TE1 = pair("lora_te1_text_model_encoder_layers_0_mlp_fc1", 3072, 768)
+NEUTRAL = {
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.ones(4, 768),
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_B.weight": torch.ones(3072, 4),
+}
+
+
+def test_bundled_words_stay(tmp_path: Path) -> None:
+    word = {"bundle_emb.word.string_to_param.*": torch.ones(2, 768)}
+    path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(TE1 | word, path)
+    out = tmp_path / "out"
+    convert_lora(path, out / "c.safetensors", layout="kohya")
+    resize_lora(path, out / "r.safetensors", rank=1)
+    join_loras([(path, 1), (path, 1)], out / "j.safetensors")
+    for name in "crj":
+        assert word.keys() < load_file(out / f"{name}.safetensors").keys()
+    with pytest.warns(NativesdWarning, match=r"learnt words in .*bundle_emb.word.* are left out, as peft"):
+        convert_lora(path, out / "p.safetensors", layout="peft")
+    save_file(TE1 | {key: t + 1 for key, t in word.items()}, other)
+    with pytest.raises(WeightsError, match="has another bundle_emb"):
+        join_loras([(path, 1), (other, 1)], out / "k.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "number"),
+    [
+        (TE1, {}, "1"),
+        (NEUTRAL, {"ss_base_model_version": "sdxl_base_v0-9"}, "1"),
+        (NEUTRAL, {"ss_base_model_version": "sd_v1"}, ""),
+        (pair("lora_te_text_model_encoder_layers_0_mlp_fc1", 3072, 768), {}, ""),
+    ],
+)
+def test_an_ambiguous_lora_keeps_its_base(
+    tensors: dict[str, Tensor], metadata: dict[str, str], number: str, tmp_path: Path
+) -> None:
+    path = loras.write(tensors, tmp_path / "a.safetensors", metadata)
+    resize_lora(path, tmp_path / "b.safetensors", rank=2)
+    assert all(key.startswith(f"lora_te{number}_") for key in load_file(tmp_path / "b.safetensors"))
+    said = read_header(tmp_path / "b.safetensors").metadata["ss_base_model_version"]
+    assert said == (metadata.get("ss_base_model_version") or ("sdxl_base_v1-0" if number else "sd_v1"))
+
+
+def test_a_lora_that_says_no_base_is_asked_for_one(tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    path = loras.write(NEUTRAL, tmp_path / "neutral.safetensors", {})
+    with pytest.raises(WeightsError, match=r"fits SD1.x and SDXL.*name the model that it is for with base="):
+        resize_lora(path, out, rank=2)
+    strange = pair("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 320, 512)
+    path = loras.write(strange, tmp_path / "strange.safetensors", {})
+    with pytest.raises(WeightsError, match=r"name the model that it is for with base=:\n  none has a context 512 wide"):
+        resize_lora(path, out, rank=2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused_in_loras(value: float, tmp_path: Path) -> None:
+    path = loras.write(pair("lora_te1_text_model_encoder_layers_0_mlp_fc1", 3072, 768, value), tmp_path / "a.st", {})
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(WeightsError, match=r"fc1.lora_down.weight holds values that are not finite"):
+        resize_lora(path, out, rank=2)
+    with pytest.raises(WeightsError, match=r"fc1.lora_down.weight holds values that are not finite"):
+        join_loras([(path, 1)], out)
+    assert not out.exists()
+
+
+def test_the_unet_alone_says_that_it_is_sdxls(tmp_path: Path) -> None:
+    """kohya's names of SDXL come of the UNet's family, not of the text encoders beside it."""
+    place = Place(SDXL_UNET, expected(SDXL_UNET), load_tables())
+    base = Base({"unet": place})
+    assert base.module("unet", "conv_in.weight", "kohya") == "input_blocks.0.0"
 
 
 # --- what cannot be

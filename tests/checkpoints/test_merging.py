@@ -374,6 +374,22 @@ def test_a_recipe_says_all_and_repeats_it(folder: Path, tmp_path: Path, run: Run
     assert run("merge", "--recipe", "recipe.toml", "--alpha", "0", "x.safetensors").returncode == 2
 
 
+def test_a_merge_has_an_identity_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """What its first model says of itself alone is not said of it; what that was merged of is."""
+    one = {"modelspec.title": "A", "modelspec.author": "me", "modelspec.hash_sha256": "0x1", "ss_output_name": "a"}
+    save_file(load_file(folder / "a.safetensors"), tmp_path / "a.safetensors", {**one, "note": "kept"})
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    nativesd.merge([tmp_path / "a.safetensors", folder / "b.safetensors"], first)
+    nativesd.merge([first, folder / "c.safetensors"], second)
+    metadata = read_header(second).metadata
+    assert not one.keys() & metadata.keys()
+    assert metadata["note"] == "kept"
+    names = {each["name"] for each in json.loads(metadata["sd_merge_models"]).values()}
+    assert names == {"a.safetensors", "b.safetensors", "c.safetensors", "first.safetensors"}
+    nativesd.convert(tmp_path / "a.safetensors", tmp_path / "converted.safetensors", layout="ldm")
+    assert one.keys() - read_header(tmp_path / "converted.safetensors").metadata.keys() == {"modelspec.hash_sha256"}
+
+
 def test_sources_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
     """And the files of components from elsewhere are checked as well."""
     for place, name in (("x", "a"), ("y", "b"), ("z", "c")):

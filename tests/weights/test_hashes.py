@@ -65,6 +65,15 @@ def test_old_hash_of_a_header_over_a_mebibyte_is_left_out(tmp_path: Path) -> Non
     assert (hash_file(path).legacy, len(hash_file(path).tensors)) == ("", 64)
 
 
+@pytest.mark.parametrize("metadata", [None, {"title": "left out"}])
+def test_old_hash_without_a_trainings_metadata(metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    """kohya's code saves with {} then, which the library writes as metadata that says nothing."""
+    path = tmp_path / "plain.safetensors"
+    safetensors.torch.save_file(TENSORS, path, metadata)
+    bare = safetensors.torch.save(TENSORS, {})
+    assert hash_file(path).legacy == hashlib.sha256(bare[0x100000:0x110000]).hexdigest()[:8]
+
+
 def test_kept_by_size_and_time(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert known_hashes(file) is None
     first = hash_file(file)

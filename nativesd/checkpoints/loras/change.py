@@ -16,6 +16,7 @@ from nativesd.checkpoints.loras.naming import (
     Named,
     Piece,
     base_of,
+    keep_words,
     name_pieces,
     network_metadata,
     published_base,
@@ -60,6 +61,7 @@ def convert_lora(
         [file], known = _open([lora], base)
         pieces = read_pieces(file, known)
         named = name_pieces(pieces, known, layout, fold=fold_alpha)
+        keep_words(named, [file], layout)
         metadata = {"format": "pt", **file.member.metadata}
         if layout == "kohya":
             metadata = {**network_metadata(pieces, known.family), **metadata}
@@ -100,8 +102,11 @@ def resize_lora(
             errors.append(lost(values, right.shape[0]))
             resized.append(_resized(piece, left, right, piece.scale * right.shape[0], DTYPES.get(dtype or "")))
         named = name_pieces(resized, known, layout)
+        keep_words(named, [file], layout)
         old = network_metadata(pieces, known.family)["ss_network_dim"]
         said = {"format": "pt", **file.member.metadata, **network_metadata(resized, known.family)}
+        if "ss_base_model_version" in file.member.metadata:
+            said["ss_base_model_version"] = file.member.metadata["ss_base_model_version"]
         comment = f"resized from rank {old} by {rule.says()}"
         said["ss_training_comment"] = "; ".join(filter(None, (comment, said.get("ss_training_comment", ""))))
         write_lora(temporary, named, said)
@@ -148,6 +153,7 @@ def join_loras(
                 errors.append(lost(values, down.shape[0]))
             joined.append(_resized(first, up, down, float(down.shape[0]), DTYPES.get(dtype or "")))
         named = name_pieces(joined, known, layout)
+        keep_words(named, files, layout)
         names = ", ".join(f"{file.path.name}:{strength:g}" for file, (_, strength) in zip(files, loras, strict=True))
         said = {"format": "pt", **network_metadata(joined, known.family), "ss_training_comment": f"joined of {names}"}
         write_lora(temporary, named, said)

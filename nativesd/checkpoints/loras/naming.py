@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nativesd.config import Config, TextEncoderConfig, UNetConfig
-from nativesd.errors import UsageError, WeightsError
+from nativesd.errors import NativesdWarning, UsageError, WeightsError
 from nativesd.models.build import expected
 from nativesd.version import __version__
 from nativesd.weights.files.hashes import SHORT, between, training_start
@@ -33,9 +34,10 @@ from nativesd.weights.files.source import open_source
 from nativesd.weights.files.tensors import NAMES, read_tensor
 from nativesd.weights.formats.header import TensorInfo
 from nativesd.weights.identity.describe import unet_family
+from nativesd.weights.identity.metadata import stated_family
 from nativesd.weights.lora.bases import fits
 from nativesd.weights.lora.file import LoraFile
-from nativesd.weights.lora.place import Change, Place, place
+from nativesd.weights.lora.place import Change, Place, context, place
 from nativesd.weights.lora.resolve import reasons
 from nativesd.weights.lora.settings import METADATA
 from nativesd.weights.maps.keymap import KeyMap
@@ -90,13 +92,18 @@ class Base:
         unet = self.places["unet"].config if "unet" in self.places else None
         return unet_family(unet)[0] if isinstance(unet, UNetConfig) else ""
 
+    @property
+    def is_xl(self) -> bool:
+        """Whether its modules have the names of SDXL in kohya's layout; the UNet says it where there is one."""
+        return self.family in ("sdxl", "refiner") or "text_encoder_2" in self.places
+
     @cached_property
     def _names(self) -> dict[tuple[str, str], dict[str, str]]:
         return {}
 
     def module(self, component: str, parameter: str, layout: str) -> str:
         """The name of the module that a parameter is of, with dots. Raises UsageError for one without."""
-        ldm = layout == "kohya" and component == "unet" and "text_encoder_2" in self.places
+        ldm = layout == "kohya" and component == "unet" and self.is_xl
         known = self._names.setdefault((component, "ldm" if ldm else "diffusers"), {})
         if not known:
             known.update(_module_names(self.places[component], ldm=ldm))
@@ -108,7 +115,7 @@ class Base:
         """What the keys of a component begin with."""
         if layout != "kohya":
             return f"{component}."
-        number = "" if "text_encoder_2" not in self.places else "2" if component == "text_encoder_2" else "1"
+        number = "" if not self.is_xl else "2" if component == "text_encoder_2" else "1"
         return "lora_unet_" if component == "unet" else f"lora_te{number}_"
 
 
@@ -148,14 +155,41 @@ def published_base(lora: LoraFile, tables: Mapping[str, KeyMap]) -> Base:
     """The published base that a LoRA fits as a whole. Raises WeightsError where there is none."""
     kept: dict[Config, Place] = {}
     best = fits(lora.groups, lora.member.tensors, tables, expected, kept)
-    for fit in best:
-        if not fit.unplaced and not lora.unplaced:
-            return Base(fit.places)
-    unplaced = {**lora.unplaced, **best[0].unplaced}
-    raise WeightsError(
-        f"{lora.path} fits no published base as a whole: name the model that it is for with base=; of "
-        f"{best[0].label} there is no place for\n  " + "\n  ".join(reasons(unplaced))
-    )
+    whole = [Base(fit.places) for fit in best if not fit.unplaced and not lora.unplaced]
+    if not whole:
+        label = f"; of {best[0].label} there is no place for" if best else ":"
+        width = context(lora.groups, lora.member.tensors)
+        why = reasons({**lora.unplaced, **best[0].unplaced}) if best else [f"none has a context {width} wide"]
+        raise WeightsError(
+            f"{lora.path} fits no published base as a whole: name the model that it is for with base={label}\n  "
+            + "\n  ".join(why)
+        )
+    if len({base.is_xl for base in whole}) == 1:
+        return whole[0]
+    xl = _says_xl(lora)
+    if xl is None:
+        raise WeightsError(
+            f"{lora.path} fits {' and '.join(fit.label for fit in best)}, whose modules have other names in LoRAs: "
+            "name the model that it is for with base="
+        )
+    return next(base for base in whole if base.is_xl == xl)
+
+
+def _says_xl(lora: LoraFile) -> bool | None:
+    """Whether a LoRA that fits SDXL and another base is for SDXL, by its metadata or kohya's names; None: neither."""
+    family, _ = stated_family(lora.member.metadata)
+    if family:
+        return family in ("sdxl", "refiner")
+    keys = lora.member.tensors
+    if any(key.startswith(XL_NAMES) for key in keys):
+        return True
+    return False if any(key.startswith("lora_te_") for key in keys) else None
+
+
+XL_NAMES = (
+    "lora_te1_", "lora_te2_", "lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_",
+)  # fmt: skip
+"""What only the keys of SDXL's LoRAs begin with, as kohya's trainers write them."""
 
 
 def read_pieces(lora: LoraFile, base: Base) -> list[Piece]:
@@ -171,6 +205,9 @@ def _piece(lora: LoraFile, change: Change) -> Piece:
         key = next(iter(change.keys.values()))
         raise WeightsError(f"{lora.path}: {key} is of a matrix that is several in one, which has no name elsewhere")
     parts = {part: read_tensor(lora.member, key) for part, key in change.keys.items()}
+    for part, tensor in parts.items():
+        if part != "alpha" and not tensor.float().isfinite().all():
+            raise WeightsError(f"{lora.path}: {change.keys[part]} holds values that are not finite: get the file again")
     alpha = parts.pop("alpha", None)
     if alpha is not None:
         number: float | None = float(alpha)
@@ -243,6 +280,25 @@ def _peft_settings(modules: Mapping[str, Mapping[str, tuple[int, float]]]) -> di
         }  # fmt: skip
         out |= {f"{component}.{name}": value for name, value in said.items()}
     return out
+
+
+def keep_words(named: Named, loras: Iterable[LoraFile], layout: str) -> None:
+    """Put in the textual inversions that come with LoRAs, as they are. Readers of the layouts but kohya's refuse keys
+    of other kinds: there a NativesdWarning says that they are left out. Raises WeightsError for two of one name."""
+    for lora in loras:
+        if lora.words and layout != "kohya":
+            warnings.warn(
+                f"the learnt words in {lora.path} ({', '.join(lora.words)}) are left out, as {layout} has no names for "
+                "them: load them from there as an embedding",
+                NativesdWarning,
+                stacklevel=4,
+            )
+            continue
+        for key in lora.words:
+            tensor = read_tensor(lora.member, key)
+            if key in named.tensors and not torch.equal(named.tensors[key], tensor):
+                raise WeightsError(f"{lora.path} has another {key} than the LoRA before it: one file holds one of them")
+            named.tensors[key] = tensor
 
 
 def network_metadata(pieces: Iterable[Piece], family: str) -> dict[str, str]:

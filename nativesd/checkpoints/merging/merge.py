@@ -144,7 +144,8 @@ def _merge(recipe: Recipe, out: Path, dest: Path, tables: Mapping[str, KeyMap]) 
             named[name] = part.merged(entries, models, choices)
     if not any(name in side.parts for side in sides for name in named):
         raise UsageError(f"{first} and {others[0]} have no component in common, so there is nothing to merge")
-    said = replace(recipe, hashes=hashes).metadata()
+    earlier = [member.metadata for side in (*sides, own) for member, _ in side.parts.values()]
+    said = replace(recipe, hashes=hashes).metadata(earlier)
     assert recipe.layout is not None  # `merge` says it
     marked, count = write_model(model, named, out, dest, layout=recipe.layout, dtype=recipe.dtype, metadata=said)
     return Merged(dest, count, choices, {key: reason for key, reason in ignored.items() if key not in marked})

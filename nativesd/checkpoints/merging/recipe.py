@@ -99,8 +99,9 @@ class Recipe:
         if not math.isclose(sum(weights), 1, abs_tol=1e-6):
             raise UsageError(f"weights must add up to 1, not {sum(weights):g}: the result would be no model")
 
-    def metadata(self) -> dict[str, str]:
-        """What is said of it in the checkpoint, as A1111 and ModelSpec name it; of paths nothing but the last name."""
+    def metadata(self, earlier: Iterable[Mapping[str, str]] = ()) -> dict[str, str]:
+        """What is said of it in the checkpoint, as A1111 and ModelSpec name it, with what the sources' own metadata,
+        `earlier`, says of what they were merged of; of paths as little as tells them apart."""
         usual = asdict(Recipe(()))
         said = {
             name: value
@@ -108,7 +109,10 @@ class Recipe:
             if name in ("sources", "method") or value != usual[name]
         }
         names = [_without_suffix(self.names()[source]) for source in self.sources]
-        models = {sha: {"name": name} for name, sha in self.hashes.items()}
+        models: dict[str, Any] = {}
+        for each in earlier:
+            models |= _merge_models(each.get("sd_merge_models", ""))
+        models |= {sha: {"name": name} for name, sha in self.hashes.items()}
         return {
             KEY: json.dumps({"type": "nativesd", **said}, ensure_ascii=False),
             "sd_merge_models": json.dumps(models, ensure_ascii=False),
@@ -150,6 +154,14 @@ class Recipe:
             if not alike:
                 return names
             depth |= {each: depth[each] + 1 for each in alike}
+
+
+def _merge_models(said: str) -> dict[str, Any]:
+    """What a checkpoint says that it was merged of: its models by their SHA-256; {} where that is not to be read."""
+    try:
+        return parse_json(said.encode(), "sd_merge_models") if said else {}
+    except SourceError:
+        return {}
 
 
 def _without_suffix(name: str) -> str:

@@ -126,7 +126,8 @@ def between(piece: bytes | memoryview, at: int, first: int, end: int) -> memoryv
 def training_start(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> int:
     """Where the tensors would begin in a file that has the training's metadata (`ss_`) alone, as it is written."""
     kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    return 8 + len(header_bytes({key: (t.dtype, t.shape, t.start, t.end) for key, t in tensors.items()}, kept))
+    placed = {key: (t.dtype, t.shape, t.start, t.end) for key, t in tensors.items()}
+    return 8 + len(header_bytes(placed, kept, always=True))  # kohya's code passes {} where there is none
 
 
 def _place() -> Path:

@@ -154,12 +154,15 @@ def header_length(head: bytes, file_size: int, name: str) -> int:
     return length
 
 
-def header_bytes(tensors: Mapping[str, tuple[str, Sequence[int], int, int]], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(
+    tensors: Mapping[str, tuple[str, Sequence[int], int, int]], metadata: Mapping[str, str], *, always: bool = False
+) -> bytes:
     """The JSON of a header, as the safetensors library writes it; its length stands before it in a file.
 
     tensors  name -> its dtype, as the format names it, its shape, and the bytes [start, end) of the data
+    always   write metadata that says nothing, too
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata or always else {}
     for name, (dtype, shape, start, end) in tensors.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
