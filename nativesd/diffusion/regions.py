@@ -29,6 +29,7 @@ class Region:
     weight  of the prompt there. The call's has what is left of 1, and where parts come to more they share
 
     Every cell attends to each prompt by itself, and what it finds is weighed: half masks of one prompt are that prompt.
+    Image prompts act beside all of them, undivided.
     """
 
     prompt: str
@@ -83,7 +84,10 @@ def with_regions(sides: Sides, regional: Sides, regions: Sequence[Region]) -> Si
 
 @dataclass(frozen=True, eq=False)
 class _Weighed(Edit):
-    """Attention to several texts, (1, T, C) each beside the call's own, weighed cell by cell."""
+    """Attention to several texts, (1, T, C) each beside the call's own, weighed cell by cell.
+
+    Every text is attended to with the image prompts; as the weights come to 1, what these add is there once.
+    """
 
     contexts: Sequence[CachedContext]
     regions: Sequence[Region]

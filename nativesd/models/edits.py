@@ -23,7 +23,10 @@ class Layer(Protocol):
         """(B, S, context width) -> keys and values, each (B, S, C)."""
 
     def over(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What normed tokens (B, T, C) find in keys and values (B, S, C): (B, T, C)."""
+        """What normed tokens (B, T, C) find in keys and values (B, S, C): (B, T, C).
+
+        In an attention to texts that is with what image prompts add, so that texts weighed to 1 have it once.
+        """
 
 
 @dataclass(frozen=True)

@@ -192,9 +192,26 @@ class Attention(nn.Module):
         out: Tensor = self.to_out(found)
         return out
 
+    def shown(self, images: ImageKeys | None) -> Attention | Shown:
+        """This attention, in which what image prompts add is added to every text's."""
+        return self if images is None else Shown(self, images)
+
     def attend(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What the queries of `x` (B, T, C) find in keys and values (B, S, C): (B, T, C)."""
         return attention(self.to_q(x), k, v, self.heads)
+
+
+class Shown:
+    """An attention to texts beside image prompts, as edits see it (`nativesd.models.edits.Layer`)."""
+
+    def __init__(self, attention: Attention, images: ImageKeys) -> None:
+        self.heads, self.to_q, self.to_out = attention.heads, attention.to_q, attention.to_out
+        self.keys_values = attention.keys_values
+        self._attention, self._images = attention, images
+
+    def over(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What `Attention.over` finds with the image prompts: (B, T, C)."""
+        return self._attention.over(x, k, v, self._images)
 
 
 class GEGLU(nn.Module):
@@ -250,7 +267,8 @@ class TransformerBlock(nn.Module):
             return repeat_to(x, k.shape[0])
         x = x + self_attended(edits, place, self.attn1, self.norm1(x), self.attn1)
         x = repeat_to(x, k.shape[0])
-        x = x + cross_attended(edits, place, self.attn2, self.norm2(x), lambda y: self.attn2.over(y, k, v, images))
+        shown = self.attn2.shown(images)
+        x = x + cross_attended(edits, place, shown, self.norm2(x), lambda y: shown.over(y, k, v))
         out: Tensor = x + self.ff(self.norm3(x))
         return out
 

@@ -35,6 +35,8 @@ QUALITY = 95
 """JPEG's and lossy WebP's. A1111's is 80, which leaves visible blocks; 95 is the highest that Pillow advises."""
 WAIT = 10.0
 """Seconds for another process to finish the same picture file; the last one stays."""
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+"""Suffixes of models, which are spoken of without them."""
 JPEG_EXIF_BYTES = 65533
 """What one JPEG segment holds beside its length (ITU-T T.81, B.1.1.4)."""
 
@@ -77,7 +79,8 @@ class Result:
         and savings (texts), guidance_rescale, eta, noise ("cpu" or "cuda"), image_guidance_scale, mask_blur, literal,
         refiner (a name), refiner_at, vae (a name), mask_fill, only_masked, steps_as, sdxl, sampling and variation (the
         fields of an `SDXL`, a `Sampling`, a `Variation`), tiling, tiles, regions (of a `Region`'s fields each), hires
-        (`Hires.fields`) and loras (names to scales).
+        (`Hires.fields`), loras (names to scales), and image_prompts and control (names or files), with the
+        scales of each in image_prompt_scales and control_scales.
         """
         p = self.of(index)
         hires: Mapping[str, Any] = p.get("hires") or {}
@@ -125,6 +128,8 @@ class Result:
             "Hires negative prompt": hires.get("negative_prompt"),
             "Hires CFG Scale": _number(hires.get("guidance_scale")),
             "LoRAs": _loras(p.get("loras") or {}),
+            "Image prompts": _scaled(p.get("image_prompts", ()), p.get("image_prompt_scales", ())),
+            "Control": _scaled(p.get("control", ()), p.get("control_scales", ())),
             "Version": f"nativesd {__version__}",
         }
         return write_infotext(p["prompt"], p["negative_prompt"], fields)
@@ -266,3 +271,9 @@ def _loras(loras: Mapping[str, tuple[float, float]]) -> str | None:
         for name, (unet, text) in loras.items()
     ]
     return " ".join(tags) or None
+
+
+def _scaled(names: Sequence[str], scales: Sequence[float]) -> str | None:
+    """Models that have to be passed again, with their scales: "ip-adapter_sd15 0.6, ip-adapter_sdxl 1"."""
+    stems = [Path(name).stem if Path(name).suffix in WEIGHTS else Path(name).name for name in names]
+    return ", ".join(f"{stem} {_number(scale)}" for stem, scale in zip(stems, scales, strict=True)) or None

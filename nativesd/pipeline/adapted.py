@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,28 +136,35 @@ class Adapted(Diffusion):
         self, prompts: Sequence[ImagePrompt], image_encoder: ImageEncoder | str | Path | None
     ) -> list[Prepared]:
         """Image prompts, whose adapters are loaded, made ready. Raises UsageError for what does not fit."""
-        out = []
-        for prompt in prompts:
-            assert isinstance(prompt.adapter, ImageAdapter)  # `adapted` has loaded it
 
-            def encoder(adapter: ImageAdapter) -> ImageEncoder:
-                return self._image_encoder(self._near(adapter) if image_encoder is None else image_encoder)
+        @contextmanager
+        def encoder(adapter: ImageAdapter) -> Iterator[ImageEncoder]:
+            found = self._image_encoder(self._near(adapter) if image_encoder is None else image_encoder)
+            with self._visiting(found.module):
+                yield found
 
-            out.append(prepare(prompt, self.config.unet, encoder))
-        return out
+        return [prepare(prompt, self.config.unet, encoder) for prompt in prompts]
 
     def identity_loras(self, prompts: Sequence[ImagePrompt]) -> list[tuple[str, float, float]]:
-        """The LoRAs that come in FaceID adapters, as `merge` takes them."""
-        out = []
+        """The LoRAs that come in FaceID adapters, once for each, as `merge` takes them.
+
+        Raises UsageError where prompts of one adapter ask for different scales of its LoRA.
+        """
+        scales: dict[str, float] = {}
         for prompt in prompts:
             adapter = prompt.adapter
             assert isinstance(adapter, ImageAdapter)  # `adapted` has loaded it
-            if adapter.module.config.lora is not None and prompt.lora_scale:
-                key = str(adapter.path)
-                if key not in self._loras:
-                    self._loras[key] = identity_lora(adapter.path, adapter.member, self.config.unet)
-                out.append((key, prompt.lora_scale, 0.0))
-        return out
+            if adapter.module.config.lora is None:
+                continue
+            key = str(adapter.path.resolve())
+            if scales.setdefault(key, prompt.lora_scale) != prompt.lora_scale:
+                raise UsageError(
+                    f"{adapter.name} has one LoRA, which its image prompts share: give them one lora_scale, not "
+                    f"{scales[key]} and {prompt.lora_scale}"
+                )
+            if prompt.lora_scale and key not in self._loras:
+                self._loras[key] = identity_lora(adapter.path, adapter.member, self.config.unet)
+        return [(key, scale, 0.0) for key, scale in scales.items() if scale]
 
     def _image_encoder(self, source: ImageEncoder | str | Path) -> ImageEncoder:
         if isinstance(source, ImageEncoder):

@@ -65,10 +65,12 @@ class Setup:
     told_of: tuple[object, ...]
     """What `told` depends on."""
     plan: Plan
+    keyring: ImageKeyring | None
+    """The image prompts, made ready."""
+    keyring_of: tuple[object, ...]
+    """What `keyring` depends on, by identity."""
     images: ImageContext | None
-    """What image prompts show to every row of the UNet"""
-    images_of: tuple[object, ...]
-    """What `images` depends on, by identity"""
+    """What image prompts show to every row of the UNet."""
 
 
 def require_streamable(pipeline: Pipeline) -> None:
@@ -142,33 +144,37 @@ def make_setup(pipeline: Pipeline, asked: Asked, size: tuple[int, int], before: 
         ladder, noise, config.prediction, guidance_scale=asked.guidance_scale, residual=residual, delta=asked.delta,
         renoise=asked.renoise, device=pipeline.device,
     )  # fmt: skip
-    images_of = (asked.image_prompts, asked.image_encoder, told)
-    if before is not None and all(one is other for one, other in zip(before.images_of, images_of, strict=True)):
-        images = before.images
+    keyring_of = (asked.image_prompts, asked.image_encoder)
+    if before is not None and all(one is other for one, other in zip(before.keyring_of, keyring_of, strict=True)):
+        keyring, told_before = before.keyring, before.told
     else:
-        cells = (noise.shape[2], noise.shape[3])
-        images = _shown(pipeline, image_prompts, asked.image_encoder, told, len(ladder), cells)
+        keyring, told_before = _keyring(pipeline, image_prompts, asked.image_encoder, noise), None
+    images = before.images if before is not None and told is told_before else _images(keyring, told, len(ladder))
     groups = (1, 1) if images is None else tuple(next(iter(images.keys.values())).shape[2:4])
     request = Request(plan.rows, noise.shape[2], noise.shape[3], told.context.states.shape[1], *groups)
     require_rows(pipeline, asked.control, plan.slots, request, size, images=images is not None)
-    return Setup(asked, ladder, loras, noises, told, told_of, plan, images, images_of)
+    return Setup(asked, ladder, loras, noises, told, told_of, plan, keyring, keyring_of, images)
 
 
-def _shown(
+def _keyring(
     pipeline: Pipeline,
     prompts: Sequence[ImagePrompt],
     image_encoder: ImageEncoder | str | Path | None,
-    told: Told,
-    slots: int,
-    cells: tuple[int, int],
-) -> ImageContext | None:
-    """What every row of the UNet is shown of image prompts, which act in the slots whose step is between their ends."""
+    noise: Tensor,
+) -> ImageKeyring | None:
+    """The image prompts, made ready for latents of the noise's size."""
     if not prompts:
         return None
-    keyring = ImageKeyring(
-        pipeline.prepared(prompts, image_encoder), pipeline.config.unet, cells, device=pipeline.device,
-        dtype=pipeline.dtype,
+    return ImageKeyring(
+        pipeline.prepared(prompts, image_encoder), pipeline.config.unet, (noise.shape[2], noise.shape[3]),
+        device=pipeline.device, dtype=pipeline.dtype,
     )  # fmt: skip
+
+
+def _images(keyring: ImageKeyring | None, told: Told, slots: int) -> ImageContext | None:
+    """What every row of the UNet is shown of image prompts, which act in the slots whose step is between their ends."""
+    if keyring is None:
+        return None
     rows = len(told.prompt)
     factors = [[float(acts(each, row % slots, slots)) for row in range(rows)] for each in keyring.prompts]
     return keyring.context(told.prompt.flatten(), factors)

@@ -108,7 +108,7 @@ def case(form: str, kind: Any, seed: int, *, pictures: int = 1, **fields: Any) -
     given = ImageEmbeddings(None, states, negative)
     if kind in ("plus", "full"):
         return Case(ImagePrompt(adapter, given, **fields), halves, both)
-    identity = random(pictures, 12)
+    identity = torch.nn.functional.normalize(random(pictures, 12))
     ids = torch.stack([identity * 0, identity])
     if kind == "faceid":
         return Case(ImagePrompt(adapter, identity=identity, **fields), halves, ids)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import nativesd
 from conftest import Run
-from nativesd import ImageEmbeddings, ImagePrompt
+from nativesd import ImageEmbeddings, ImagePrompt, Region
 from nativesd.config import VisionEncoderConfig
-from nativesd.errors import NativesdError, SourceError, UsageError, WeightsError
+from nativesd.errors import NativesdError, NativesdWarning, SourceError, UsageError, WeightsError
 from nativesd.weights.maps.published import vision_json
 from oracles import adapter_of, drawn_adapter, save_adapter, vision_pair
 from pipeline.test_image_modes import compare, theirs
@@ -35,6 +36,12 @@ def photo(seed: int, width: int = 60, height: int = 48) -> Image.Image:
     """Smooth colours, of a size of its own."""
     small = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def face(seed: int) -> Tensor:
+    """What a face recogniser gives, of length 1."""
+    drawn = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm()
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +127,7 @@ def test_two_adapters_pictures_and_masks(files: dict[str, Path], form: str) -> N
 @pytest.mark.parametrize("form", ["sd15", "sdxl"])
 def test_faces(files: dict[str, Path], form: str) -> None:
     """FaceID and its LoRA, and FaceID plus in both versions: diffusers is told of the second by hand."""
-    identity = torch.randn(1, 64, generator=torch.Generator().manual_seed(3))
+    identity = face(3)[None]
     both = torch.stack([identity * 0, identity])
     ours = nativesd.load(files[form], device="cpu")
     before = {name: tensor.clone() for name, tensor in ours.unet.state_dict().items()}
@@ -149,6 +156,71 @@ def test_faces(files: dict[str, Path], form: str) -> None:
         adapter = nativesd.load_image_adapter(files[f"{form}-faceid-plus"], device="cpu", shortcut=second)
         prompt = ImagePrompt(adapter, photo(1), identity=identity)
         compare(ours, ours("a red cat", image_prompts=prompt, **OURS), expected)
+
+
+def test_beside_regions(files: dict[str, Path]) -> None:
+    """Halves of one prompt are that prompt; what a picture adds is added once, whatever the texts' shares are."""
+    ours = nativesd.load(files["sd15"], device="cpu")
+    mask = Image.new("L", (64, 64), 255)
+    mask.paste(0, (0, 0, 24, 64))
+    prompts = [ImagePrompt(files["sd15-base"], photo(1), 0.7, mask=mask), ImagePrompt(files["sd15-plus"], photo(2))]
+    halves = [Region("a red cat", (0, 0, 0.5, 1)), Region("a red cat", (0.5, 0, 1, 1))]
+    for guidance in (1.0, 6.0):
+        options = OURS | {"guidance_scale": guidance}
+        plain = ours("a red cat", **options).latents
+        expected = ours("a red cat", image_prompts=prompts, **options).latents
+        found = ours("a red cat", image_prompts=prompts, regions=halves, **options).latents
+        assert (found - expected).abs().max() < 1e-4
+        assert (found - plain).abs().max() > 0.02
+
+
+def test_faces_of_one_adapter_share_its_lora(files: dict[str, Path]) -> None:
+    """It is merged once, also where its file is named in two ways."""
+    ours = nativesd.load(files["sd15"], device="cpu")
+    path = files["sd15-faceid"]
+    one, two = ImagePrompt(path, identity=face(3)), ImagePrompt(path.parent / "." / path.name, identity=face(4))
+    same = nativesd.load_image_adapter(path, device="cpu")
+    for prompts in ([one, two], [one, replace(two, adapter=same)], [one, replace(one, scale=0.0)]):
+        ours("a red cat", image_prompts=prompts, **OURS | {"steps": 1})
+        assert [(use.unet, use.text_encoder) for use in ours.uses()] == [(1.0, 0.0)]
+    for scale in (0.5, 0.0):
+        with pytest.raises(UsageError, match=f"faceid has one LoRA, .* one lora_scale, not 1.0 and {scale}"):
+            ours("a red cat", image_prompts=[one, replace(two, lora_scale=scale)], **OURS)
+
+
+def test_what_has_to_be_passed_again_is_named(files: dict[str, Path], tmp_path: Path) -> None:
+    ours = nativesd.load(files["sd15"], device="cpu")
+    told = ours.encode_image(photo(1), files["image_encoder"])
+    prompts = [
+        ImagePrompt(files["sd15-base"], told, 0.7),
+        ImagePrompt(nativesd.load_image_adapter(files["sd15-plus"], device="cpu"), told, end=0.5),
+    ]
+    result = ours("a red cat", image_prompts=prompts, **OURS)
+    assert 'Image prompts: "sd15-base 0.7, sd15-plus 1"' in result.infotext()
+    options, unheeded = nativesd.options_from(result.save(tmp_path / "made.png")[0])
+    assert unheeded == ["Image prompts sd15-base 0.7, sd15-plus 1: pass it again with its picture (--image-prompt)"]
+    assert "image_prompts" not in options
+
+
+def test_the_encoder_visits_the_device(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = nativesd.load(files["sd15"], device="cpu", offload=True)
+    visiting, there = ours._visiting, list[Any]()
+
+    @contextmanager
+    def watched(*modules: Any) -> Iterator[None]:
+        there.extend(modules)
+        with visiting(*modules):
+            yield
+        for module in modules:
+            there.remove(module)
+
+    encoder = nativesd.load_image_encoder(files["image_encoder"], device="cpu")
+    seen = []
+    encoder.module.register_forward_hook(lambda module, given, out: seen.append(module in there))
+    monkeypatch.setattr(type(ours), "_visiting", lambda self, *modules: watched(*modules))
+    ours("a red cat", image_prompts=ImagePrompt(files["sd15-plus"], photo(1)), image_encoder=encoder, **OURS)
+    assert seen
+    assert all(seen)
 
 
 def test_a_part_of_the_steps(files: dict[str, Path]) -> None:
@@ -235,6 +307,33 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"adapter": "sd15-faceid", "picture": None}, "is a FaceID adapter: pass identity=, the 64 numbers"),
     ({"adapter": "sd15-faceid", "identity": torch.zeros(64)}, "sees the identity alone: pass no picture"),
     ({"adapter": "sd15-faceid", "picture": None, "identity": torch.zeros(5)}, r"identity must be \(64,\) or \(N, 64\)"),
+    ({"layers": [1, 2]}, r"or factors by layer such as \{0: 1.0\}, not \[1, 2\]"),
+    ({"layers": 5}, r"or factors by layer such as \{0: 1.0\}, not 5"),
+    ({"layers": {}}, r"or factors by layer such as \{0: 1.0\}, not \{\}: what is not named has a factor of 0"),
+    ({"layers": {True: 1.0}}, "layers are named by numbers, or by down, mid and up, not by True"),
+    ({"layers": {0: float("nan")}}, "a factor of layers must be a number, not nan"),
+    ({"picture": []}, "is prompted by a picture: pass one, or image embeddings, not an empty list"),
+    ({"picture": ImageEmbeddings(torch.zeros(40))}, r"embedding of .* must be \(N, P\) of one .*, not \(40,\)"),
+    ({"picture": ImageEmbeddings(torch.zeros(1, 1, 40))}, r"embedding of .* must be \(N, P\) .*, not \(1, 1, 40\)"),
+    ({"picture": ImageEmbeddings(torch.zeros(0, 40))}, r"must be \(N, P\) of one picture or more, not \(0, 40\)"),
+    ({"picture": ImageEmbeddings([1.0])}, r"embedding of image embeddings must be a tensor \(N, P\)"),  # type: ignore[arg-type]
+    *(
+        ({"adapter": "sd15-plus", "picture": ImageEmbeddings(None, torch.zeros(2, 9, 40), torch.zeros(shape))},
+         r"negative_states of image embeddings must be .*" + said)
+        for shape, said in (
+            ((3, 9, 40), r"\(1, 9, 40\) or \(2, 9, 40\), as the states are, not \(3, 9, 40\)"),
+            ((1, 8, 40), r"\(1, 9, 40\) or \(2, 9, 40\), as the states are, not \(1, 8, 40\)"),
+            ((9, 40), r"\(1 or N, S, W\) of one picture or more, not \(9, 40\)"),
+        )
+    ),
+    *(
+        ({"adapter": "sd15-faceid", "picture": None, "identity": identity}, f"floating-point numbers.* not {said}")
+        for identity, said in (
+            ("x", "str"), ([None], "list"), ([[0.1], [0.1, 0.2]], "list"), (torch.zeros(0, 64), r"\(0, 64\)"),
+            (torch.zeros(64).int(), "int32"), (torch.full((64,), float("nan")), "float32"),
+        )
+    ),
+    ({"adapter": "sd15-faceid", "picture": None, "identity": 21.3 * face(3)}, "normed_embedding.* is 21.3 long"),
     ({"mask": [Image.new("L", (9, 9), 255)] * 3}, "3 masks for 1 pictures: one for all, or one for each"),
     ({"start": 0.7, "end": 0.2}, "start and end must be 0 <= start <= end <= 1, not 0.7, 0.2"),
     ({"scale": "much"}, "the scale of image_prompts must be"),
@@ -258,7 +357,7 @@ def test_what_does_not_fit_is_said(files: dict[str, Path]) -> None:
     for fields, message in REFUSED:
         named = {"adapter": files.get(str(fields.get("adapter", "sd15-base")), fields.get("adapter"))}
         prompt = ImagePrompt(**{"picture": photo(1), **fields, **named})  # type: ignore[arg-type]
-        with pytest.raises(NativesdError, match=message):
+        with pytest.raises((NativesdError, NativesdWarning), match=message):
             ours("a red cat", image_prompts=prompt, **OURS)
     other = nativesd.load(files["sdxl"], device="cpu")
     with pytest.raises(UsageError, match="with 16 or 11 transformers, and this one has 6: give factors by layer"):

@@ -72,7 +72,10 @@ def test_every_slot_sees_what_its_step_says(pipe: nativesd.Pipeline, adapters: d
 def test_they_change_between_frames(pipe: nativesd.Pipeline, adapters: dict[str, Path]) -> None:
     """What changes holds for the next picture already; what does not is not made again."""
     options: dict[str, Any] = {"timesteps": [499], "output": "tensor"}
-    first, second = ImagePrompt(adapters["base"], told(1)), ImagePrompt(adapters["faceid"], identity=torch.ones(12))
+    first, second = (
+        ImagePrompt(adapters["base"], told(1)),
+        ImagePrompt(adapters["faceid"], identity=torch.ones(12) / 12**0.5),
+    )
     frames = clip(3)
     stream = pipe.stream(PROMPT, **options)
     plain = picture(stream(frames[0]))
@@ -81,6 +84,14 @@ def test_they_change_between_frames(pipe: nativesd.Pipeline, adapters: dict[str,
     images = stream._now.images
     stream.update(guidance_scale=1.0)
     assert stream._now.images is images
+    keyring = stream._now.keyring
+    stream.update(prompt="another text")
+    assert stream._now.keyring is keyring
+    changed = picture(pipe.stream("another text", image_prompts=first, **options)(frames[0]))
+    assert difference(picture(stream(frames[0])), changed) <= TOLERANCE
+    stream.update(prompt=PROMPT)
+    with pytest.raises(UsageError, match="or factors by layer such as"):
+        stream.update(image_prompts=replace(first, layers=[1, 2]))  # type: ignore[arg-type]
     stream.update(image_prompts=[second])
     face = picture(stream(frames[0]))
     stream.update(image_prompts=[])

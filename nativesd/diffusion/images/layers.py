@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal, get_args
@@ -60,7 +61,12 @@ def _chosen(places: Sequence[Place], layers: Layers) -> dict[Place, float]:
                 f"this one has {len(places)}: give factors by layer"
             )
         return _numbered(places, table[len(places)])
-    if all(isinstance(key, int) for key in layers):
+    if not isinstance(layers, Mapping) or not layers:
+        raise UsageError(
+            f"layers must be {', '.join(NAMED)}, or factors by layer such as {{0: 1.0}}, not {layers!r}: what is not "
+            "named has a factor of 0"
+        )
+    if all(isinstance(key, int) and not isinstance(key, bool) for key in layers):
         return _numbered(places, layers)  # type: ignore[arg-type]
     if unknown := [key for key in layers if key not in ("down", "mid", "up")]:
         raise UsageError(f"layers are named by numbers, or by down, mid and up, not by {unknown[0]!r}")
@@ -90,7 +96,7 @@ def _placed(places: Sequence[Place], place: Place, value: Any) -> float:
 
 
 def _factor(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UsageError(f"a factor of layers must be a number, not {value!r}")
     return float(value)
 

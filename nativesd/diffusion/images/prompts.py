@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -15,7 +17,7 @@ from nativesd.config import IPAdapterConfig, UNetConfig
 from nativesd.destination import fresh
 from nativesd.diffusion.images.layers import Layers, WeightType, layer_scales
 from nativesd.diffusion.turns import Turns
-from nativesd.errors import SourceError, UsageError
+from nativesd.errors import NativesdWarning, SourceError, UsageError
 from nativesd.models.clip_vision import VisionEncoder
 from nativesd.models.ip_adapter import IPAdapter
 from nativesd.pictures.clip import Crop, clip_pixels
@@ -28,6 +30,8 @@ from nativesd.weights.identity.identify import CONTEXTS
 from nativesd.weights.writing import Entry, write
 
 PARTS = ("embedding", "states", "negative_states")
+UNIT = 1.01
+"""The longest that an identity of length 1 is after rounding; a mean of several is shorter."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,6 +58,10 @@ class ImageEncoder:
 
     def __repr__(self) -> str:
         return f"<VisionEncoder {self.name}>"
+
+
+Encoding = Callable[[ImageAdapter], AbstractContextManager[ImageEncoder]]
+"""The image encoder for an adapter, which is where it can be asked within the context."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +100,32 @@ class ImageEmbeddings:
         """In the dtype and on the device of a tensor."""
         return ImageEmbeddings(*(None if each is None else each.to(like) for each in self._parts()))
 
+    def check(self) -> None:
+        """Raises UsageError for what is no tensor of the shapes above, or of no picture."""
+        for name, tensor, axes in zip(PARTS, self._parts(), ("(N, P)", "(N, S, W)", "(1 or N, S, W)"), strict=True):
+            if tensor is None:
+                continue
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                raise UsageError(f"{name} of image embeddings must be a tensor {axes} of floating-point numbers")
+            if tensor.ndim != axes.count(",") + 1 or not tensor.numel():
+                raise UsageError(
+                    f"{name} of image embeddings must be {axes} of one picture or more, not {_shape(tensor)}"
+                )
+        if self.states is None or self.negative_states is None:
+            return
+        states, negative = self.states.shape, self.negative_states.shape
+        if negative[1:] != states[1:] or negative[0] not in (1, states[0]):
+            raise UsageError(
+                f"negative_states of image embeddings must be {(1, *states[1:])} or {tuple(states)}, as the states "
+                f"are, not {tuple(negative)}"
+            )
+
     def _parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.embedding, self.states, self.negative_states
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
 
 
 @dataclass(frozen=True)
@@ -108,7 +140,8 @@ class ImagePrompt:
     mask         where in the picture it acts: white; one mask, or one for each of several pictures; cut and
                  extended as hints are
     weight_type  how its scale changes from layer to layer, such as "ease in" (ComfyUI's weight types)
-    identity     for FaceID: the vector of a face recogniser, (512,), or (N, 512) of several pictures of a face
+    identity     for FaceID: the vector of a face recogniser, of length 1, (512,), or (N, 512) of several pictures of a
+                 face (InsightFace's `normed_embedding`)
     crop         which square of the picture is seen: "center", "top" (where faces are), ..., or "pad": all of it
     lora_scale   for FaceID: factor on the adapter's own LoRA
 
@@ -145,7 +178,7 @@ class Prepared:
     end: float
 
 
-def prepare(prompt: ImagePrompt, unet: UNetConfig, encoder: Callable[[ImageAdapter], ImageEncoder]) -> Prepared:
+def prepare(prompt: ImagePrompt, unet: UNetConfig, encoder: Encoding) -> Prepared:
     """A prompt, whose adapter is loaded, for a UNet; `encoder` is asked for where pictures have to be encoded.
 
     Raises UsageError for an adapter of another family, an encoder of another size, and for what is missing.
@@ -203,9 +236,7 @@ def check_family(adapter: ImageAdapter, unet: UNetConfig) -> None:
         )
 
 
-def _tokens(
-    prompt: ImagePrompt, adapter: ImageAdapter, encoder: Callable[[ImageAdapter], ImageEncoder]
-) -> tuple[Tensor, Tensor]:
+def _tokens(prompt: ImagePrompt, adapter: ImageAdapter, encoder: Encoding) -> tuple[Tensor, Tensor]:
     """The tokens (N, S, context) of N pictures, and as many of the negative prompt."""
     config, like = adapter.module.config, next(adapter.module.parameters())
     identity = _identity(prompt, adapter, config)
@@ -213,6 +244,7 @@ def _tokens(
     nothing: Tensor | None = None
     if config.image is not None:
         told = _embeddings(prompt, adapter, encoder)
+        told.check()
         image = told.embedding if config.kind == "base" else told.states
         nothing = None if image is None else torch.zeros_like(image)
         if config.kind != "base":
@@ -242,23 +274,33 @@ def _identity(prompt: ImagePrompt, adapter: ImageAdapter, config: IPAdapterConfi
     if prompt.identity is None:
         raise UsageError(
             f"{adapter.name} is a FaceID adapter: pass identity=, the {config.identity} numbers that a face recogniser "
-            "(InsightFace) gives for the face"
+            "gives for the face (InsightFace's normed_embedding)"
         )
-    identity = torch.as_tensor(prompt.identity)
+    wanted = f"identity must be ({config.identity},) or (N, {config.identity}) floating-point numbers"
+    try:
+        identity = torch.as_tensor(prompt.identity)
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(f"{wanted}, not {type(prompt.identity).__name__}") from None
     if identity.ndim == 1:
         identity = identity[None]
-    if identity.ndim != 2 or identity.shape[1] != config.identity or not identity.is_floating_point():
-        raise UsageError(
-            f"identity must be ({config.identity},) or (N, {config.identity}), not {tuple(identity.shape)}"
+    if identity.ndim != 2 or identity.shape[1] != config.identity or not len(identity):
+        raise UsageError(f"{wanted}, not {_shape(identity)}")
+    if not identity.is_floating_point() or not identity.isfinite().all():
+        raise UsageError(f"{wanted}, all of them finite, not {str(identity.dtype).removeprefix('torch.')}")
+    longest = float(identity.float().norm(dim=1).max())
+    if longest > UNIT:
+        warnings.warn(
+            f"{adapter.name} was trained with identities of length 1 (InsightFace's normed_embedding), and this one is "
+            f"{longest:.1f} long: divide it by its length",
+            NativesdWarning,
+            stacklevel=2,
         )
     if config.image is None and prompt.picture is not None:
         raise UsageError(f"{adapter.name} sees the identity alone: pass no picture with it")
     return identity
 
 
-def _embeddings(
-    prompt: ImagePrompt, adapter: ImageAdapter, encoder: Callable[[ImageAdapter], ImageEncoder]
-) -> ImageEmbeddings:
+def _embeddings(prompt: ImagePrompt, adapter: ImageAdapter, encoder: Encoding) -> ImageEmbeddings:
     """What is known of the pictures, or what the encoder says of them."""
     given = prompt.picture
     if isinstance(given, str | Path) and str(given).lower().endswith(".safetensors"):
@@ -268,9 +310,11 @@ def _embeddings(
     if given is None:
         raise UsageError(f"{adapter.name} is prompted by a picture: pass one, or image embeddings")
     pictures = [read_image(each) for each in one_or_several(given)]
-    by = encoder(adapter)
-    check_encoder(adapter, by)
-    return encode_pictures(by, pictures, prompt.crop, states=adapter.module.config.kind != "base")
+    if not pictures:
+        raise UsageError(f"{adapter.name} is prompted by a picture: pass one, or image embeddings, not an empty list")
+    with encoder(adapter) as by:
+        check_encoder(adapter, by)
+        return encode_pictures(by, pictures, prompt.crop, states=adapter.module.config.kind != "base")
 
 
 def check_encoder(adapter: ImageAdapter, encoder: ImageEncoder) -> None:

@@ -131,6 +131,9 @@ _SAMPLING: dict[str, tuple[str, Callable[[str, str], object]]] = {
 _RECORDS = {"hires": _HIRES, "variation": _VARIATION, "sdxl": _SDXL, "sampling": _SAMPLING}
 """Fields that belong together, by the option that they are."""
 
+_PASSED = {"image prompts": "--image-prompt", "control": "--control"}
+"""Fields that name models which act by a picture, and where these are given."""
+
 _HARMLESS = frozenset(
     {
         "app", "aspect ratio", "lora hashes", "pipeline", "backend", "operations", "parser", "comment",
@@ -215,6 +218,8 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
                 schedule = schedule_named(value)
             elif key == "refiner":
                 unheeded.append(f"{name} {value}: pass it with --refiner")
+            elif key in _PASSED:
+                unheeded.append(f"{name} {value}: pass it again with its picture ({_PASSED[key]})")
             elif key == "loras":
                 tags = [tag for tag in value.split() if tag.rpartition(":")[0] not in info.prompt]
                 options["loras"] = "".join(f" {tag}" for tag in tags)

@@ -111,7 +111,9 @@ def recorded(
         "loras": {use.lora.path.stem: (use.unet, use.text_encoder) for use in loras} or None,
         "image_prompts": [Path(str(getattr(each.adapter, "name", each.adapter))).stem for each in asked.image_prompts]
         or None,
+        "image_prompt_scales": [each.scale for each in asked.image_prompts] or None,
         "control": [str(getattr(each.model, "name", each.model)) for each in asked.control] or None,
+        "control_scales": [each.scale for each in asked.control] or None,
         "inferred": dict(chosen.inferred),
         "notes": [*inputs.notes, *unheeded(config, asked, chosen.guidance_scale, chosen.choice.sampler, words)],
     }
