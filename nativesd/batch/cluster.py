@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -32,7 +34,9 @@ SHARES = 4
 class Worker:
     """What Ray calls with batches of jobs: it paints them, saves the pictures, and answers the lines of the results."""
 
-    def __init__(self, setting: Setting, out: str) -> None:
+    def __init__(self, setting: Setting, out: str, home: str) -> None:
+        with suppress(OSError):  # models and LoRAs are named from where the run was begun, where this node has that
+            os.chdir(home)
         self._studio = Studio(setting)
         self._out = Path(out)
 
@@ -80,8 +84,8 @@ def run_on_ray(
     ending, tally = ending or Event(), Tally()
     out = run.out.resolve()
     setting = replace(run.setting, folder=run.setting.folder.resolve())
-    with run.opened(tally, looked) as results:
-        if run.plan.left:
+    with run.opened(tally, ending, looked) as results:
+        if run.plan.left and not ending.is_set():
             try:
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR")
             except (ConnectionError, ValueError) as error:
@@ -90,7 +94,7 @@ def run_on_ray(
                 resources = _resources(ray.cluster_resources(), workers)
                 with scratch(out / "ray") as folder:
                     _write_jobs(run.plan, folder, run.size, resources["workers"])
-                    for rows in _painted(ray, folder, run.size, resources, (setting, str(out))):
+                    for rows in _painted(ray, folder, run.size, resources, (setting, str(out), os.getcwd())):
                         results.add(row["line"] for row in rows)
                         for row in rows:
                             tally.add(row["line"]["id"], row["row"], row["line"]["error"])

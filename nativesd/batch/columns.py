@@ -175,6 +175,11 @@ def said(loading: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     return {name: list(map(str, each)) if is_list(each) else str(each) for name, each in found.items()}
 
 
+def check_defaults(defaults: Mapping[str, Any]) -> None:
+    """Raise UsageError for options for rows that do not state them, as JSON has them, that no row could have."""
+    check("", options_of({name: _read(name, value) for name, value in defaults.items()}, {}))
+
+
 def options_of(options: Mapping[str, Any], pictures: Mapping[str, Any], folder: Path = HERE) -> CallOptions:
     """A job's options as a call takes them. Raises UsageError for a record that cannot be.
 

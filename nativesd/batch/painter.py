@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from nativesd.batch.columns import Columns, said
+from nativesd.batch.columns import OWN, READERS, Columns, check_defaults, said
 from nativesd.batch.files import Row
-from nativesd.batch.jobs import Job
+from nativesd.batch.jobs import Job, canonical
 from nativesd.batch.results import Outcome
 from nativesd.batch.studio import Setting, Studio
 from nativesd.errors import NativesdError, UsageError
 from nativesd.pipeline.asked.arguments import check, split
+from nativesd.pipeline.asked.readers import shown
 
 ADDED = ("id", "image", "seed", "width", "height", "error")
+NUMBERS = {"seed": np.uint64, "width": np.int64, "height": np.int64}
+"""Of those the numbers; seeds go up to 2^64 - 1."""
+WORDED = {"guidance": '"pag:3"', "savings": '"deepcache"'}
+"""Options that are no records in JSON, and a text of each."""
 
 
 class Painter:
@@ -46,10 +52,14 @@ class Painter:
         always = {"lora_dirs": asked.pop("lora_dirs")} if "lora_dirs" in asked else {}
         if own := loading.pop("loras", None):
             asked["loras"] = own
+        defaults = {name: _told(value) for name, value in asked.items() if value is not None}
+        for name, value in defaults.items():
+            _require_default(name, value)
+        check_defaults(defaults)
         self._columns = Columns(
             model=model,
             loading=said(loading, refiner=refiner, embeddings=embeddings),
-            defaults={name: _told(value) for name, value in asked.items() if value is not None},
+            defaults=defaults,
             kept=tuple(keep),
             reserved=(),
         )
@@ -76,9 +86,9 @@ class Painter:
         done = self._painted(rows)
         made: dict[str, list[Any]] = {name: [each[name] for each in done] for name in ADDED}
         if hasattr(batch, "assign"):
-            return batch.assign(**made)
+            return batch.assign(**{name: _array(name, values) for name, values in made.items()})
         arrays = any(isinstance(batch[name], np.ndarray) for name in names)
-        return {**batch, **{name: _array(values) if arrays else values for name, values in made.items()}}
+        return {**batch, **{name: _array(name, values) if arrays else values for name, values in made.items()}}
 
     def frames(self, frames: Iterable[Any]) -> Iterator[Any]:
         """The same for one data frame after the other, as Spark's `mapInPandas` wants it."""
@@ -123,18 +133,34 @@ def _added(outcome: Outcome | None, error: str | None) -> dict[str, Any]:
     }
 
 
+def _require_default(name: str, value: Any) -> None:
+    """Raise UsageError for an option that is no default of rows."""
+    if name in OWN:
+        raise UsageError(f"{name} is a row's own: give the batch a column {name}")
+    if name not in READERS:
+        raise UsageError(f"{name} is of one call, and a Painter makes many: leave it out")
+    if name in WORDED and any(isinstance(each, Mapping) for each in (value if isinstance(value, list) else [value])):
+        raise UsageError(f"{name} must be texts here, as the command line takes them: {WORDED[name]}")
+    try:
+        canonical(value)
+    except UsageError:
+        raise UsageError(f"{name} must be a file's path or plain numbers and texts here, not {shown(value)}") from None
+
+
 def _told(value: Any) -> Any:
-    """An option as JSON has it: a record by its fields."""
+    """An option as JSON has it: a record by the fields that were given, and a path as a text."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {name: _told(each) for name, each in fields.items() if each is not None}
+        fields = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return {field.name: _told(each) for field, each in fields if each is not None and each is not field.default}
     return [_told(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _array(values: list[Any]) -> Any:
-    """A column as numpy has it."""
-    if values and isinstance(values[0], int):
-        return np.array(values)
+def _array(name: str, values: list[Any]) -> Any:
+    """A column as numpy has it, of a type that does not depend on its values."""
+    if name in NUMBERS:
+        return np.array(values, NUMBERS[name])
     array = np.empty(len(values), dtype=object)
     array[:] = values
     return array

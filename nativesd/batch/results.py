@@ -7,6 +7,7 @@ OUT/results.I-of-N.jsonl one line for every row that is finished, by the process
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from nativesd.batch.shards import Shard
 from nativesd.destination import fresh
 from nativesd.errors import NativesdError, SourceError
 from nativesd.pictures.opening import opened
+from nativesd.reading import open_regular
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 """Suffix -> Pillow's name."""
@@ -68,10 +70,18 @@ def pixel_hash(image: Image.Image) -> str:
 
 
 def save(out: Path, outcome: Outcome, suffix: str) -> None:
-    """Write a picture, whole or not at all, over what is there. Raises SourceError where it cannot be."""
-    if outcome.error is None:
+    """Write a picture, whole or not at all, over what is there. Raises SourceError where it cannot be.
+
+    Earlier pictures of the row go: those of other formats, and where it failed all, as no line tells of them any more.
+    """
+    made = outcome.error is None
+    if made:
         with fresh(out / outcome.job.file(suffix), replace=True) as temporary:
             temporary.write_bytes(outcome.data)
+    for each in FORMATS:
+        if each != suffix or not made:
+            with suppress(OSError):
+                (out / outcome.job.file(each)).unlink()
 
 
 def look_at(out: Path, line: Mapping[str, Any]) -> Found:
@@ -93,16 +103,24 @@ def look_at(out: Path, line: Mapping[str, Any]) -> Found:
 
 
 def read_results(out: Path) -> Iterator[dict[str, Any]]:
-    """The lines of all shards' results, of whatever number of shards; those that are not whole are left out."""
+    """The lines of all shards' results, of whatever number of shards; those that are not whole are left out.
+
+    Raises SourceError for what has such a name and is no file.
+    """
     for path in sorted(out.glob("results.*-of-*.jsonl")):
-        with path.open("rb") as file:
+        with _opened(path) as file:
             yield from filter(None, map(_read, file))
+
+
+def _opened(path: Path) -> BinaryIO:
+    return io.BufferedReader(open_regular(path, "file of results"))
 
 
 def _read(raw: bytes) -> dict[str, Any] | None:
     """A line, where it is one of the results, and whole."""
     try:
         line = json.loads(raw)
+        json.dumps(line, ensure_ascii=False).encode()  # half of a surrogate pair passes json
     except (ValueError, RecursionError):
         return None
     whole = raw.endswith(b"\n") and isinstance(line, dict) and isinstance(line.get("id"), str)
@@ -121,13 +139,12 @@ class Results:
 
         The file is written anew where something is left out. Raises SourceError.
         """
-        try:
-            with self.path.open("rb") as file:
-                stale = any((line := _read(raw)) is None or not wanted(line) for raw in file)
-        except FileNotFoundError:
+        if not os.path.lexists(self.path):
             return
+        with _opened(self.path) as file:
+            stale = any((line := _read(raw)) is None or not wanted(line) for raw in file)
         if stale:
-            with fresh(self.path, replace=True) as temporary, self.path.open("rb") as old, temporary.open("wb") as new:
+            with fresh(self.path, replace=True) as temporary, _opened(self.path) as old, temporary.open("wb") as new:
                 for raw in old:
                     if (line := _read(raw)) is not None and wanted(line):
                         new.write(raw)

@@ -79,16 +79,18 @@ class Run:
     on_error: OnError = "skip"
 
     @contextmanager
-    def opened(self, tally: Tally, looked: Callable[[int], object] = nothing) -> Iterator[Results]:
+    def opened(self, tally: Tally, ending: Event, looked: Callable[[int], object] = nothing) -> Iterator[Results]:
         """The shard's results, which no other process writes meanwhile, with what is done skipped in the plan.
 
+        ending  set from outside: no more pictures are looked at, and nothing is skipped or left out for it
         looked  called with the number of pictures that were looked at since it was called last
         """
         self.prepare()
         with hold(self.out / f"results.{self.shard.name}"):
-            self._skip_done(tally, looked)
+            self._skip_done(tally, ending, looked)
             results = Results(self.out, self.shard)
-            results.keep(lambda line: not self.plan.is_stale(line))
+            if not ending.is_set():  # else lines of pictures that nobody looked at would be taken for stale ones
+                results.keep(lambda line: not self.plan.is_stale(line))
             try:
                 yield results
             finally:
@@ -119,7 +121,7 @@ class Run:
         Raises SourceError where results cannot be written, and what is no row's fault.
         """
         ending, tally = ending or Event(), Tally()
-        with self.opened(tally, looked) as results, Studio(self.setting) as studio:
+        with self.opened(tally, ending, looked) as results, Studio(self.setting) as studio:
             for batch in self.plan.batches(self.size):
                 if ending.is_set():
                     break
@@ -139,12 +141,12 @@ class Run:
         for outcome in outcomes:
             tally.add(outcome.job.id, outcome.job.line, outcome.error)
 
-    def _skip_done(self, tally: Tally, looked: Callable[[int], object]) -> None:
+    def _skip_done(self, tally: Tally, ending: Event, looked: Callable[[int], object]) -> None:
         """Skip, of the jobs that results tell of, those whose pictures are there as they are asked for."""
         self.plan.recall(read_results(self.out))
         told = self._agreeing(tally)
         with ThreadPoolExecutor(LOOKING) as threads:
-            while window := list(islice(told, WINDOW)):
+            while not ending.is_set() and (window := list(islice(told, WINDOW))):
                 found = list(threads.map(lambda pair: look_at(self.out, pair[1]), window))
                 same = [job.id for (job, _), each in zip(window, found, strict=True) if each == "as it was"]
                 self.plan.skip(same)

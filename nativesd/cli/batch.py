@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import click
 from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, embedding_files, main, print_tables, say
 from nativesd.cli.generate import BACKENDS
 from nativesd.cli.help import section
+from nativesd.errors import UsageError
 from nativesd.pipeline.asked.readers import lora_use
 
 if TYPE_CHECKING:
@@ -169,7 +171,17 @@ def _own_device() -> str | None:
     from nativesd.batch.shards import local_rank
 
     rank = local_rank()
-    return None if rank is None or rank >= torch.cuda.device_count() else f"cuda:{rank}"
+    there = torch.cuda.device_count()
+    if rank is None or there == 0:
+        return None
+    if rank < there:
+        return f"cuda:{rank}"
+    if there == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:  # each process was given its own
+        return None
+    raise UsageError(
+        f"process {rank + 1} on this machine finds {there} GPUs: have torchrun start as many processes as there are "
+        "GPUs, or name one for each with --device"
+    )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from nativesd.batch.run import Run, Tally
 from nativesd.batch.shards import Shard
 from nativesd.batch.studio import FAULTS, BrokenError, Setting
 from nativesd.cli import batch as told
-from nativesd.errors import NoMemoryError, UsageError
+from nativesd.errors import NoMemoryError, SourceError, UsageError
 from nativesd.pictures.result import Result
 
 ROWS: list[dict[str, Any]] = [
@@ -244,6 +245,59 @@ def test_results_that_others_spoilt(stub: Stub, jobs: Path, tmp_path: Path) -> N
         tally = paint(jobs, out)
         assert tally.skipped + tally.painted == PICTURES
         assert len(hashes(out)) == PICTURES
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
+def test_results_that_are_no_file(kind: str, stub: Stub, jobs: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "out" / "results.2-of-3.jsonl"
+    paint(jobs, tmp_path / "out")
+    {"folder": odd.mkdir, "link": lambda: odd.symlink_to("nowhere"), "pipe": lambda: os.mkfifo(odd)}[kind]()
+    with pytest.raises(
+        SourceError, match=r"results\.2-of-3\.jsonl is (a folder|missing: it is a link|a device or pipe)"
+    ):
+        paint(jobs, tmp_path / "out")
+
+
+def test_half_a_character_in_results_is_no_line(stub: Stub, jobs: Path, tmp_path: Path) -> None:
+    paint(jobs, tmp_path / "out")
+    (tmp_path / "out" / "results.2-of-3.jsonl").write_text('{"id": "\\ud800"}\n{"id": "fox", "file": "\\udfff"}\n')
+    assert paint(jobs, tmp_path / "out").skipped == PICTURES
+
+
+def pictures(out: Path) -> set[str]:
+    return {path.name for path in out.glob("??/*")}
+
+
+def test_earlier_pictures_of_a_row_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those of another format, and that of a row which now fails."""
+    bad: list[str] = []
+
+    def fails(prompts: Sequence[str]) -> None:
+        if set(bad) & set(prompts):
+            raise nativesd.NativesdError("no")
+
+    monkeypatch.setattr(studio, "load", lambda *_, **__: Stub(fails))
+    jobs = written(tmp_path / "jobs.jsonl", [{"id": "a", "prompt": "a"}, {"id": "b", "prompt": "b"}])
+    paint(jobs, tmp_path / "out")
+    assert pictures(tmp_path / "out") == {"a.png", "b.png"}
+    paint(jobs, tmp_path / "out", suffix="jpg")
+    assert pictures(tmp_path / "out") == {"a.jpg", "b.jpg"}
+    bad.append("a")
+    paint(jobs, tmp_path / "out", suffix="jpg", defaults={"steps": 3})
+    assert pictures(tmp_path / "out") == {"b.jpg"}
+
+
+def test_a_run_that_is_ended_while_it_looks_forgets_nothing(stub: Stub, jobs: Path, tmp_path: Path) -> None:
+    paint(jobs, tmp_path / "out")
+    before = (tmp_path / "out" / "results.1-of-1.jsonl").read_bytes()
+    ending = Event()
+    ending.set()
+    with Plan.of(jobs, Columns(defaults={"steps": 2})) as plan:
+        tally = Run(plan, tmp_path / "out")(ending)
+    assert (tally.painted, tally.left) == (0, PICTURES)
+    assert (tmp_path / "out" / "results.1-of-1.jsonl").read_bytes() == before
+    assert paint(jobs, tmp_path / "out").skipped == PICTURES
 
 
 def test_two_processes_do_not_paint_one_shard(stub: Stub, jobs: Path, tmp_path: Path) -> None:

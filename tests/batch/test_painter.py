@@ -6,10 +6,12 @@ import pickle
 import subprocess
 import sys
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import nativesd
@@ -113,10 +115,43 @@ def test_options_that_cannot_be_are_refused_at_once() -> None:
         Painter(stepps=1)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"seed": 3}, "seed is a row's own"), ({"num_images": 2}, "num_images is a row's own"),
+     ({"on_step": print}, "on_step is of one call"), ({"latents": torch.zeros(1, 4, 8, 8)}, "latents is of one call"),
+     ({"image": Image.new("RGB", (8, 8))}, "image must be a file's path"), ({"keep": ["seed"]}, "cannot be kept"),
+     ({"guidance": nativesd.PAG(3)}, 'guidance must be texts here.*"pag:3"'),
+     ({"savings": [nativesd.DeepCache()]}, "savings must be texts here")],
+)  # fmt: skip
+def test_options_that_are_no_rows_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Painter(**options)
+
+
+def test_paths_are_options(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    made = Painter(steps=1, image=tmp_path / "red.png", strength=1.0, loras=[(tmp_path / "none.safetensors", 0.5)])
+    done = made({"prompt": ["a fox", "a fox"], "loras": [None, []]})
+    assert "none.safetensors" in done["error"][0]
+    assert done["error"][1] == ""
+
+
+def test_numbers_have_one_type(painter: Painter) -> None:
+    """Whatever seeds a batch has: numpy makes floats of small and large ones together."""
+    seeds = [3, (1 << 64) - 1]
+    done = painter({"prompt": np.array(["a fox"] * 2, dtype=object), "seed": np.array(seeds, dtype=np.uint64)})
+    assert [done[name].dtype for name in ("seed", "width", "height")] == [np.uint64, np.int64, np.int64]
+    assert list(map(int, done["seed"])) == seeds
+
+
 def test_options_of_rows_that_say_nothing(painter: Painter) -> None:
     """Records too, and a row's own go before them."""
-    made = Painter(steps=1, hires=nativesd.Hires(1.5, steps=1), guidance_scale=1)
+    made = Painter(
+        steps=1, hires=nativesd.Hires(1.5, steps=1), guidance_scale=1, guidance="pag:3",
+        sampling=nativesd.Sampling(churn=1), sampler="Euler",
+    )  # fmt: skip
     done = made({"prompt": ["a fox", "a fox"], "hires": [None, 2.0]})
+    assert done["error"] == ["", ""]
     assert list(done["width"]) == [96, 128]
 
 

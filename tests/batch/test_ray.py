@@ -62,7 +62,7 @@ def test_a_worker_answers_lines(tmp_path: Path) -> None:
         Job(str(i), i, "tiny", "a fox", {"steps": 1, "width": width}, {}, {"more": i}, i)
         for i, width in enumerate([64, 61, 64])
     ]
-    done = cluster.Worker(Setting(), str(tmp_path))({"body": [row.to_json() for row in rows]})
+    done = cluster.Worker(Setting(), str(tmp_path), str(Path.cwd()))({"body": [row.to_json() for row in rows]})
     lines = {answer["row"]: answer["line"] for answer in map(json.loads, done["answer"])}
     assert [lines[i]["more"] for i in range(3)] == [0, 1, 2]
     assert "multiples of 4" in lines[1]["error"]

@@ -391,10 +391,16 @@ def test_shards_are_read(text: str | None, environment: dict[str, str], expected
 
 def test_torchruns_processes_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for rank, expected in ((None, None), ("0", "cuda:0"), ("1", "cuda:1"), ("2", None)):
+    for rank, expected in ((None, None), ("0", "cuda:0"), ("1", "cuda:1")):
         if rank is not None:
             monkeypatch.setenv("LOCAL_RANK", rank)
         assert _own_device() == expected
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UsageError, match="process 3 on this machine finds 2 GPUs"):
+        _own_device()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert _own_device() is None, "whoever started the process gave it this one"
 
 
 @pytest.mark.parametrize(
