@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from nativesd.loading.load import load as load
     from nativesd.pictures.preprocess import canny as canny
     from nativesd.pictures.result import Result as Result
+    from nativesd.pictures.soft import SoftInpaint as SoftInpaint
     from nativesd.pipeline.asked.arguments import GenerateOptions, Prompt
     from nativesd.pipeline.asked.hires import Hires as Hires
     from nativesd.pipeline.asked.repeat import options_from as options_from
@@ -71,6 +72,7 @@ _HOMES = {
     "checkpoints.merging.merge": ("merge",),
     "pictures.preprocess": ("canny",),
     "pictures.result": ("Result",),
+    "pictures.soft": ("SoftInpaint",),
     "diffusion.control": ("Control",),
     "diffusion.guiding.guiders": ("APG", "PAG", "SEG", "SLG", "TCFG", "DynamicThreshold", "FreeU", "Interval"),
     "diffusion.images.prompts": ("ImageEmbeddings", "ImagePrompt"),
@@ -119,6 +121,7 @@ __all__ = [
     "Result",
     "Sampling",
     "Similar",
+    "SoftInpaint",
     "Step",
     "Stream",
     "Tiles",

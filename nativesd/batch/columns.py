@@ -26,6 +26,7 @@ from nativesd.diffusion.regions import Region
 from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import SourceError, UsageError, quote
 from nativesd.pictures.images import read_image
+from nativesd.pictures.soft import SoftInpaint
 from nativesd.pipeline.asked.arguments import CallOptions, Checked, LoadOptions, check, readers_of
 from nativesd.pipeline.asked.elsewhere import ELSEWHERE
 from nativesd.pipeline.asked.hires import Hires
@@ -289,6 +290,7 @@ BUILT: Mapping[str, Callable[[str, Any], Any]] = {
     "sdxl": _one(SDXL),
     "variation": _one(Variation),
     "sampling": _one(Sampling),
+    "soft_inpaint": _one_or_number(SoftInpaint),
     "control": _several(Control),
     "regions": _several(Region),
     "image_prompts": _several(ImagePrompt),

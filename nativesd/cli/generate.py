@@ -21,8 +21,8 @@ NEEDS = {
     **dict.fromkeys(("mask", "strength", "steps_as", "resize", "outpaint", "image_guidance_scale"), ("image",)),
     **dict.fromkeys(("churn_min", "churn_max"), ("churn",)),
     "variation_seed": ("variation_strength",), "mask_blur": ("mask", "outpaint"), "mask_fill": ("mask", "outpaint"),
-    "only_masked": ("mask",), "refiner_at": ("refiner",), "guess_mode": ("control",),
-    "image_encoder": ("image_prompts",), "engines": ("backend",),
+    "only_masked": ("mask",), "soft_inpaint": ("mask", "outpaint"), "refiner_at": ("refiner",),
+    "guess_mode": ("control",), "image_encoder": ("image_prompts",), "engines": ("backend",),
 }  # fmt: skip
 """Options that do nothing without one of others; those whose names go on after another's (--hires-steps) need that."""
 
@@ -94,6 +94,11 @@ NEEDS = {
         help="What is under --mask at first [default: original].",
     ),
     click.option("--only-masked", type=int, metavar="PIXELS", help="Repaint only --mask and so many pixels around it."),
+    click.option(
+        "--soft-inpaint",
+        metavar="SETTINGS",
+        help='Paint the greys of --mask by degrees: "default", or such as mask_blend_scale=1,mask_blend_power=2.',
+    ),
     click.option("--image-guidance-scale", type=float, help="How much an instruct-pix2pix model keeps [default: 1.5]."),
 )
 @section(

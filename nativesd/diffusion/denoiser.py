@@ -19,6 +19,7 @@ from nativesd.errors import NativesdWarning
 from nativesd.models.edits import Edits
 from nativesd.models.reuse import Reuse
 from nativesd.models.unet import ImageContext, UNet
+from nativesd.pictures.soft import SoftMask
 from nativesd.sampling.methods.onestep import Denoiser
 from nativesd.sampling.published import EDM
 from nativesd.sampling.steps import Steps
@@ -237,6 +238,11 @@ def keep_known(denoise: Denoiser, known: Tensor, noise: Tensor, mask: Tensor) ->
         return torch.lerp(known, denoise(x, sigma), mask)
 
     return inpaint
+
+
+def keep_softly(denoise: Denoiser, soft: SoftMask) -> Denoiser:
+    """A denoiser whose answers are mixed with the picture that a soft mask has begun with, the more the noisier."""
+    return lambda x, sigma: soft.blended(denoise(x, sigma), sigma)
 
 
 def watch(denoise: Denoiser, steps: Steps, report: Callable[[int, float, Tensor, Tensor], None]) -> Denoiser:

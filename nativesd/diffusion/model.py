@@ -13,7 +13,7 @@ from nativesd.config import UNetConfig
 from nativesd.diffusion.conditioning import Role
 from nativesd.diffusion.config import EDITING, INPAINTING
 from nativesd.diffusion.control import Control, ControlModel, make_hint, steer
-from nativesd.diffusion.denoiser import Guided, guidance_embedding, keep_known, watch
+from nativesd.diffusion.denoiser import Guided, guidance_embedding, keep_known, keep_softly, watch
 from nativesd.diffusion.guiding.combine import Guidance
 from nativesd.diffusion.guiding.guiders import Guider, combiners_of, guided_sides
 from nativesd.diffusion.images.keys import ImageKeyring, ImagePrompting
@@ -28,9 +28,9 @@ from nativesd.latents.preview import Step
 from nativesd.models.edits import Edit
 from nativesd.models.tiling import Circular, Tiling
 from nativesd.models.tiny_vae import TinyVAE
-from nativesd.pictures.masks import mask_to_latents, mask_to_tensor
+from nativesd.pictures.masks import mask_to_tensor
 from nativesd.sampling.calls import Call
-from nativesd.sampling.methods.onestep import Noise
+from nativesd.sampling.methods.onestep import Denoiser, Noise
 from nativesd.sampling.names import Choice
 from nativesd.sampling.noise import BrownianNoise, NoiseKind, NoiseSource, move_noise
 from nativesd.sampling.options import Sampling
@@ -109,10 +109,11 @@ class Diffusion(Loaded):
 
         inpainting = config.unet.in_channels == INPAINTING
         known, channels = None, None
-        if not start.all_noise or not inpainting:
+        if not start.all_noise or not inpainting or start.soft is not None:
             known = start.latents if start.latents is not None else self._draw(start.pixels(), source, job)
         noise = source.first(shape).to(self.device)
-        mask = None if start.mask is None else mask_to_latents(start.mask, factor).to(self.device)
+        cells = start.cells(factor)
+        mask = None if cells is None else cells.to(self.device)
         if mask is not None and start.mask is not None:
             visible = start.pixels() * (mask_to_tensor(start.mask) < 0.5).to(self.device)
             hidden = self._draw(visible, source, job)  # diffusers draws for it even where no UNet looks at it
@@ -124,10 +125,14 @@ class Diffusion(Loaded):
             x = noise * plan.start
         else:
             x = known + noise * float(plan.sigmas[0])
-        if known is None or mask is None or inpainting:
+        if known is None or mask is None or (inpainting and start.soft is None):
             return self._sample(job, plan, x, source, size, steps, channels=channels)
-        latents = self._sample(job, plan, x, source, size, steps, keep=(known, noise, mask))
-        return torch.lerp(known, latents, mask)
+        if start.soft is not None:
+            start.soft.begin(known, mask)
+            softly = partial(keep_softly, soft=start.soft)
+            return self._sample(job, plan, x, source, size, steps, channels=channels, keep=softly)
+        firmly = partial(keep_known, known=known, noise=noise, mask=mask)
+        return torch.lerp(known, self._sample(job, plan, x, source, size, steps, keep=firmly), mask)
 
     def _draw(self, pixels: Tensor, source: NoiseSource, job: Job) -> Tensor:
         """Latents (B, C, h, w) of a picture (1, 3, H, W), drawn for every seed; A1111's noise is not spent on that."""
@@ -146,12 +151,12 @@ class Diffusion(Loaded):
         steps: int,
         *,
         channels: Tensor | None = None,
-        keep: tuple[Tensor, Tensor, Tensor] | None = None,
+        keep: Callable[[Denoiser], Denoiser] | None = None,
     ) -> Tensor:
         """From x at the first sigma to clean latents (B, C, h, w); the refiner takes over where there is one.
 
         steps     what was asked for, by which prompts change
-        channels  further inputs of the UNet; keep  what `keep_known` takes beside the denoiser
+        channels  further inputs of the UNet; keep  what keeps of a picture what its mask leaves
         """
         total = len(plan.timesteps)
         noise: Noise = lambda sigma, sigma_next: move_noise(source.draw(x.shape[1:]), self.device)  # noqa: E731
@@ -173,7 +178,7 @@ class Diffusion(Loaded):
                 job, part, call.steps(plan), x, size, steps, channels, steered=model is self
             )
             call = replace(call, unguided=guided.unguided)
-            denoise = guided if keep is None else keep_known(guided, *keep)
+            denoise = guided if keep is None else keep(guided)
             denoise = watch(denoise, call.steps(part), partial(self._report, job, begin, total))
             modules = [model.unet, *(network.module for network in networks)]
             with model._visiting(*modules), going_around(modules, job.tiling):

@@ -9,6 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from nativesd.errors import UsageError
+from nativesd.pictures.masks import greys_to_latents, mask_to_latents
+from nativesd.pictures.soft import SoftMask
 
 StepsAs = Literal["diffusers", "a1111", "all"]
 """How many of n steps a picture goes through that is to lose a share s of itself:
@@ -32,7 +34,8 @@ class Start:
     """A picture to begin from, (1 or B, 3, H, W) in [-1, 1], or its latents; `strength` of the noise is put on it.
 
     `mask` (of the picture's size, grey) is white where the picture is painted anew. Of `fill`, latents are put there by
-    "noise" and "nothing"; what the others mean has been done to the picture.
+    "noise" and "nothing"; what the others mean has been done to the picture. With `soft` the mask's greys are painted
+    as that says.
     """
 
     strength: float
@@ -41,6 +44,13 @@ class Start:
     mask: Image.Image | None = None
     steps_as: StepsAs = "diffusers"
     fill: MaskFill = "original"
+    soft: SoftMask | None = None
+
+    def cells(self, factor: int) -> Tensor | None:
+        """The mask (1, 1, h, w), 0 to 1, of cells of `factor` pixels; None: there is none. UsageError: none is left."""
+        if self.mask is None:
+            return None
+        return (mask_to_latents if self.soft is None else greys_to_latents)(self.mask, factor)
 
     def pixels(self) -> Tensor:
         """The picture. Raises UsageError where there are latents only."""

@@ -139,6 +139,15 @@ def _value_at(line: str, start: int) -> tuple[str, int]:
 ONLY_MASKED = "Only masked"
 MASKED_CONTENT = {"fill": "fill", "noise": "latent noise", "nothing": "latent nothing"}
 """The option `mask_fill` as A1111 writes it (modules/processing.py)."""
+SOFT_INPAINT = "Soft inpainting enabled"
+SOFT_INPAINT_FIELDS = {
+    "mask_blend_power": "Soft inpainting schedule bias", "mask_blend_scale": "Soft inpainting preservation strength",
+    "inpaint_detail_preservation": "Soft inpainting transition contrast boost",
+    "composite_mask_influence": "Soft inpainting mask influence",
+    "composite_difference_threshold": "Soft inpainting difference threshold",
+    "composite_difference_contrast": "Soft inpainting difference contrast",
+}  # fmt: skip
+"""What A1111's extension calls the fields of a `SoftInpaint`."""
 SAMPLING_FIELDS = {
     "churn": "Sigma churn", "churn_min": "Sigma tmin", "churn_max": "Sigma tmax", "noise": "Sigma noise",
     "sigma_min": "Schedule min sigma", "sigma_max": "Schedule max sigma", "rho": "Schedule rho",

@@ -86,7 +86,21 @@ def mask_to_latents(mask: Image.Image, factor: int) -> Tensor:
     inpainting pipelines give to the UNet. Raises UsageError where that leaves nothing white.
     """
     cells = F.interpolate(mask_to_tensor(mask), size=(mask.height // factor, mask.width // factor))
-    if cells.max() < 0.5:
+    return _require_left(cells, 0.5, factor)
+
+
+def greys_to_latents(mask: Image.Image, factor: int) -> Tensor:
+    """The mask's greys at one value per latent cell, (1, 1, H / factor, W / factor) float32, 0 to 1.
+
+    A cell has about the mean of its pixels: a bicubic reduction, as in A1111's modules/processing.py. Raises UsageError
+    where that leaves only black.
+    """
+    small = mask.convert("L").resize((mask.width // factor, mask.height // factor), Image.Resampling.BICUBIC)
+    return _require_left(mask_to_tensor(small), 1 / 255, factor)
+
+
+def _require_left(cells: Tensor, least: float, factor: int) -> Tensor:
+    if cells.max() < least:
         raise UsageError(f"nothing is left of the mask at {factor} pixels per latent cell: paint a larger area white")
     return cells
 

@@ -72,6 +72,14 @@ def put_back(picture: Image.Image, painted: Image.Image, mask: Image.Image, box:
     return paste(picture, whole, mask)
 
 
+def placed(mask: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+    """A mask of the part in a box as one of the whole picture, of a size, black around the part."""
+    left, top, right, bottom = box
+    whole = Image.new("L", size)
+    whole.paste(fit(mask, right - left, bottom - top, "crop").image, (left, top))
+    return whole
+
+
 RADII = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
 """The radius of a blur, and how often its result is laid over the one before."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Unpack
@@ -22,6 +23,7 @@ from nativesd.errors import Interrupted, UsageError
 from nativesd.latents.preview import Step
 from nativesd.pictures import images
 from nativesd.pictures.result import Result
+from nativesd.pictures.soft import SoftMask
 from nativesd.pipeline.asked.arguments import CallOptions, Checked, Prompt, check, signed
 from nativesd.pipeline.asked.chosen import choose, recorded
 from nativesd.pipeline.asked.hires import Hires
@@ -83,6 +85,7 @@ class Pipeline(Twice):
         mask_fill       what is under `mask` at first: "original", "fill" (the colours around it), "noise" or "nothing"
         only_masked     repaint only what `mask` covers, and so many pixels around it, at `width` x `height`, and put it
                         back into the whole picture
+        soft_inpaint    paint the greys of `mask` by degrees, and blend by what changed: True, or a `SoftInpaint`
         hires           a second pass at a larger size: a `Hires`, or its scale
         refiner         an SDXL refiner, loaded, which takes the last steps
         refiner_at      from how far on it takes them, 0 to 1. Default 0.8
@@ -210,8 +213,9 @@ class Pipeline(Twice):
             image_prompts=self.prepared(image_prompts, asked.image_encoder),
         )
 
-        start = None
+        start, soft = None, None
         if inputs.picture is not None:
+            soft = None if asked.soft_inpaint is None else SoftMask(asked.soft_inpaint)
             strength = asked.strength
             if strength is None:
                 strength = STRENGTH if inputs.mask is None else 1.0
@@ -221,6 +225,7 @@ class Pipeline(Twice):
                 mask=inputs.mask,
                 steps_as=asked.steps_as,
                 fill=asked.mask_fill,
+                soft=soft,
             )
         elif asked.latents is not None:
             known = asked.latents.to(self.device, torch.float32)
@@ -233,8 +238,9 @@ class Pipeline(Twice):
         parameters["notes"] += given.notes
 
         def finish(latents: Tensor, *notes: str) -> Result:
+            covers = repeat(None) if soft is None else soft.composites(latents, config.vae.factor)
             return Result(
-                images=[inputs.finished(picture) for picture in self.decode(latents, tiling=asked.tiling)],
+                images=[*map(inputs.finished, self.decode(latents, tiling=asked.tiling), covers)],
                 seeds=list(asked.seeds),
                 latents=latents,
                 parameters=parameters | {"notes": [*parameters["notes"], *notes]},

@@ -11,12 +11,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import nativesd
 from nativesd.diffusion import loaded
 from nativesd.diffusion.start import Start
 from nativesd.errors import NoMemoryError, UsageError
+from nativesd.pictures.masks import greys_to_latents
 from nativesd.pipeline.asked.hires import UPSCALERS
 from nativesd.sampling.names import find_sampler
 from nativesd.sampling.published import Kind
@@ -488,9 +489,63 @@ def test_what_is_under_the_mask_at_first(folders: dict[str, Path], tmp_path: Pat
     assert (noise[0] == noise[1]).all()
 
 
+def soft_hole() -> Image.Image:
+    return hole().filter(ImageFilter.GaussianBlur(8))
+
+
+@pytest.mark.parametrize("name", ["sd15", "inpaint"])
+def test_soft_inpainting_mixes_every_answer_with_the_picture(folders: dict[str, Path], name: str) -> None:
+    """A sampler that lands on the last answer ends where the formula says; black stays, and the picture repeats."""
+    ours = nativesd.load(folders[name], device="cpu")
+    settings = nativesd.SoftInpaint(mask_blend_scale=2, composite_mask_influence=0.5)
+    options: dict[str, Any] = {"image": photo(), "mask": soft_hole(), "mask_blur": 0, "steps": 4, "seed": 3,
+                               "strength": 0.75, "sampler": "Euler", "schedule": "karras"}  # fmt: skip
+    answers: list[torch.Tensor] = []
+    made = ours("a cat", soft_inpaint=settings, on_step=lambda step: answers.append(step.denoised), **options)
+    torch.testing.assert_close(made.latents, answers[-1])
+    black = greys_to_latents(soft_hole(), 64 // made.latents.shape[3])[0, 0] == 0
+    assert black.any()
+    assert (answers[0] - answers[-1])[0][:, black].abs().max() < 1e-4
+    assert (answers[0] - answers[-1])[0][:, ~black].abs().max() > 1e-2
+    assert (made.latents != ours("a cat", **options).latents).any()
+
+
+def test_soft_inpainting_is_covered_by_what_changed(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of the whole and of a part; and parameters have A1111's fields, which make the option again."""
+    ours = nativesd.load(folders["sd15"], device="cpu")
+    picture = photo(150, 110)
+    mask = Image.new("L", picture.size)
+    mask.paste(255, (60, 40, 76, 56))
+    options: dict[str, Any] = {"steps": 4, "seed": 3, "strength": 0.6, "mask_blur": 4, "width": SIDE, "height": SIDE,
+                               "image": picture, "mask": mask, "only_masked": 8, "num_images": 2}  # fmt: skip
+    made = ours("a cat", soft_inpaint=True, **options)
+    same = ours("a cat", soft_inpaint="composite_difference_threshold=8", **options)
+    assert (made.latents == same.latents).all()  # the threshold is of the end alone
+    found, little = (np.abs(np.asarray(each.images[0], int) - np.asarray(picture)).sum() for each in (made, same))
+    assert found > little
+    box = made.parameters["notes"][0]
+    assert box == "only 52x52 pixels at 42, 22 are repainted"
+    outside = np.ones((110, 150), bool)
+    outside[22:74, 42:94] = False
+    np.testing.assert_array_equal(np.asarray(made.images[0])[outside], np.asarray(picture)[outside])
+    assert (
+        "Soft inpainting enabled: True, Soft inpainting schedule bias: 1, Soft inpainting preservation strength: 0.5, "
+        "Soft inpainting transition contrast boost: 4, Soft inpainting mask influence: 0, "
+        "Soft inpainting difference threshold: 0.5, Soft inpainting difference contrast: 2" in made.infotext()
+    )
+    same.save(tmp_path / "made.png")
+    again, unheeded = nativesd.options_from(tmp_path / "made-0.png")
+    assert again["soft_inpaint"] == nativesd.SoftInpaint(composite_difference_threshold=8)
+    assert unheeded == []
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"soft_inpaint": True}, "soft_inpaint is for a mask"),
+        ({"soft_inpaint": 3, "mask": hole()}, "must be a SoftInpaint, or True, not 3"),
+        ({"soft_inpaint": "blur=3", "mask": hole()}, "has no 'blur'"),
+        ({"soft_inpaint": nativesd.SoftInpaint(9), "mask": hole()}, "mask_blend_power must be between 0 and 8, not 9"),
         ({"only_masked": 8}, "only_masked is for a mask"),
         ({"mask_fill": "noise"}, "mask_fill is for a mask"),
         ({"only_masked": 8, "mask": hole(), "outpaint": (8, 0, 0, 0)}, "no outpaint"),

@@ -203,6 +203,9 @@ def test_what_is_not_heeded_is_named(server: Running) -> None:
         ("txt2img", {"script_name": "xyz"}, 422, "xyz"),
         ("txt2img", {"alwayson_scripts": {"roop": {"args": [1]}}}, 422, "roop"),
         ("txt2img", {"alwayson_scripts": {"ADetailer": {"args": [True]}}}, 422, "ADetailer"),
+        ("txt2img", {"alwayson_scripts": {"soft inpainting": {"args": ["yes"]}}}, 422, "enabled"),
+        ("txt2img", {"alwayson_scripts": {"soft inpainting": {"args": [{"Bias": 1}]}}}, 422, "Bias"),
+        ("txt2img", {"alwayson_scripts": {"soft inpainting": {"args": [True] * 8}}}, 422, "at most 7"),
         ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"model": "tiny"}]}}}, 422, "image"),
         ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"model": "x", "image": "aa"}]}}}, 422, "image"),
         ("txt2img", {"override_settings": {"sd_model_checkpoint": "/etc/passwd"}}, 422, "model"),
@@ -225,6 +228,40 @@ def test_what_cannot_be(server: Running, path: str, body: dict[str, Any], status
     assert says in json.dumps(answer.json()["detail"])
 
 
+@pytest.mark.parametrize(
+    ("script", "settings"),
+    [
+        ({"args": [True]}, {}),
+        ({"args": [True, 2, 0.25, None, 0.5]},
+         {"mask_blend_power": 2, "mask_blend_scale": 0.25, "composite_mask_influence": 0.5}),
+        ({"args": [{"Soft inpainting": True, "Schedule bias": 2, "Difference contrast": 3}]},
+         {"mask_blend_power": 2, "composite_difference_contrast": 3}),
+        ({"args": {"Soft inpainting mask influence": 1, "mask_blend_scale": 4}},
+         {"composite_mask_influence": 1, "mask_blend_scale": 4}),
+        ({"args": [False, 2]}, None),
+        ({"args": [{"Soft inpainting": False, "Schedule bias": 2}]}, None),
+    ],
+)  # fmt: skip
+def test_soft_inpainting(
+    api: webuiapi.WebUIApi, pipe: nativesd.Pipeline, picture: Image.Image, mask: Image.Image, script: Any, settings: Any
+) -> None:
+    made = api.img2img(
+        images=[picture], mask_image=mask, inpaint_full_res=False, inpainting_fill=1, mask_blur=8,
+        alwayson_scripts={"Soft Inpainting": script}, **HERE,
+    )  # fmt: skip
+    soft = None if settings is None else nativesd.SoftInpaint(**settings)
+    wanted = pipe(PROMPT, **OURS, image=picture, mask=mask, mask_blur=8, strength=0.75, steps_as="a1111",
+                  width=64, height=64, soft_inpaint=soft)  # fmt: skip
+    same(made.image, wanted)
+    assert ("Soft inpainting enabled: True" in made.info["infotexts"][0]) == (soft is not None)
+
+
+def test_soft_inpainting_without_a_mask_is_named(server: Running) -> None:
+    body = {**HERE, "alwayson_scripts": {"soft inpainting": {"args": [True]}}}
+    notes = json.loads(server.post("/sdapi/v1/txt2img", body).json()["info"])["notes"]
+    assert "alwayson_scripts.soft inpainting (it is for a mask)" in " ".join(notes)
+
+
 def test_switched_off_scripts_are_accepted(api: webuiapi.WebUIApi) -> None:
     scripts = {"ADetailer": {"args": [False]}, "animatediff": {"args": [False]}, "ControlNet": {"args": []}}
     assert api.txt2img(**HERE, alwayson_scripts=scripts).image
@@ -240,6 +277,7 @@ def test_the_lists(api: webuiapi.WebUIApi, server: Running) -> None:
     assert api.get_hypernetworks() == []
     assert api.get_memory()["ram"]["total"] > 0
     assert api.get_scripts()["txt2img"] == ["controlnet", "controlnet m2m"]
+    assert api.get_scripts()["img2img"] == ["controlnet", "soft inpainting", "controlnet m2m"]
     for name in ("cmd-flags", "sd-vae", "script-info", "latent-upscale-modes", "server-info", "face-restorers"):
         assert server.get(f"/sdapi/v1/{name}").status_code == 200
     for name in ("checkpoints", "loras", "vae", "embeddings"):

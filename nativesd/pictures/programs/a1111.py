@@ -13,6 +13,8 @@ from nativesd.pictures.infotext import (
     ONLY_MASKED,
     SAMPLING_FIELDS,
     SDXL_FIELDS,
+    SOFT_INPAINT,
+    SOFT_INPAINT_FIELDS,
     Infotext,
     parse_infotext,
     schedule_named,
@@ -128,7 +130,14 @@ _SAMPLING: dict[str, tuple[str, Callable[[str, str], object]]] = {
     name.lower(): (field, real) for field, name in SAMPLING_FIELDS.items()
 }
 
-_RECORDS = {"hires": _HIRES, "variation": _VARIATION, "sdxl": _SDXL, "sampling": _SAMPLING}
+_SOFT: dict[str, tuple[str, Callable[[str, str], object]]] = {
+    SOFT_INPAINT.lower(): ("enabled", _truth),
+    **{name.lower(): (field, real) for field, name in SOFT_INPAINT_FIELDS.items()},
+}
+
+_RECORDS = {
+    "hires": _HIRES, "variation": _VARIATION, "sdxl": _SDXL, "sampling": _SAMPLING, "soft_inpaint": _SOFT,
+}  # fmt: skip
 """Fields that belong together, by the option that they are."""
 
 _PASSED = {"image prompts": "--image-prompt", "control": "--control"}
@@ -175,8 +184,8 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
 
     Options, each where the text says or implies it: steps, sampler, schedule, guidance_scale, seed, width, height,
     strength, clip_skip, guidance_rescale, eta, noise ("cpu" or "cuda"), literal, mask_blur, image_guidance_scale,
-    hires, variation, sdxl, sampling, guidance (a text) and model (a name, not a path). `variation` has fields of a
-    `Variation`, `sdxl` of an `SDXL`, `sampling` of a `Sampling`.
+    hires, variation, sdxl, sampling, soft_inpaint, guidance (a text) and model (a name, not a path). `variation` has
+    fields of a `Variation`, `sdxl` of an `SDXL`, `sampling` of a `Sampling`, `soft_inpaint` of a `SoftInpaint`.
     `hires` is a dict with upscale or width and height (one of them may be 0: by the ratio), steps, upscaler and
     strength, which is what "Denoising strength" means beside it. Names of fields match in any case. A fused sampler
     such as "DPM++ 2M Karras" stays one name, without a schedule.
@@ -244,6 +253,8 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
         options["hires"] = hires
     if sdxl:
         options["sdxl"] = sdxl
+    if records["soft_inpaint"].pop("enabled", False):
+        options["soft_inpaint"] = records["soft_inpaint"]
     if records["sampling"]:
         options["sampling"] = records["sampling"]
     if variation.get("strength") or variation.keys() & {"resize_from", "ensd"}:

@@ -44,6 +44,7 @@ from nativesd.errors import UsageError
 from nativesd.latents.preview import Step
 from nativesd.models.tiling import Tiling
 from nativesd.pictures.images import Fit, ImageSource
+from nativesd.pictures.soft import SoftInpaint
 from nativesd.pipeline.asked.elsewhere import ELSEWHERE
 from nativesd.pipeline.asked.hires import Hires
 from nativesd.pipeline.asked.readers import Reader, flag, is_list, one_of, real, text, whole
@@ -73,7 +74,7 @@ from nativesd.pipeline.asked.records import (
     read_tiling,
     read_variation,
 )
-from nativesd.pipeline.asked.worded import read_guidance, read_savings
+from nativesd.pipeline.asked.worded import read_guidance, read_savings, read_soft_inpaint
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.noise import NoiseKind
 from nativesd.sampling.options import PLAIN, Sampling
@@ -139,6 +140,7 @@ class CallOptions(TypedDict, total=False):
     mask_blur: int | None
     mask_fill: MaskFill | None
     only_masked: int | None
+    soft_inpaint: SoftInpaint | bool | str | None
     hires: Hires | float | None
     refiner: Diffusion | None
     refiner_at: float | None
@@ -288,6 +290,7 @@ class Checked:
     mask_blur: Annotated[int, whole(0, MOST_BLUR)] = 4
     mask_fill: Annotated[MaskFill, one_of(*get_args(MaskFill))] = "original"
     only_masked: Annotated[int | None, whole(0, MOST_SIDE)] = None
+    soft_inpaint: Annotated[SoftInpaint | None, read_soft_inpaint] = None
     hires: Annotated[Hires | None, read_hires] = None
     refiner: Annotated[Diffusion | None, read_refiner] = None
     refiner_at: Annotated[float, real(0, 1)] = 0.8

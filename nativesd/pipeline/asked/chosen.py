@@ -104,6 +104,7 @@ def recorded(
         "mask_blur": None if inputs.mask is None else asked.mask_blur,
         "mask_fill": None if asked.mask_fill == "original" else asked.mask_fill,
         "only_masked": asked.only_masked,
+        "soft_inpaint": None if asked.soft_inpaint is None else asdict(asked.soft_inpaint),
         "image_guidance_scale": asked.image_guidance_scale if config.unet.in_channels == EDITING else None,
         "hires": None if asked.hires is None else asked.hires.fields(),
         "refiner": None if asked.refiner is None else asked.refiner.config.name,

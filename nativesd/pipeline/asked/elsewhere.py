@@ -9,7 +9,7 @@ ELSEWHERE = {
     "prompts": "prompt", "sampler_name": "sampler", "sampler_index": "sampler", "sample_method": "sampler",
     "scheduler": "sampler (which steps how) and schedule (at which noise levels)", "init_image": "image",
     "init_images": "image", "input_image": "image", "mask_image": "mask",
-    "inpainting_fill": "mask_fill", "inpaint_full_res": "only_masked",
+    "inpainting_fill": "mask_fill", "soft_inpainting": "soft_inpaint", "inpaint_full_res": "only_masked",
     "inpaint_full_res_padding": "only_masked", "padding_mask_crop": "only_masked", "denoising_strength": "strength",
     "denoise": "strength", "resize_mode": "resize", "enable_hr": "hires", "hr_scale": "hires", "hires_fix": "hires",
     "denoising_end": "refiner and refiner_at", "denoising_start": "refiner and refiner_at",

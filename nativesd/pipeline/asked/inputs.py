@@ -14,7 +14,7 @@ from nativesd.diffusion.guiding.guiders import Combined, Interval
 from nativesd.diffusion.savings import DeepCache
 from nativesd.errors import UsageError
 from nativesd.pictures import images, masks
-from nativesd.pictures.region import Box, cut_out, fill_masked, put_back
+from nativesd.pictures.region import Box, cut_out, fill_masked, placed, put_back
 from nativesd.pipeline.asked.arguments import Checked
 from nativesd.sampling.table import Sampler
 from nativesd.text.words import FILE as WORDS
@@ -46,11 +46,13 @@ class Inputs:
         """What of the whole picture is painted, where that is a part."""
         return None if self.ground is None else self.ground[2]
 
-    def finished(self, painted: Image.Image) -> Image.Image:
-        """What was painted, with what lies outside of the mask as it was."""
+    def finished(self, painted: Image.Image, cover: Image.Image | None = None) -> Image.Image:
+        """What was painted, with what lies outside of the mask as it was, or of what it is to `cover`, of its size."""
         if self.ground is None:
             return painted
         picture, mask, box = self.ground
+        if cover is not None:
+            mask = cover if box is None else placed(cover, box, picture.size)
         return images.paste(picture, painted, mask) if box is None else put_back(picture, painted, mask, box)
 
 
@@ -109,6 +111,8 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
         raise UsageError("only_masked is for a mask: pass mask= too")
     if mask is None and outpaint is None and asked.mask_fill != "original":
         raise UsageError("mask_fill is for a mask: pass mask= too")
+    if mask is None and outpaint is None and asked.soft_inpaint is not None:
+        raise UsageError("soft_inpaint is for a mask: pass mask= too")
     if asked.only_masked is not None:
         return _part(config, asked, asked.only_masked)
     notes = []

@@ -24,13 +24,14 @@ from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import UsageError
 from nativesd.models.tiling import Tiling
 from nativesd.pictures.clip import Crop
+from nativesd.pictures.soft import SoftInpaint
 from nativesd.pipeline.asked.hires import UPSCALERS, Hires, Upscaler
 from nativesd.pipeline.asked.readers import Reader, is_list, is_path, one_of, pixels, real, shown, text, to_whole, whole
 from nativesd.pipeline.upscaling import is_upscaler_file
 from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import SEEDS, Variation
 
-Record = TypeVar("Record", Hires, SDXL, Variation, Control, Sampling, Region, Tiles)
+Record = TypeVar("Record", Hires, SDXL, Variation, Control, Sampling, Region, Tiles, SoftInpaint)
 Border = tuple[int, int, int, int]
 MOST_HIRES = 16
 MOST_SIDE = 16_384

@@ -11,6 +11,7 @@ from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import UsageError
 from nativesd.pictures.programs.find import read_recipe
 from nativesd.pictures.programs.recipe import Recipe
+from nativesd.pictures.soft import SoftInpaint
 from nativesd.pipeline.asked.hires import UPSCALERS, Hires
 from nativesd.pipeline.asked.worded import read_guidance, read_savings
 from nativesd.sampling.names import find_sampler, find_schedule
@@ -61,6 +62,8 @@ def options_of(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         options["tiles"] = Tiles(*options["tiles"])
     if "regions" in options:
         options["regions"] = [Region(**{"prompt": "", **region}) for region in options["regions"]]
+    if "soft_inpaint" in options:
+        options["soft_inpaint"] = SoftInpaint(**options["soft_inpaint"])
     if "sampling" in options:
         options["sampling"] = Sampling(**options["sampling"])
     if "variation" in options:

@@ -31,7 +31,7 @@ from nativesd.server.wire.bodies import Intake, data_of, read_object
 from nativesd.server.wire.waiting import events_of, sent, server_sent, wait_for
 
 EXTRA = ("seed", "steps", "negative_prompt", "guidance_scale", "sampler", "schedule", "clip_skip")
-EXTRA_EDIT = (*EXTRA, "strength", "mask_blur", "mask_fill", "only_masked")
+EXTRA_EDIT = (*EXTRA, "strength", "mask_blur", "mask_fill", "only_masked", "soft_inpaint")
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 NEUTRAL = ("auto", "standard", "opaque", "low")
 """Values of fields that are about OpenAI's models only; others are named in the answer's `notes`."""

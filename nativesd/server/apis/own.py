@@ -18,6 +18,7 @@ from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
 from nativesd.diffusion.tiles import Tiles
 from nativesd.errors import UsageError
+from nativesd.pictures.soft import SoftInpaint
 from nativesd.pipeline.asked.arguments import CallOptions
 from nativesd.pipeline.asked.hires import UPSCALERS, Hires
 from nativesd.pipeline.asked.readers import real, text
@@ -91,6 +92,8 @@ def read_order(body: Mapping[str, Any], context: Context) -> Order:
         given["sdxl"] = record_of(SDXL, "sdxl", given["sdxl"])
     if "sampling" in given:
         given["sampling"] = record_of(Sampling, "sampling", given["sampling"])
+    if isinstance(given.get("soft_inpaint"), dict):
+        given["soft_inpaint"] = record_of(SoftInpaint, "soft_inpaint", given["soft_inpaint"])
     if "regions" in given:
         given["regions"] = [_region(value, intake) for value in listed("regions", given["regions"])]
     if "loras" in given:

@@ -27,6 +27,7 @@ from nativesd.sampling.variation import Variation
 from nativesd.server.apis.sd.controlnet import read_controls
 from nativesd.server.apis.sd.fields import IMG2IMG, TXT2IMG, read_fields
 from nativesd.server.apis.sd.info import infotext_info
+from nativesd.server.apis.sd.soft import SOFT, read_soft
 from nativesd.server.apis.sd.style import answered
 from nativesd.server.context import Context, context_of
 from nativesd.server.jobs.job import Job
@@ -39,10 +40,10 @@ NAMES = {"num_images": "batch_size times n_iter"}
 PLAIN = ("steps", "negative_prompt", "width", "height", "eta")
 RESIZE = ("resize", "crop", "fill")
 FILLS = ("fill", "original", "noise", "nothing")
-SCRIPTS = ("controlnet",)
+SCRIPTS = ("controlnet", SOFT)
 OFF: Mapping[str, Any] = {
     "adetailer": False, "animatediff": False, "refiner": False, "seed": False, "sampler": False, "hypertile": False,
-    "comments": False, "extra options": False, "soft inpainting": False, "never oom integrated": False,
+    "comments": False, "extra options": False, "never oom integrated": False,
 }  # fmt: skip
 """Scripts that clients send switched off: their first argument is this then. Switched on they are 422."""
 
@@ -127,7 +128,9 @@ def read_request(body: Mapping[str, Any], context: Context, *, from_text: bool) 
     context.require_bounded(Order(model, [Call(prompt, options)], refiner), NAMES)  # hints are made in the size next
     cut = "only_masked" in options  # hints are of the whole picture then, and are cut with it
     size = (None, None) if cut else (options.get("width"), options.get("height"))
-    options |= read_controls(_scripts(fields), context, intake, size, unheeded)
+    scripts = _scripts(fields)
+    options |= read_controls(scripts["controlnet"], context, intake, size, unheeded)
+    options |= read_soft(scripts[SOFT], masked="mask" in options, unheeded=unheeded)
 
     seed = fields.get("seed", -1)
     seed = secrets.randbits(32) if seed == -1 else seed
@@ -307,17 +310,19 @@ def binary_mask(mask: Image.Image) -> Image.Image:
     return mask.convert("L")
 
 
-def _scripts(fields: Mapping[str, Any]) -> list[Any]:
-    """The arguments of the ControlNet script. Raises Refusal for a script that is not here."""
+def _scripts(fields: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The arguments of the scripts that are here. Raises Refusal for a script that is not here."""
     if fields.get("script_name"):
         raise Refusal(422, f"Script '{fields['script_name']}' not found", field="script_name")
-    units: list[Any] = []
+    given: dict[str, list[Any]] = {name: [] for name in SCRIPTS}
     for name, script in fields.get("alwayson_scripts", {}).items():
         arguments = script.get("args", []) if isinstance(script, dict) else script
+        if name.lower() == SOFT and isinstance(arguments, dict):
+            arguments = [arguments]
         if not isinstance(arguments, list):
             raise UsageError(f"alwayson_scripts.{name}.args must be a list")
         if name.lower() in SCRIPTS:
-            units += arguments
+            given[name.lower()] += arguments
         elif name.lower() not in OFF or arguments[:1] not in ([], [OFF[name.lower()]]):
             raise Refusal(422, f"always on script {name} not found", field="alwayson_scripts")
-    return units
+    return given

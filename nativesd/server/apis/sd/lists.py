@@ -22,9 +22,10 @@ from nativesd.server.wire.answers import answering, json_answer
 from nativesd.version import __version__
 from nativesd.weights.files.hashes import known_hashes
 
-SCRIPTS = ["controlnet"]
-LISTED = [*SCRIPTS, "controlnet m2m"]
-"""With the extension's other script, by which webuiapi knows that it is there; else its next request repeats units."""
+SCRIPTS = {False: ["controlnet"], True: ["controlnet", "soft inpainting"]}
+"""By whether they are for pictures that begin from pictures."""
+BESIDE = "controlnet m2m"
+"""The extension's other script, by which webuiapi knows that it is there; else its next request repeats units."""
 
 
 def routes() -> list[Route]:
@@ -45,11 +46,11 @@ def routes() -> list[Route]:
         "loras": lambda context: [_lora(name, file) for name, file in context.catalogue.loras.items()],
         "embeddings": _embeddings,
         "memory": lambda _: _memory(),
-        "scripts": lambda _: {"txt2img": LISTED, "img2img": LISTED},
+        "scripts": lambda _: {"txt2img": [*SCRIPTS[False], BESIDE], "img2img": [*SCRIPTS[True], BESIDE]},
         "script-info": lambda _: [
             {"name": name, "is_alwayson": True, "is_img2img": is_img2img, "args": []}
             for is_img2img in (False, True)
-            for name in SCRIPTS
+            for name in SCRIPTS[is_img2img]
         ],
         "extensions": lambda _: [],
         "server-info": _server,
