@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,3 +71,8 @@ def joined(asked: Checked, results: Sequence[Result]) -> Result:
     }
     pictures = [picture for result in results for picture in result.images]
     return Result(pictures, seeds, parameters, torch.cat([result.latents for result in results]), each)
+
+
+def finished(asked: Checked, done: Sequence[Result], last: Callable[[], Result]) -> Result:
+    """What there is of a call that was ended: its prompts' pictures so far."""
+    return joined(asked, [*done, last()])

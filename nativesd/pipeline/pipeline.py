@@ -30,7 +30,7 @@ from nativesd.pipeline.asked.hires import Hires
 from nativesd.pipeline.asked.inputs import read_inputs
 from nativesd.pipeline.asked.placed import placed
 from nativesd.pipeline.asked.tagged import tagged_prompts
-from nativesd.pipeline.each import by_prompt, joined
+from nativesd.pipeline.each import by_prompt, finished, joined
 from nativesd.pipeline.plan import Plan
 from nativesd.pipeline.twice import Twice
 from nativesd.tuning.memory import memory_explained
@@ -147,7 +147,7 @@ class Pipeline(Twice):
                 done.append(self._make(plan, hires, on_step))
             except Interrupted as ended:
                 if done and ended.finish is not None:
-                    ended.finish = partial(_finished, asked, done, ended.finish)
+                    ended.finish = partial(finished, asked, done, ended.finish)
                 raise
         return joined(asked, done) if len(done) > 1 else done[0]
 
@@ -333,11 +333,6 @@ class Pipeline(Twice):
         """Free what an accelerated pipeline's backend holds; returns how many bytes that was, as far as it is known."""
         with self.turns.wait():
             return 0 if self.acceleration is None else self.acceleration.close()
-
-
-def _finished(asked: Checked, done: Sequence[Result], last: Callable[[], Result]) -> Result:
-    """What there is of a call that was ended: its prompts' pictures so far."""
-    return joined(asked, [*done, last()])
 
 
 def _ending(on_step: Callable[[Step], object] | None, ending: Event) -> Callable[[Step], object]:
