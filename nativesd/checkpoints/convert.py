@@ -66,7 +66,7 @@ def convert(
     given: Mapping[str, object] = {
         "dtype": dtype, "unet": unet, "vae": vae, "text_encoders": text_encoders, "prune": prune, "keep": keep,
     }  # fmt: skip
-    if layout in ("kohya", "peft") or (layout == "diffusers" and path.suffix == ".safetensors" and _is_lora(source)):
+    if layout in ("kohya", "peft") or (layout == "diffusers" and _is_lora(source)):
         if said := [name for name, value in given.items() if value]:
             raise UsageError(f"{said[0]} is for models: {layout} is a layout of LoRAs here")
         done = convert_lora(source, path, layout=layout, fold_alpha=fold_alpha, base=base)

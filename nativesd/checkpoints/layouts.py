@@ -28,6 +28,7 @@ from nativesd.models.build import expected
 from nativesd.text.tokenizer import FILES, ClipTokenizer, pad_token
 from nativesd.weights.files.source import open_source
 from nativesd.weights.formats.blocks import WRITERS
+from nativesd.weights.formats.container import SUFFIXES
 from nativesd.weights.maps.keymap import BoundMap, load_tables
 from nativesd.weights.maps.published import (
     controlnet_json,
@@ -75,6 +76,8 @@ def check_target(dest: Path, layout: str, dtype: str | None) -> None:
     known = (*DTYPES, *QUANTISED)
     if dtype is not None and dtype not in known:
         raise UsageError(f"dtype must be one of {', '.join(known)}, not {dtype!r}")
+    if dest.suffix in SUFFIXES and dest.suffix not in SINGLE:
+        raise UsageError(f"a model is written as a .safetensors or .gguf file, or a folder: {dest} is neither")
     if (dest.suffix in SINGLE) != (layout == "ldm"):
         kind = "a .safetensors or .gguf file" if layout == "ldm" else "a folder"
         raise UsageError(f"{layout} is {kind}: {dest} is not")

@@ -407,6 +407,12 @@ def test_what_cannot_be_written(model: loras.Model, tmp_path: Path) -> None:
         join_loras([(loha, float("nan"))], out, base=model.folder)
     with pytest.raises(UsageError, match=r"a LoRA is a \.safetensors file"):
         convert_lora(loha, tmp_path / "out", layout="peft")
+    lora = loras.write(
+        pair("lora_te1_text_model_encoder_layers_0_mlp_fc1", 3072, 768), tmp_path / "loha.safetensors", {}
+    )
+    with pytest.raises(UsageError, match=r"a LoRA is a \.safetensors file"):
+        nativesd.convert(lora, tmp_path / "out", layout="diffusers")
+    lora.unlink()
     with pytest.raises(UsageError, match="vae is for models: kohya is a layout of LoRAs here"):
         nativesd.convert(loha, out, layout="kohya", vae="taesd")
     with pytest.raises(UsageError, match="fold_alpha is for LoRAs"):

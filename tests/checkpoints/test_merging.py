@@ -432,6 +432,15 @@ def test_a_recipe_that_cannot_be(text: str, message: str, tmp_path: Path) -> Non
         nativesd.merge(None, tmp_path / "out.safetensors", recipe=tmp_path / "r.toml")
 
 
+def test_a_merged_folder_repeats_itself(folder: Path, tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b"):
+        os.symlink(folder / name, tmp_path / name)
+    nativesd.merge([tmp_path / "a.safetensors", tmp_path / "b"], tmp_path / "out", alpha=0.3)
+    nativesd.merge(None, tmp_path / "again", recipe=tmp_path / "out")
+    for file in (tmp_path / "out").rglob("*.safetensors"):
+        assert (tmp_path / "again" / file.relative_to(tmp_path / "out")).read_bytes() == file.read_bytes()
+
+
 def test_a_checkpoint_without_recipe(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not say that nativesd merged it"):
         nativesd.merge(None, tmp_path / "out.safetensors", recipe=folder / "a.safetensors")
@@ -464,6 +473,8 @@ def test_a_checkpoint_without_recipe(folder: Path, tmp_path: Path) -> None:
         (2, {"method": "sum", "weights": 0.5}, "weights must be a list, not 0.5"),
         (2, {"blocks": 5}, "blocks must be numbers, or names with numbers, not 5"),
         (2, {"only": "unet"}, "only must be a list, not 'unet'"),
+        (2, {"only": ["text_encoder_2"]}, "only: .* has no text_encoder_2, but "),
+        (2, {"only": ["unet"], "blocks": "text_encoder=1"}, "'text_encoder' is in none of what is merged: unet"),
         (2, {"vae": 5}, "vae must be a file, a folder or a hub id, not 5"),
     ],
 )
@@ -473,6 +484,11 @@ def test_options_that_cannot_be(
     with pytest.raises(UsageError, match=message):
         nativesd.merge([folder / "b"] * count, tmp_path / "out.safetensors", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pickle_is_not_written(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"a \.safetensors or \.gguf file, or a folder: .*out\.ckpt is neither"):
+        nativesd.merge([folder / "b"] * 2, tmp_path / "out.ckpt")
 
 
 def test_sources_are_several(tmp_path: Path) -> None:
@@ -488,6 +504,14 @@ def test_numbers_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) -
     out = tmp_path / "out.safetensors"
     with pytest.raises(WeightsError, match=r"conv_out.weight of .*nan.safetensors holds values that are not finite"):
         nativesd.merge([folder / "b", tmp_path / "nan.safetensors"], out)
+    for sources, alpha in (
+        ([tmp_path / "nan.safetensors", folder / "b"], 0),
+        ([folder / "b", tmp_path / "nan.safetensors"], 1),
+    ):
+        with pytest.raises(
+            WeightsError, match=r"conv_out.weight of .*nan.safetensors holds values that are not finite"
+        ):
+            nativesd.merge(sources, out, alpha=alpha)
     state["model.diffusion_model.out.2.weight"][0, 0, 0, 0] = 6e4
     save_file(state, tmp_path / "large.safetensors")
     with pytest.raises(WeightsError, match=r"conv_out.weight would not be finite in float16"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from nativesd.config import UNetConfig
@@ -55,17 +55,20 @@ def alphas(
     alpha: float,
     unet: UNetConfig | None,
     parameters: Mapping[str, Iterable[str]],
+    merged: Collection[str],
 ) -> dict[tuple[str, str], float]:
     """The alpha of every parameter, by component and name.
 
     blocks      numbers for all blocks with BASE first, or without it, which is `alpha` then; or names with numbers: a
                 block, a range of them (IN00-IN05), or a path of ours (unet.down.0, text_encoder*), the last that fits
     parameters  component -> its parameters
+    merged      the components that are merged: a name must mean something in them
 
     Raises UsageError for another count, and for a name that nothing has.
     """
     own = {} if unet is None else blocks_of(unet, parameters.get("unet", ()))
     names = sorted(set(own.values()) | {"BASE"}, key=FULL.index)
+    by_name = isinstance(blocks, Mapping)
     if not isinstance(blocks, Mapping):
         blocks = _counted(blocks, names)
     every = [(component, name) for component, part in parameters.items() for name in part]
@@ -81,6 +84,8 @@ def alphas(
                 f"blocks: {quote(name)} is neither a block of this model ({', '.join(names)}) nor the path of a "
                 "parameter, such as unet.down.0.*"
             )
+        if by_name and not any(component in merged for component, _ in found):
+            raise UsageError(f"blocks: {quote(name)} is in none of what is merged: {', '.join(merged) or 'nothing'}")
         out |= dict.fromkeys(found, number)
     return out
 

@@ -125,7 +125,11 @@ def _merge(recipe: Recipe, out: Path, dest: Path, tables: Mapping[str, KeyMap]) 
     }
     config = model.parts["unet"][1].config if "unet" in model.parts else None
     how = recipe.settings()
-    amounts = alphas(recipe.blocks or {}, how.alpha, config if isinstance(config, UNetConfig) else None, plain_names)
+    if lacking := [name for name in recipe.only if name not in model.parts]:
+        raise UsageError(f"only: {first} has no {lacking[0]}, but {', '.join(model.parts)}")
+    asked_for = [name for name in model.parts if name not in given and (not recipe.only or name in recipe.only)]
+    unet_config = config if isinstance(config, UNetConfig) else None
+    amounts = alphas(recipe.blocks or {}, how.alpha, unet_config, plain_names, asked_for)
     named: dict[str, dict[str, Entry]] = {}
     for name, (member, component) in model.parts.items():
         assert component.config is not None  # a model's components have modules
@@ -188,9 +192,9 @@ class _Part:
                 choices[path] = f"{lacking} has none: that of {self.sources[0]} is kept"
                 out[name] = entry
             elif alpha == 0 and self.method.begins_with_a:
-                out[name] = entry
+                out[name] = replace(entry, make=partial(self._copied, path, self.sources[0], entry))
             elif alpha == 1 and self.method.ends_in_b and others[0].shape == entry.shape:
-                out[name] = replace(entry, make=others[0].make)
+                out[name] = replace(entry, make=partial(self._copied, path, self.sources[1], others[0]))
             else:
                 kind = entry.dtype if self.dtype is None else self.dtype
                 how = replace(self.how, alpha=alpha, name=path)
@@ -200,6 +204,14 @@ class _Part:
             for name in model.keys() - own.keys():
                 choices[f"{self.name}.{name}"] = f"{self.sources[0]} has none: that of {source} is left out"
         return out
+
+    @staticmethod
+    def _copied(name: str, source: str, entry: Entry) -> Tensor:
+        """One parameter as it is. Raises WeightsError where it is not finite."""
+        tensor = entry.make()
+        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.float().isfinite().all():
+            raise WeightsError(f"{name} of {source} holds values that are not finite: nothing is written")
+        return tensor
 
     def _make(self, how: How, entries: Sequence[Entry], dtype: torch.dtype) -> Tensor:
         """One merged parameter. Raises WeightsError where it is not finite."""
