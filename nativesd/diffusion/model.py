@@ -101,9 +101,8 @@ class Diffusion(Loaded):
             noise = source.first(shape).to(self.device)
             return self._sample(job, plan, noise * plan.start, source, size, steps)
         if config.unet.in_channels == EDITING:
-            edited = (
-                self.encode_tensor(start.pixels(), tiling=job.tiling)[0] / config.vae.scaling
-            )  # not scaled, as it was trained
+            edited, _ = self.encode_tensor(start.pixels(), tiling=job.tiling)
+            edited = edited / config.vae.scaling  # not scaled, as it was trained
             noise = source.first(shape).to(self.device)
             return self._sample(job, plan, noise * plan.start, source, size, steps, channels=edited)
 

@@ -27,7 +27,7 @@ from nativesd.pictures.soft import SoftMask
 from nativesd.pipeline.asked.arguments import CallOptions, Checked, Prompt, check, signed
 from nativesd.pipeline.asked.chosen import choose, recorded
 from nativesd.pipeline.asked.hires import Hires
-from nativesd.pipeline.asked.inputs import read_inputs
+from nativesd.pipeline.asked.inputs import read_inputs, require_combined
 from nativesd.pipeline.asked.placed import placed
 from nativesd.pipeline.asked.tagged import tagged_prompts
 from nativesd.pipeline.each import by_prompt, finished, joined
@@ -155,6 +155,7 @@ class Pipeline(Twice):
         """A call whose prompts have all else in common, with what it names read and checked."""
         config = self.config
         chosen = choose(config, asked)
+        require_combined(config, asked, chosen.choice.sampler)
         inputs = read_inputs(config, asked)
         size = (inputs.width, inputs.height)
         larger = () if asked.hires is None else asked.hires.enlarged(*size, config.vae.factor).size(config.vae.factor)

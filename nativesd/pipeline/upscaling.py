@@ -55,7 +55,14 @@ class UpscaleModel:
         return larger
 
     def enlarge(self, pixels: Tensor) -> Tensor:
-        """(1, 3, H, W) in [0, 1] to (1, 3, scale * H, scale * W), float32, tile by tile."""
+        """(1, 3, H, W) in [0, 1] to (1, 3, scale * H, scale * W), float32, tile by tile.
+
+        Raises UsageError where tiles do not lie further apart than they share.
+        """
+        if not 0 <= self.overlap < self.tile:
+            raise UsageError(
+                f"{self.name}: overlap must be 0 or more and below tile, not {self.overlap} of {self.tile}"
+            )
         _, _, height, width = pixels.shape
         scale, total = self.scale, torch.zeros(1, 3, height * self.scale, width * self.scale)
         count = torch.zeros(total.shape[2:])

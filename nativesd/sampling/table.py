@@ -49,6 +49,8 @@ class Sampler:
     """Takes churn."""
     plus_plus: bool = False
     """CFG++: it needs what the model answers without guidance."""
+    shared_steps: bool = False
+    """Chooses its steps by all pictures of a batch."""
 
 
 _DDIM = SamplerRule("leading", whole_steps=True, last="alpha", unit_variance=True)
@@ -240,6 +242,7 @@ SAMPLERS = (
     ),
     Sampler(
         "DPM adaptive", _dpm_adaptive, _EULER, _DPM_SOLVER, 3, None, ("dpm_adaptive",), noisy=True, evaluations=3,
+        shared_steps=True,
     ),
     Sampler(
         "Restart", lambda d, x, c: own.sample_restart(d, x, c.sigmas, c.noise), _EULER,

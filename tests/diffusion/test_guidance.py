@@ -16,12 +16,13 @@ from test_pipeline import save_model
 from torch import Tensor
 
 import nativesd
-from nativesd import APG, PAG, SEG, SLG, TCFG, DynamicThreshold, FreeU, Interval, Sampling
+from nativesd import APG, PAG, SEG, SLG, TCFG, DynamicThreshold, FreeU, Hires, Interval, Sampling
 from nativesd.config import Level, UNetConfig
 from nativesd.diffusion.conditioning import Conditioning
 from nativesd.diffusion.guiding.combine import At, Guidance
 from nativesd.diffusion.guiding.guiders import GUIDERS, Combined, Guider, Perturbed
 from nativesd.errors import UsageError
+from nativesd.pictures.programs.guided import guidance_of
 from nativesd.pipeline.asked.worded import read_guidance, record_text
 from oracles import run_published_unet, unet_inputs, unet_pair
 
@@ -295,3 +296,56 @@ def test_what_cannot_be_is_said(folders: dict[str, Path], value: Any, said: str)
     pipe = nativesd.load(folders["sd15"], device="cpu")
     with pytest.raises(UsageError, match=said):
         pipe("a fox", guidance=value, **OPTIONS)
+
+
+@pytest.mark.parametrize("layers", [5, None, []])
+def test_layers_that_are_no_names(layers: Any) -> None:
+    with pytest.raises(UsageError, match="must be names of layers"):
+        read_guidance("guidance", PAG(layers=layers))
+
+
+def test_an_end_before_the_start() -> None:
+    with pytest.raises(UsageError, match=r"0\.8 is after 0\.2"):
+        read_guidance("guidance", PAG(start=0.8, end=0.2))
+
+
+NO_NOISE, NAMES = "sampling.noise is not used: Euler adds no noise", "sampling.{} is not used"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sampling": Sampling(sigma_max=5)}, [NAMES.format("sigma_max")]),
+        ({"sampling": Sampling(sigma_max=5, sigma_min=1), "schedule": "linear quadratic"}, [NAMES.format("sigma_min")]),
+        ({"sampling": Sampling(sigma_max=5, sigma_min=0.1, rho=3), "schedule": "karras"}, []),
+        ({"sampling": Sampling(rho=3, noise=0.5)}, [NO_NOISE, NAMES.format("rho")]),
+        ({"sampling": Sampling(noise=0.5, churn=1)}, []),
+        ({"sampling": Sampling(noise=0.5), "sampler": "Euler a"}, []),
+        ({"guidance": "slg", "steps": 4}, ["guidance slg is not used"]), ({"guidance": SLG(start=0), "steps": 4}, []),
+        ({"hires": Hires(1.25, prompt="a fox <lora:nope:1>")}, ["<lora:nope> in hires.prompt is not used"]),
+        ({"sampler": "DPM adaptive", "num_images": 2, "sampling": Sampling(sigma_max=5), "schedule": "karras"},
+         ["DPM adaptive takes the same steps"]),
+    ],
+)  # fmt: skip
+def test_what_changes_nothing_is_said(folders: dict[str, Path], options: dict[str, Any], said: list[str]) -> None:
+    pipe = nativesd.load(folders["sd15"], device="cpu")
+    options = {"steps": 2, "seed": 1, "sampler": "Euler", "width": 64, "height": 64} | options
+    notes = pipe("a fox", **options).parameters["notes"]
+    assert len(notes) == len(said)
+    assert all(note.startswith(start) for note, start in zip(notes, said, strict=True))
+
+
+def test_rho_that_no_number_can_hold_is_refused(folders: dict[str, Path]) -> None:
+    pipe = nativesd.load(folders["sd15"], device="cpu")
+    with pytest.raises(UsageError, match=r"sampling\.rho"):
+        pipe("a fox", schedule="karras", sampling=Sampling(rho=0.001), **OPTIONS)
+
+
+@pytest.mark.parametrize("steps", [7, 12, 20, 30, 999])
+def test_skipped_guidance_begins_with_its_step(steps: int) -> None:
+    """A1111 skips the steps up to a share of all; the text keeps every digit, so that the next one is not missed."""
+    for early in (0.1, 0.25, 1 / 3, 0.8):
+        text, _ = guidance_of({"skip early cfg": repr(early)}, steps)
+        (interval,) = read_guidance("guidance", text)
+        first = next(step for step in range(steps) if interval.acts(step, steps))
+        assert first == int(early * steps) + 1

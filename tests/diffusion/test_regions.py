@@ -109,6 +109,7 @@ def test_regions_are_kept_in_the_picture(folders: dict[str, Path], tmp_path: Pat
     [
         ({"regions": "a fox"}, "must be nativesd.Region"), ({"regions": Region("a fox")}, "a box or a mask"),
         ({"regions": Region("a fox", (0.5, 0, 0.5, 1))}, "left, top, right and bottom"),
+        ({"regions": Region("a fox AND a dog", (0, 0, 0.5, 1))}, "a region has one prompt"),
         ({"regions": Region("a fox", (0, 0, 512, 512))}, "between 0 and 1"), ({"tiling": "z"}, "xy"),
     ],
 )  # fmt: skip

@@ -271,6 +271,7 @@ def test_t2i_adapters(plain: nativesd.Pipeline, store: Path) -> None:
     assert apart(plain(PROMPT, **options), without) <= BOUND
 
 
+@pytest.mark.usefixtures("fast")
 def test_tiling(plain: nativesd.Pipeline, store: Path) -> None:
     """Graphs do not go around: whatever has one is PyTorch's where a call asks for that, and says so."""
     other = part(plain, store, "vae", "controlnet")

@@ -371,6 +371,17 @@ def test_lcm(folders: dict[str, Path], tmp_path: Path) -> None:
     result = ours("a cat", seed=5)
     compare(ours, result, expected)
     assert (result.parameters["steps"], result.parameters["sampler"]) == (4, "LCM")
+    options: dict[str, Any] = {"negative_prompt": "fog", "guidance": "apg tcfg interval:end=0.5", "seed": 5}
+    idle = ours("a cat", **options)
+    assert torch.equal(idle.latents, result.latents)
+    said = "is not used: the UNet of lcm takes the guidance scale as an input"
+    for name in ("negative_prompt", "guidance apg", "guidance tcfg", "guidance interval"):
+        assert any(note.startswith(f"{name} {said}") for note in idle.parameters["notes"]), name
+    for refused in ({"sampler": "Euler CFG++"}, {"hires": nativesd.Hires(sampler="DDIM CFG++")}):
+        with pytest.raises(UsageError, match="needs an answer without the prompt"):
+            ours("a cat", **refused)
+    with pytest.raises(UsageError, match="write one prompt"):
+        ours("a cat AND a dog")
 
 
 def test_taesd(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

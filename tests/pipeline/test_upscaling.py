@@ -99,6 +99,22 @@ def test_tiles_of_a_model_are_the_whole(tmp_path: Path) -> None:
     assert (model.enlarge(pixels) - whole).abs().max() > 0.02, "without an overlap there is one"
 
 
+@pytest.mark.parametrize("tile", [32, 16])
+def test_tiles_that_share_all_are_refused(tmp_path: Path, tile: int) -> None:
+    file = tmp_path / "x2.safetensors"
+    save_file(esrgan(), file)
+    model = load_upscaler(file, device="cpu")
+    model.tile = tile
+    with pytest.raises(UsageError, match="below tile"):
+        model(picture())
+
+
+def test_an_upscaler_that_returns_no_picture_is_refused(folder: Path) -> None:
+    pipe = nativesd.load(folder, device="cpu")
+    with pytest.raises(UsageError, match="must return a PIL image"):
+        pipe("a fox", hires=Hires(1.5, upscaler=lambda picture: None), **OPTIONS)  # type: ignore[arg-type,return-value]
+
+
 def test_any_scale(tmp_path: Path) -> None:
     torch.save(esrgan(), tmp_path / "small.pth")
     model = load_upscaler(tmp_path / "small.pth", device="cpu")

@@ -41,7 +41,7 @@ def guidance_of(fields: Mapping[str, str], steps: int) -> tuple[str, list[str]]:
     with suppress(UsageError):
         early = real(_EARLY, fields.get(_EARLY, "0"))
     if early:  # there, steps up to this share of all have none
-        texts.append(f"interval:start={(int(early * steps) + 1) / steps:g}")
+        texts.append(f"interval:start={(int(early * steps) + 1) / steps!r}")
     for prefix, (record, names) in _FORGE.items():
         said = {key.removeprefix(f"{prefix}_"): value for key, value in fields.items() if key.startswith(f"{prefix}_")}
         if prefix == "dynthres":

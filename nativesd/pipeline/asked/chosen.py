@@ -74,6 +74,7 @@ def recorded(
     words: Collection[str],
 ) -> dict[str, Any]:
     """A result's parameters: what made its pictures, as far as it is not None, and the notes on it."""
+    unused = unheeded(config, asked, chosen.steps, chosen.guidance_scale, chosen.choice.sampler, chosen.kind, words)
     parameters = {
         "prompt": asked.prompts[0] if asked.one_prompt else asked.each(asked.prompts),
         "negative_prompt": (asked.negative_prompt[0] if asked.one_negative else asked.each(asked.negative_prompt)),
@@ -116,7 +117,7 @@ def recorded(
         "control": [str(getattr(each.model, "name", each.model)) for each in asked.control] or None,
         "control_scales": [each.scale for each in asked.control] or None,
         "inferred": dict(chosen.inferred),
-        "notes": [*inputs.notes, *unheeded(config, asked, chosen.guidance_scale, chosen.choice.sampler, words)],
+        "notes": [*inputs.notes, *unused],
     }
     return {name: value for name, value in parameters.items() if value is not None}
 

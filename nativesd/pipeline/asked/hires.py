@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from nativesd.errors import UsageError
+
 LATENT: dict[str, tuple[str, bool]] = {
     "latent": ("bilinear", False),
     "latent (antialiased)": ("bilinear", True),
@@ -124,9 +126,15 @@ def enlarge_latents(latents: Tensor, size: Enlarged, factor: int, upscaler: str)
 
 
 def enlarge_picture(picture: Image.Image, size: Enlarged, factor: int, upscaler: Upscaler) -> Image.Image:
-    """A picture at the scaled size, rounded down to whole latent cells, by one of `PIXELS` or a function."""
+    """A picture at the scaled size, rounded down to whole latent cells, by one of `PIXELS` or a function.
+
+    Raises UsageError where that returns no picture.
+    """
     if isinstance(upscaler, str):
         larger = picture.resize((size.width, size.height), PIXELS[upscaler])
     else:
-        larger = upscaler(picture).convert("RGB").resize((size.width, size.height), Image.Resampling.LANCZOS)
+        larger = upscaler(picture)
+        if not isinstance(larger, Image.Image):
+            raise UsageError(f"hires.upscaler must return a PIL image, and what was passed returns {larger!r:.60}")
+        larger = larger.convert("RGB").resize((size.width, size.height), Image.Resampling.LANCZOS)
     return larger.crop((0, 0, size.width // factor * factor, size.height // factor * factor))

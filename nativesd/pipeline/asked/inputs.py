@@ -16,9 +16,19 @@ from nativesd.errors import UsageError
 from nativesd.pictures import images, masks
 from nativesd.pictures.region import Box, cut_out, fill_masked, placed, put_back
 from nativesd.pipeline.asked.arguments import Checked
+from nativesd.sampling.names import find_sampler
+from nativesd.sampling.published import Kind
 from nativesd.sampling.table import Sampler
+from nativesd.text.editing import split_and
+from nativesd.text.tags import take_tags
 from nativesd.text.words import FILE as WORDS
 from nativesd.text.words import unknown_words
+
+TOLD = "the UNet of {} takes the guidance scale as an input and is asked for the prompt alone"
+BENT = ("karras", "polyexponential")
+"""Schedules that have a `rho`."""
+BY_FORMULA = (*BENT, "exponential", "lu", "beta", "kl optimal")
+"""Those between two sigmas of any size."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,25 @@ def require_picture(asked: Checked) -> None:
     needing = [name for name, value in given.items() if value is not None]
     if needing and asked.image is None:
         raise UsageError(f"{needing[0]} is for a picture to begin from: pass image= too")
+
+
+def require_combined(config: PipelineConfig, asked: Checked, sampler: Sampler) -> None:
+    """Raise UsageError for answers that a call wants to combine and this model does not give."""
+    several = [each.prompt for each in asked.regions if not asked.literal and len(split_and(each.prompt)) > 1]
+    if several:
+        raise UsageError(f"a region has one prompt: write no AND in {several[0]!r}, or a region for each part of it")
+    if config.unet.guidance is not None:  # there is one answer, for the prompt
+        again = asked.hires
+        prompts = [*asked.prompts, *([] if again is None or again.prompt is None else [again.prompt])]
+        samplers = [sampler, *([] if again is None or again.sampler is None else [find_sampler(again.sampler).sampler])]
+        if not asked.literal and any(len(split_and(prompt)) > 1 for prompt in prompts):
+            raise UsageError(f"AND combines answers by guidance, and {TOLD.format(config.name)}: write one prompt")
+        for each in samplers:
+            if each.plus_plus:
+                raise UsageError(
+                    f"{each.name} needs an answer without the prompt, and {TOLD.format(config.name)}: "
+                    "pass another sampler="
+                )
 
 
 def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
@@ -189,19 +218,36 @@ def _part(config: PipelineConfig, asked: Checked, padding: int) -> Inputs:
 
 
 def unheeded(
-    config: PipelineConfig, asked: Checked, guidance_scale: float, sampler: Sampler, embeddings: Collection[str]
+    config: PipelineConfig,
+    asked: Checked,
+    steps: int,
+    guidance_scale: float,
+    sampler: Sampler,
+    kind: Kind,
+    embeddings: Collection[str],
 ) -> Iterator[str]:
     """What of a call changes nothing with this model."""
-    if guidance_scale <= 1 and any(asked.negative_prompt) and not sampler.plus_plus:
-        yield f"negative_prompt is not used: a guidance_scale of {guidance_scale:g} is no guidance"
-    if guidance_scale <= 1 and asked.guidance_rescale:
-        yield f"guidance_rescale is not used: a guidance_scale of {guidance_scale:g} is no guidance"
-    if asked.sampling.churn and not sampler.churns:
-        yield f"sampling.churn is not used: {sampler.name} adds no noise before its steps"
-    if guidance_scale <= 1 and not sampler.plus_plus:
+    alone = None  # why the prompt alone is asked for
+    if config.unet.guidance is not None:
+        alone = TOLD.format(config.name)
+    elif guidance_scale <= 1 and not sampler.plus_plus:
+        alone = f"a guidance_scale of {guidance_scale:g} is no guidance"
+    if alone is not None:
+        given = {"negative_prompt": any(asked.negative_prompt), "guidance_rescale": asked.guidance_rescale}
+        given |= {f"guidance {each.name}": isinstance(each, Combined | Interval) for each in asked.guidance}
+        yield from (f"{name} is not used: {alone}" for name, value in given.items() if value)
+    if asked.image is None and asked.latents is None:  # these begin later, with fewer steps
         for guider in asked.guidance:
-            if isinstance(guider, Combined | Interval):
-                yield f"guidance {guider.name} is not used: a guidance_scale of {guidance_scale:g} is no guidance"
+            if not any(guider.acts(step, steps) for step in range(steps)):
+                yield f"guidance {guider.name} is not used: none of {steps} steps begins between its start and its end"
+    if sampler.shared_steps and len(asked.seeds) > 1:
+        yield f"{sampler.name} takes the same steps for all pictures of a batch: alone, each may come out otherwise"
+    yield from _unheeded_sampling(config, asked, sampler, kind)
+    if asked.hires is not None and asked.hires.prompt is not None and not asked.literal:
+        named = {tag for prompt in asked.prompts for tag in take_tags(prompt)[1]}
+        for tag in take_tags(asked.hires.prompt)[1]:
+            if tag not in named:
+                yield f"<lora:{tag.name}> in hires.prompt is not used: both passes have the LoRAs of the first"
     edits = config.unet.in_channels == EDITING
     if edits and asked.strength is not None:
         yield f"strength is not used: {config.name} edits by instruction"
@@ -214,3 +260,22 @@ def unheeded(
                 f"the embedded model does not know {', '.join(unknown)}: it was taught drawings such as "
                 f'"a strawberry on a yellow background", and the words in {WORDS}'
             )
+
+
+def _unheeded_sampling(config: PipelineConfig, asked: Checked, sampler: Sampler, kind: Kind) -> Iterator[str]:
+    """What of `sampling` changes nothing with a sampler and a schedule."""
+    options, edm = asked.sampling, config.scheduler.edm
+    if options.churn and not sampler.churns:
+        yield f"sampling.churn is not used: {sampler.name} adds no noise before its steps"
+    if options.noise != 1 and not (sampler.noisy or asked.eta or (options.churn and sampler.churns)):
+        yield f"sampling.noise is not used: {sampler.name} adds no noise"
+    shape = edm.kind if edm is not None and kind == "automatic" else kind
+    if options.rho is not None and shape not in BENT:
+        yield f"sampling.rho is not used: it is of the schedules {' and '.join(BENT)}"
+    ends = {"sigma_min": options.sigma_min, "sigma_max": options.sigma_max}
+    for name, value in ends.items():
+        fixed = kind == "align your steps" if edm is not None else kind not in BY_FORMULA
+        if kind == "linear quadratic":
+            fixed = name == "sigma_min"
+        if value is not None and fixed:
+            yield f"sampling.{name} is not used: the schedule {kind} has ends of its own"

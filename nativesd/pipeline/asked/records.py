@@ -157,7 +157,7 @@ def read_sampling(name: str, value: Any) -> Sampling:
     sigma = real(0, SIGMAS, above=True)
     readers: dict[str, Reader] = {
         "churn": real(0, 1000), "churn_min": real(0, SIGMAS), "churn_max": real(0, SIGMAS), "noise": real(0, 10),
-        "sigma_min": sigma, "sigma_max": sigma, "rho": real(0, 100, above=True),
+        "sigma_min": sigma, "sigma_max": sigma, "rho": real(0.25, 100),
     }  # fmt: skip
     given = {f: v for f, v in value.chosen().items() if v is not None}
     read: dict[str, Any] = {f: readers[f](f"{name}.{f}", v) for f, v in given.items()}

@@ -72,13 +72,15 @@ def _one(name: str, value: Any, known: Mapping[str, type[Record]], hint: str) ->
     read: Record = kind(
         **{field: _value(f"{name}: {kind.name}'s {field}", field, each) for field, each in given.items()}
     )
+    if getattr(read, "start", 0.0) > getattr(read, "end", 1.0):
+        raise UsageError(f"{name}: {kind.name} acts from start up to end, and {given['start']} is after {given['end']}")
     return read
 
 
 def _value(name: str, field: str, value: Any) -> Any:
     if field != "layers":
         return _RANGES[field](name, value)
-    layers = tuple([value] if isinstance(value, str) else value)
+    layers = tuple([value] if isinstance(value, str) else value if is_list(value) else ())
     if not layers or not all(isinstance(layer, str) for layer in layers):
         raise UsageError(f"{name} must be names of layers, such as mid, not {shown(value)}")
     return layers
