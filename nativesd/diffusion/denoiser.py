@@ -55,6 +55,7 @@ class Guided:
 
     `sides` gives the conditionings that `guidance` and `combiners` combine, each for all B pictures. `edits` are those
     of every call of the UNet, `shown` image prompts, `cache` what it keeps. `edm` is the scheduler's.
+    `asked` is shared by denoisers of the same sides, of which all have steering or none has.
     """
 
     def __init__(
@@ -72,13 +73,14 @@ class Guided:
         edits: Edits = (),
         shown: Shows | None = None,
         cache: DeepCache | None = None,
+        asked: dict[int, Asked] | None = None,
     ) -> None:
         self._unet, self._sides, self._guidance, self._timestep = unet, sides, guidance, timestep
         self._prediction, self._dtype, self._steering, self._edm = prediction, dtype, steering, edm
         self._combiners, self._edits, self._shown = combiners, edits, shown
         self._spread = 1.0 if edm is None else edm.data  # of clean latents
         self._sequential = guidance.sequential
-        self._prepared: dict[int, _Prepared] = {}
+        self._prepared = {} if asked is None else asked
         self._cache, self._reuse = cache, dict[int, Reuse]()
         self._made: dict[int, int] = {}  # by group: the call that left what is kept of it
         self._asked: list[float] = []  # the noise levels so far, but for those asked for again at once
@@ -89,7 +91,7 @@ class Guided:
         scaled, time = x / math.hypot(self._spread, sigma), self._timestep(sigma)
         now = self._sides(sigma)
         if id(now) not in self._prepared:
-            self._prepared[id(now)] = _Prepared(now, self._steering)
+            self._prepared[id(now)] = Asked(now, self._steering)
         told = self._prepared[id(now)]
         if self._asked[-1:] != [sigma]:
             self._asked.append(sigma)
@@ -183,7 +185,7 @@ class _Batch:
         )
 
 
-class _Prepared:
+class Asked:
     """Sides ready to be asked together, as far as their edits are the same, or each alone."""
 
     def __init__(self, sides: Sequence[Conditioning], steering: Steers | None) -> None:

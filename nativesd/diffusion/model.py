@@ -13,13 +13,13 @@ from nativesd.config import UNetConfig
 from nativesd.diffusion.conditioning import Role
 from nativesd.diffusion.config import EDITING, INPAINTING
 from nativesd.diffusion.control import Control, ControlModel, make_hint, steer
-from nativesd.diffusion.denoiser import Guided, guidance_embedding, keep_known, keep_softly, watch
+from nativesd.diffusion.denoiser import Asked, Guided, guidance_embedding, keep_known, keep_softly, watch
 from nativesd.diffusion.guiding.combine import Guidance
 from nativesd.diffusion.guiding.guiders import Guider, combiners_of, guided_sides
 from nativesd.diffusion.images.keys import ImageKeyring, ImagePrompting
 from nativesd.diffusion.images.prompts import Prepared
 from nativesd.diffusion.loaded import Loaded, going_around
-from nativesd.diffusion.prompting import SDXL, Frame, Sides, negative_side, over_steps, prompt_sides
+from nativesd.diffusion.prompting import SDXL, Frame, Sides, negative_side, over_steps, prompt_sides, with_channels
 from nativesd.diffusion.regions import Region, with_regions
 from nativesd.diffusion.savings import DeepCache, Saving
 from nativesd.diffusion.start import Start
@@ -207,10 +207,16 @@ class Diffusion(Loaded):
         tiles = Tiles(max(size)) if job.tiles is None else job.tiles
         parts = []
         networks: dict[int, ControlModel] = {}
-        for window in tiles.windows(x.shape[2], x.shape[3], factor):
-            cells = window.bottom - window.top, window.right - window.left
-            own = (cells[1] * factor, cells[0] * factor)
-            sides = self._sides(job, own, None if channels is None else window.of(channels), steps, moments)
+        windows = tiles.windows(x.shape[2], x.shape[3], factor)
+        cells = windows[0].bottom - windows[0].top, windows[0].right - windows[0].left  # which all of them have
+        # what all windows are told is made once, and its keys and values are kept once
+        told = self._sides(job, (cells[1] * factor, cells[0] * factor), channels is not None, steps, moments)
+        sides, asked = guided_sides(told, job.guiders, moments), dict[int, Asked]()
+        shown = None
+        if steered and job.image_prompts:
+            keyring = ImageKeyring(job.image_prompts, self.config.unet, cells, device=self.device, dtype=self.dtype)
+            shown = ImagePrompting(keyring, moments)
+        for window in windows:
             steering = None
             if hints:
                 seen = [replace(hint, pixels=window.of(hint.pixels, factor)) for hint in hints]
@@ -218,13 +224,9 @@ class Diffusion(Loaded):
                     seen, self.config.unet, moments, batch=len(x), cells=cells, device=self.device, guess=job.guess
                 )
                 networks |= {id(hint.model.module): hint.model for hint in steering.networks}
-            shown = None
-            if steered and job.image_prompts:
-                keyring = ImageKeyring(job.image_prompts, self.config.unet, cells, device=self.device, dtype=self.dtype)
-                shown = ImagePrompting(keyring, moments)
             guided = Guided(
                 self.unet,
-                guided_sides(sides, job.guiders, moments),
+                sides if channels is None else with_channels(sides, window.of(channels)),
                 job.guidance,
                 part.timestep,
                 self.config.prediction,
@@ -234,6 +236,7 @@ class Diffusion(Loaded):
                 combiners=combiners_of(job.guiders),
                 edits=job.edits(self.config.unet),
                 shown=shown,
+                asked=asked if channels is None else None,
                 cache=next((saving for saving in job.savings if isinstance(saving, DeepCache)), None),
             )
             parts.append((window, guided))
@@ -243,13 +246,16 @@ class Diffusion(Loaded):
         if job.on_step is not None:
             job.on_step(Step(begin + index, total, sigma, x, denoised, partial(self.preview, denoised)))
 
-    def _sides(self, job: Job, size: tuple[int, int], channels: Tensor | None, steps: int, moments: Steps) -> Sides:
-        """The conditionings that guidance combines, over the steps of a pass, of which `steps` were asked for."""
+    def _sides(self, job: Job, size: tuple[int, int], channels: bool, steps: int, moments: Steps) -> Sides:
+        """The conditionings that guidance combines, over the steps of a pass, of which `steps` were asked for.
+
+        `channels` says that further channels come to them.
+        """
         unet, pictures = self.config.unet, len(job.seeds)
         of_pass = (pictures, steps, job.steps_before)
         texts = prompt_sides(job.prompts, *of_pass, literal=job.literal, second=job.sdxl.prompt_2)
         if unet.guidance is None and (job.guidance.guides or len(texts) > 1):
-            editing = unet.in_channels == EDITING and channels is not None and job.guidance.image_scale != 1
+            editing = unet.in_channels == EDITING and channels and job.guidance.image_scale != 1
             roles: list[Role] = ["picture", "nothing"] if editing else ["negative"]
             second = job.sdxl.negative_prompt_2
             texts = [
@@ -262,7 +268,6 @@ class Diffusion(Loaded):
             size=size,
             ids=None if unet.added is None else unet.added.ids,
             guidance=None if unet.guidance is None else guidance_embedding(job.guidance.scale, unet.guidance),
-            channels=channels,
             device=self.device,
             zero_empty=self.config.zero_empty_negative,
             sdxl=job.sdxl,

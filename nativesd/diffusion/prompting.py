@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -83,7 +83,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a side is told beside its text: SDXL's size, LCM's scale, and further channels."""
+    """What a side is told beside its text: SDXL's size, and LCM's scale."""
 
     pictures: int
     size: tuple[int, int]
@@ -91,7 +91,6 @@ class Frame:
     ids: int | None
     """How many numbers SDXL's UNet takes; None: it is no such UNet."""
     guidance: Tensor | None
-    channels: Tensor | None
     device: torch.device
     zero_empty: bool
     """An empty negative prompt means zeros."""
@@ -171,6 +170,24 @@ def over_steps(texts: Sequence[Texts], encode: Encode, frame: Frame, steps: Step
     return at
 
 
+def with_channels(sides: Sides, channels: Tensor) -> Sides:
+    """Sides that are told further channels too, (B or 1, c, h, w); those of "nothing" zeros."""
+    made: dict[int, tuple[Sequence[Conditioning], list[Conditioning]]] = {}
+
+    def at(sigma: float) -> Sequence[Conditioning]:
+        now = sides(sigma)
+        if id(now) not in made:
+            given = {True: torch.zeros_like(channels), False: channels}
+            out = [
+                replace(side, channels=given[side.role == "nothing"].expand(len(side.prompt), -1, -1, -1))
+                for side in now
+            ]
+            made[id(now)] = now, out  # `now` is kept, so that its id stays its own
+        return made[id(now)][1]
+
+    return at
+
+
 def _told(
     texts: Texts, numbers: Sequence[int], contexts: Sequence[Tensor], pooled: Tensor, frame: Frame
 ) -> Conditioning:
@@ -181,10 +198,6 @@ def _told(
     empty = [frame.zero_empty and negative and alone and line.texts == [""] for line in texts.lines]
     rows = [contexts[i] * 0 if zero else contexts[i] for i, zero in zip(numbers, empty, strict=True)]
     one_length = len({len(row) for row in rows}) == 1
-    channels = frame.channels
-    if channels is not None:
-        channels = torch.zeros_like(channels) if texts.role == "nothing" else channels
-        channels = channels.expand(total, -1, -1, -1)
     time_ids = None
     if frame.ids is not None:
         ids = frame.sdxl.ids(frame.size, negative=negative, refiner=frame.ids == 5)
@@ -198,7 +211,6 @@ def _told(
         pooled=told,
         time_ids=time_ids,
         guidance=None if frame.guidance is None else frame.guidance.expand(total, -1).to(frame.device),
-        channels=channels,
         role=texts.role,
         share=None if texts.shares is None else torch.tensor(texts.shares, device=frame.device),
     )

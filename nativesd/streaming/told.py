@@ -79,7 +79,6 @@ def tell(
         size=size,
         ids=None if unet.added is None else unet.added.ids,
         guidance=None if unet.guidance is None else guidance_embedding(guidance_scale, unet.guidance),
-        channels=None,
         device=model.device,
         zero_empty=model.config.zero_empty_negative,
     )

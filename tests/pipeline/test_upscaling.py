@@ -18,9 +18,10 @@ from torch import Tensor
 
 import nativesd
 from conftest import Run
-from nativesd import Hires, Tiles
+from nativesd import Hires, Pipeline, Tiles
 from nativesd.diffusion.tiles import Tiled, Window
 from nativesd.errors import SourceError, UsageError
+from nativesd.models.layers import CachedContext
 from nativesd.pictures.embedded import read_texts
 from nativesd.pipeline.upscaling import load_upscaler, resized
 
@@ -223,6 +224,33 @@ def test_windows_see_their_part_of_hints_and_masks(folder: Path, tmp_path: Path)
     repeated, _ = nativesd.options_from(result.save(tmp_path / "wide.png")[0])
     assert repeated["tiles"] == Tiles(64, 32)
     pipe("a fox", hires=Hires(2, 0.5), width=64, height=64, **(OPTIONS | {"tiles": 64}))
+
+
+def test_windows_share_what_they_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, asked = nativesd.load(folder, device="cpu"), list[int]()
+    encode = Pipeline.encode_each
+
+    def counted(self: Pipeline, *texts: Any, **options: Any) -> Any:
+        asked.append(1)
+        return encode(self, *texts, **options)
+
+    monkeypatch.setattr(Pipeline, "encode_each", counted)
+    contexts: set[int] = set()
+    made = CachedContext.__init__
+
+    def kept(self: CachedContext, *given: Any) -> None:
+        made(self, *given)
+        contexts.add(id(self))
+
+    monkeypatch.setattr(CachedContext, "__init__", kept)
+    counts = []
+    for width in (64, 192):
+        asked.clear()
+        contexts.clear()
+        pipe("a fox", negative_prompt="fog", width=width, height=64, **(OPTIONS | {"tiles": 64}))
+        counts.append((len(asked), len(contexts)))
+    assert counts[0] == counts[1]
+    assert counts[0][0] == 1
 
 
 @pytest.mark.parametrize(
