@@ -79,9 +79,9 @@ def save(out: Path, outcome: Outcome, suffix: str) -> None:
         with fresh(out / outcome.job.file(suffix), replace=True) as temporary:
             temporary.write_bytes(outcome.data)
     for each in FORMATS:
-        if each != suffix or not made:
+        if (each != suffix or not made) and os.path.lexists(path := out / outcome.job.file(each)):
             with suppress(OSError):
-                (out / outcome.job.file(each)).unlink()
+                path.unlink()
 
 
 def look_at(out: Path, line: Mapping[str, Any]) -> Found:
