@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,7 +102,7 @@ KEPT = ("unet", "vae", "text", "ema")
 def _is_lora(source: str | Path) -> bool:
     """Whether a local file is a LoRA."""
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for a name that no file can have, too
         return False
     found = identify_all(open_source(path), load_tables())
     return {component.name for _, identity in found for component in identity.components} == {"lora"}

@@ -74,7 +74,8 @@ class OpenOptions(LoadOptions, StreamOptions, total=False):
 
 ELSEWHERE_TOO = {
     **ELSEWHERE,
-    "cfg_type": "residual", "num_inference_steps": "steps, or timesteps", "do_add_noise": "renoise",
+    "guidance": "guidance_scale", "cfg_type": "residual", "num_inference_steps": "steps, or timesteps",
+    "do_add_noise": "renoise",
     "prompt_list": "prompts", "seed_list": "seeds", "output_type": "output", "lora_dict": "loras",
     "similar_image_filter_threshold": "skip_similar, with nativesd.Similar(threshold)",
     "enable_similar_image_filter": "skip_similar", "prompt_interpolation_method": "blend",

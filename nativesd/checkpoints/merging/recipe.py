@@ -265,7 +265,7 @@ def _from_toml(path: Path) -> dict[str, Any]:
 
 def _from_checkpoint(path: Path) -> dict[str, Any]:
     """Raises SourceError where a checkpoint says nothing of how it was merged."""
-    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    files = sorted(path.rglob("*.safetensors")) if os.path.isdir(path) else [path]
     metadata = next((said for file in files if KEY in (said := read_file(file).metadata)), {})
     if KEY not in metadata:
         raise SourceError(f"{path} does not say that nativesd merged it: name a recipe's .toml file")
