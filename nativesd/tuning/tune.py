@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nativesd.cache import cache_folder, keep
 from nativesd.errors import SourceError
-from nativesd.models.layers import GEGLU, Attention, ResnetBlock, TransformerBlock, Upsample, attention
+from nativesd.models.layers import GEGLU, Attention, ImageKeys, ResnetBlock, TransformerBlock, Upsample, attention
 from nativesd.models.vae import PixelAttention
 from nativesd.reading import read_json
 from nativesd.schema import truth
@@ -138,7 +138,8 @@ def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
 
 
 def _compile_for_every_width(block: TransformerBlock, backend: str) -> None:
-    """The block that sees the latents once for several texts stays as it is: it would need a graph of its own."""
+    """The block that sees the latents once for several texts stays as it is, and so does every block that is shown
+    image prompts: they would need graphs of their own."""
     from torch._dynamo import config
 
     # else inductor compiles all of torch's vector headers only to see whether that works
@@ -153,8 +154,8 @@ def _compile_for_every_width(block: TransformerBlock, backend: str) -> None:
     )
     compiled, plain = any_width(block._compiled_call_impl), block._call_impl
 
-    def call(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = (compiled if len(x) == len(k) else plain)(x, k, v)
+    def call(x: Tensor, k: Tensor, v: Tensor, images: ImageKeys | None = None) -> Tensor:
+        out: Tensor = (compiled if images is None and len(x) == len(k) else plain)(x, k, v, images)
         return out
 
     block._compiled_call_impl = call

@@ -24,7 +24,7 @@ from nativesd.diffusion.denoiser import Guided
 from nativesd.diffusion.guiding.combine import Guidance
 from nativesd.errors import UsageError
 from nativesd.loading.placement import compiles
-from nativesd.models.layers import GEGLU, Attention, CachedContext, TransformerBlock, Upsample, attention
+from nativesd.models.layers import GEGLU, Attention, CachedContext, ImageKeys, TransformerBlock, Upsample, attention
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
 from nativesd.tuning import fast
@@ -512,6 +512,20 @@ def test_blocks_are_compiled_once_for_every_width(
     assert graphs() == 1
     predict(network, (1, 8, 8), torch.float32)
     assert graphs() == 2  # of a batch of 1
+
+
+@torch.inference_mode()
+def test_compiled_blocks_are_shown_image_prompts(graphs: Callable[[], int]) -> None:
+    network = unet("sd15")
+    block = next(part for part in network.modules() if isinstance(part, TransformerBlock))
+    [width] = block.norm1.normalized_shape
+    given = [normal(2, size, width, seed=size) for size in (12, 7, 7)]
+    images = ImageKeys(normal(2, 1, 4, width, seed=3), normal(2, 1, 4, width, seed=4))
+    expected = block(*given, images)
+    assert not torch.equal(expected, block(*given))
+    compile_blocks(network, backend="eager")
+    assert difference(block(*given, images), expected) <= TOLERANCE
+    assert graphs() == 0
 
 
 @torch.inference_mode()
