@@ -247,20 +247,14 @@ def make_schedule(
     ends = (trained[0], trained[-1]) if rule.full_range or kind != config.kind else (sigmas[-1], sigmas[0])
     smallest, largest = _ends(options, float(ends[0]), float(ends[1]))
     match kind:
-        case "karras":
-            sigmas = karras_sigmas(steps, smallest, largest, options.rho or 7.0)
-        case "polyexponential":
-            sigmas = polyexponential_sigmas(steps, smallest, largest, options.rho or 1.0)
-        case "kl optimal":
-            sigmas = kl_optimal_sigmas(steps, smallest, largest)[:-1]
-        case "linear quadratic":
-            sigmas = linear_quadratic_sigmas(steps, largest)[:-1]
+        case "karras" | "polyexponential" | "kl optimal" | "linear quadratic" | "beta" | "align your steps":
+            sigmas = _by_formula(
+                kind, steps, smallest, largest, options.rho or (7.0 if kind == "karras" else 1.0), sdxl
+            )
         case "ddim uniform":  # ComfyUI comfy/samplers.py `ddim_scheduler`, and A1111's
             sigmas = trained[1 :: max(config.train_steps // steps, 1)].flip(0)
         case "exponential" | "lu":  # even in log sigma, where "lu" has whole timesteps (Lu et al. 2022)
             sigmas = exponential_sigmas(steps, smallest, largest)
-        case "beta":
-            sigmas = beta_sigmas(steps, smallest, largest)
         case "normal" | "sgm uniform":  # evenly spaced timesteps, down to the first one or stopping before it
             parts = steps if kind == "normal" else steps + 1
             even = torch.linspace(last_step, 0, parts, dtype=torch.float64)[:steps]
@@ -268,8 +262,6 @@ def make_schedule(
         case "simple":  # ComfyUI comfy/samplers.py `simple_scheduler`
             picks = last_step - (torch.arange(steps, dtype=torch.float64) * config.train_steps / steps).long()
             sigmas = trained[picks]
-        case "align your steps":
-            sigmas = aligned_sigmas(steps, sdxl=sdxl)
     if kind not in ("automatic", "leading", "trailing", "linspace"):
         timesteps = timestep_of(sigmas, trained)
         if kind == "lu" or (kind == "karras" and rule.whole_karras):
@@ -283,6 +275,22 @@ def make_schedule(
     start = (1 + first**2) ** 0.5 if rule.unit_variance or (own and spacing == "leading") else first
     end = (1 + last**2) ** 0.5 if rule.unit_variance else 1.0
     return Schedule(timesteps, torch.cat([sigmas, sigmas.new_tensor([last])]), start, end, trained)
+
+
+def _by_formula(kind: Kind, steps: int, smallest: float, largest: float, rho: float, sdxl: bool) -> Tensor:
+    """The sigmas (steps,) of a schedule that needs no more than its ends, whatever the model was trained on."""
+    match kind:
+        case "karras":
+            return karras_sigmas(steps, smallest, largest, rho)
+        case "polyexponential":
+            return polyexponential_sigmas(steps, smallest, largest, rho)
+        case "kl optimal":
+            return kl_optimal_sigmas(steps, smallest, largest)[:-1]
+        case "linear quadratic":
+            return linear_quadratic_sigmas(steps, largest)[:-1]
+        case "beta":
+            return beta_sigmas(steps, smallest, largest)
+    return aligned_sigmas(steps, sdxl=sdxl)
 
 
 def _ends(options: Sampling, smallest: float, largest: float) -> tuple[float, float]:
@@ -304,18 +312,9 @@ def _edm_schedule(
         raise UsageError("the model has continuous sigmas (EDM), and this sampler goes by trained timesteps")
     smallest, largest = _ends(options, edm.smallest, edm.largest)
     match edm.kind if kind == "automatic" else kind:
-        case "karras":
-            sigmas = karras_sigmas(steps, smallest, largest, options.rho or edm.rho)
-        case "polyexponential":
-            sigmas = polyexponential_sigmas(steps, smallest, largest, options.rho or 1.0)
-        case "kl optimal":
-            sigmas = kl_optimal_sigmas(steps, smallest, largest)[:-1]
-        case "linear quadratic":
-            sigmas = linear_quadratic_sigmas(steps, largest)[:-1]
-        case "beta":
-            sigmas = beta_sigmas(steps, smallest, largest)
-        case "align your steps":
-            sigmas = aligned_sigmas(steps, sdxl=sdxl)
+        case "karras" | "polyexponential" | "kl optimal" | "linear quadratic" | "beta" | "align your steps" as named:
+            rho = options.rho or (edm.rho if named == "karras" else 1.0)
+            sigmas = _by_formula(named, steps, smallest, largest, rho, sdxl)
         case "sgm uniform" | "trailing" | "simple":  # they stop before the smallest
             sigmas = exponential_sigmas(steps + 1, smallest, largest)[:steps]
         case _:

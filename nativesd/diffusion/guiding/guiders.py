@@ -6,6 +6,7 @@ part of the steps; `FreeU` changes the UNet's way up.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -43,7 +44,7 @@ class Guider:
 
 
 @dataclass(frozen=True)
-class Perturbed(Guider):
+class Perturbed(Guider, ABC):
     """Guidance away from what the UNet would paint if some of its transformers were worse at it.
 
     What is added is scale * (the answer for the prompt - the worse answer), so it works without a negative prompt too.
@@ -55,9 +56,9 @@ class Perturbed(Guider):
     start: float = 0.0
     end: float = 1.0
 
+    @abstractmethod
     def perturbation(self) -> Edit:
         """What makes the UNet worse."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,12 @@ class SLG(Perturbed):
 
 
 @dataclass(frozen=True)
-class Combined(Guider):
+class Combined(Guider, ABC):
     """Another way in which the answers for the prompt and the negative prompt become one."""
 
+    @abstractmethod
     def begin(self) -> Combiner:
         """It, at the beginning of a pass."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
