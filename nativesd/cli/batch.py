@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, embedding_files, main, print_tables, say
-from nativesd.cli.generate import BACKENDS
+from nativesd.cli.common import MODEL_HELP, RUNNING, SAVING, Size, embedding_files, main, print_tables, say
 from nativesd.cli.help import section
 from nativesd.errors import UsageError
 from nativesd.pipeline.asked.readers import lora_use
@@ -82,12 +81,8 @@ REASONS = 20
 )
 @section(
     "This machine",
-    click.option("--device", help="cpu, cuda, cuda:1, ... [default: cuda where there is one]."),
-    click.option("--dtype", help="float16, bfloat16 or float32 [default: float16 on CUDA, else float32]."),
-    click.option("--backend", type=click.Choice(BACKENDS), help="What runs the model [default: torch]."),
-    click.option("--engines", type=click.Path(path_type=Path), help=ENGINES_HELP),
-    click.option("--offload", is_flag=True, default=None, help="Keep what is not in use in main memory."),
-    click.option("--fp8", is_flag=True, default=None, help="Transformer blocks in float8 (RTX 40, H100 and newer)."),
+    *RUNNING,
+    *SAVING,
 )
 @click.pass_context
 def batch(

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -26,6 +27,19 @@ LABEL = 20
 """Columns of a report's labels."""
 MODEL_HELP = "'tiny' (embedded), a folder, a file, or a hub id"
 ENGINES_HELP = "Folder of engines [default: nativesd/engines in the user's cache]."
+BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
+RUNNING = (
+    click.option("--device", help="cpu, cuda, cuda:1, ... [default: cuda where there is one]."),
+    click.option("--dtype", help="float16, bfloat16 or float32 [default: float16 on CUDA, else float32]."),
+    click.option("--backend", type=click.Choice(BACKENDS), help="What runs the model [default: torch]."),
+    click.option("--engines", type=click.Path(path_type=Path), help=ENGINES_HELP),
+)
+"""The options that say what a model runs on."""
+SAVING = (
+    click.option("--offload", is_flag=True, default=None, help="Keep what is not in use in main memory."),
+    click.option("--fp8", is_flag=True, default=None, help="Transformer blocks in float8 (RTX 40, H100 and newer)."),
+)
+"""Those that save memory."""
 SOURCE_HELP = "a file (safetensors or pickle), a model folder, a hub id, or org/name/file.safetensors on the hub"
 
 

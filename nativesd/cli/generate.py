@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Border, Size, embedding_files, main, say, tell
+from nativesd.cli.common import MODEL_HELP, RUNNING, SAVING, Border, Size, embedding_files, main, say, tell
 from nativesd.cli.given import for_python, said_by
 from nativesd.cli.help import flag, section, with_flags
 
 if TYPE_CHECKING:
     from nativesd.pipeline.asked.arguments import GenerateOptions, LoadOptions
 
-BACKENDS = ["torch", "cudagraphs", "onnx", "openvino", "tensorrt", "tensorrt-rtx"]
 NEEDS = {
     **dict.fromkeys(("mask", "strength", "steps_as", "resize", "outpaint", "image_guidance_scale"), ("image",)),
     **dict.fromkeys(("churn_min", "churn_max"), ("churn",)),
@@ -187,12 +186,8 @@ NEEDS = {
 @section(
     "This machine",
     click.option("--force", is_flag=True, default=None, help="Try pictures that seem too large for the memory."),
-    click.option("--device", help="cpu, cuda, cuda:1, ... [default: cuda where there is one]."),
-    click.option("--dtype", help="float16, bfloat16 or float32 [default: float16 on CUDA, else float32]."),
-    click.option("--backend", type=click.Choice(BACKENDS), help="What runs the model [default: torch]."),
-    click.option("--engines", type=click.Path(path_type=Path), help=ENGINES_HELP),
-    click.option("--offload", is_flag=True, default=None, help="Keep what is not in use in main memory."),
-    click.option("--fp8", is_flag=True, default=None, help="Transformer blocks in float8 (RTX 40, H100 and newer)."),
+    *RUNNING,
+    *SAVING,
     click.option(
         "--no-mmap",
         "mapped",

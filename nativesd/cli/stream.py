@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, main, say
-from nativesd.cli.generate import BACKENDS
+from nativesd.cli.common import MODEL_HELP, RUNNING, Size, main, say
 from nativesd.cli.help import section, with_flags
 from nativesd.pipeline.asked.readers import lora_use
 
@@ -74,10 +73,7 @@ class Numbers(click.ParamType[list[int]]):
     click.option("--model", help=f"{MODEL_HELP} [default: tiny, with its LCM-LoRA]."),
     click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE[:TEXT]]", help="LoRA to merge in; repeatable."),
     click.option("--vae", help="File or folder of a VAE to use instead of the model's, or taesd."),
-    click.option("--device", help="cpu, cuda, cuda:1, ... [default: cuda where there is one]."),
-    click.option("--dtype", help="float16, bfloat16 or float32 [default: float16 on CUDA, else float32]."),
-    click.option("--backend", type=click.Choice(BACKENDS), help="What runs the model [default: torch]."),
-    click.option("--engines", type=click.Path(path_type=Path), help=ENGINES_HELP),
+    *RUNNING,
 )
 @click.pass_context
 def stream(
