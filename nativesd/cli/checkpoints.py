@@ -92,7 +92,7 @@ def audit(
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["f16", "bf16", "f32", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1"]),
+    type=click.Choice(["f16", "bf16", "f32", "q8_0", "q6_k", "q5_k", "q5_0", "q5_1", "q4_k", "q4_0", "q4_1"]),
     help="Those from q8_0 on are of .gguf files. [default: as stored]",
 )
 @click.option("--unet", help="The UNet of DEST, instead of SOURCE's.")

@@ -15,7 +15,7 @@ from nativesd.errors import WeightsError
 from nativesd.weights.checkpoint import apply, revert
 from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import DTYPES, NAMES, read_tensor
-from nativesd.weights.formats.blocks import quantise
+from nativesd.weights.formats.blocks import INSTEAD, quantise
 from nativesd.weights.formats.gguf import ALIGNMENT, BLOCKS, MAX_NAME, gguf_bytes, gguf_header
 from nativesd.weights.formats.header import header_bytes
 from nativesd.weights.identity.identify import Component
@@ -146,14 +146,14 @@ def _made(entries: Iterable[Entry]) -> Iterator[memoryview]:
 
 PLAIN_KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """The dtypes that are written into GGUF files as they are; others become float32."""
-ROWS = 1 << 20  # numbers that are quantised at once
+ROWS = 1 << 17  # numbers that are quantised at once: their copies stay in the processor's caches
 
 
 def write_gguf(path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, str], kind: str | None) -> None:
     """A GGUF file as stable-diffusion.cpp writes them, two tensors in memory at a time.
 
-    kind  one of `blocks.WRITERS`, for matrices whose rows are whole blocks. Other tensors of more than one dimension
-          are float16 then; vectors stay as they are, as all do for None
+    kind  one of `blocks.WRITERS`, for matrices whose rows are whole blocks, or by `blocks.INSTEAD`. Other tensors of
+          more than one dimension are float16 then; vectors stay as they are, as all do for None
     """
     placed, at = list[tuple[str, str, Entry, int]](), 0
     for name, entry in tensors.items():
@@ -177,7 +177,8 @@ def _kind(entry: Entry, kind: str | None) -> str:
     """The dtype that a tensor gets in a GGUF file."""
     if kind is None or len(entry.shape) < 2:
         return PLAIN_KINDS.get(entry.dtype, "F32")
-    return kind if len(entry.shape) == 2 and entry.shape[1] % BLOCKS[kind][0] == 0 else "F16"
+    fitting = (each for each in (kind, INSTEAD.get(kind, kind)) if entry.shape[1] % BLOCKS[each][0] == 0)
+    return next(fitting, "F16") if len(entry.shape) == 2 else "F16"
 
 
 def _in_kind(entry: Entry, kind: str) -> Tensor:

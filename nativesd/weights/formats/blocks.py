@@ -1,7 +1,7 @@
 """Numbers of GGUF's quantised dtypes: blocks of small integers with their scales, into float32 and back.
 
 The layouts are those of ggml-common.h, the formulas those of ggml-quants.c (`dequantize_row_*`, `quantize_row_*_ref`),
-in the same order of operations, so that results agree to the bit.
+in the same order of operations, so that results agree to the bit; what is searched for is in `kquants`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nativesd.weights.formats.gguf import BLOCKS
+from nativesd.weights.formats.kquants import inverse, to_q4_k, to_q5_k, to_q6_k
 
 
 def dequantise(raw: Tensor, dtype: str) -> Tensor:
@@ -104,11 +105,6 @@ def quantise(numbers: Tensor, dtype: str) -> Tensor:
     return WRITERS[dtype](numbers.reshape(-1, BLOCKS[dtype][0])).flatten()
 
 
-def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 for 0."""
-    return torch.where(scale == 0, 0, 1 / scale)
-
-
 def _as_bytes(*parts: Tensor) -> Tensor:
     """Halves (n, k) of float32 scales, and bytes, one after the other."""
     halved = [part.half() if part.dtype == torch.float32 else part for part in parts]
@@ -122,7 +118,7 @@ def _largest(blocks: Tensor) -> Tensor:
 
 def _to_q8_0(blocks: Tensor) -> Tensor:
     scale = blocks.abs().amax(1, keepdim=True) / 127
-    scaled = blocks * _inverse(scale)
+    scaled = blocks * inverse(scale)
     magnitude = scaled.abs()
     whole = magnitude.floor()
     rounded = whole + (2 * (magnitude - whole)).floor()  # halves away from zero, as roundf
@@ -144,7 +140,7 @@ def _fifth(numbers: Tensor) -> Tensor:
 def _signed(blocks: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """The scale, by which the largest magnitude is -most, and the numbers from 0 to 2 most - 1."""
     scale = _largest(blocks) / -most
-    numbers = (blocks * _inverse(scale) + (most + 0.5)).to(torch.uint8)
+    numbers = (blocks * inverse(scale) + (most + 0.5)).to(torch.uint8)
     return scale, numbers.clamp(max=2 * most - 1)
 
 
@@ -152,7 +148,7 @@ def _from_least(blocks: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """The scale, the least number, and the numbers above it from 0 to most."""
     least, largest = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
     scale = (largest - least) / most
-    numbers = ((blocks - least) * _inverse(scale) + 0.5).to(torch.uint8)
+    numbers = ((blocks - least) * inverse(scale) + 0.5).to(torch.uint8)
     return scale, least, numbers.clamp(max=most)
 
 
@@ -177,6 +173,9 @@ def _to_q5_1(blocks: Tensor) -> Tensor:
 
 
 WRITERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "Q8_0": _to_q8_0, "Q5_0": _to_q5_0, "Q5_1": _to_q5_1, "Q4_0": _to_q4_0, "Q4_1": _to_q4_1,
+    "Q8_0": _to_q8_0, "Q6_K": to_q6_k, "Q5_K": to_q5_k, "Q5_0": _to_q5_0, "Q5_1": _to_q5_1, "Q4_K": to_q4_k,
+    "Q4_0": _to_q4_0, "Q4_1": _to_q4_1,
 }  # fmt: skip
 """Each from (n, numbers of a block) to (n, bytes of a block)."""
+INSTEAD = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0"}
+"""What rows get that are whole blocks of 32 and not of 256, as llama.cpp writes them (llama-quant.cpp)."""

@@ -181,8 +181,11 @@ ALIGNMENT = 32
 """Of tensors in files that are written here; the format's default."""
 VERSION = 3
 TYPE_NUMBERS = {name: number for number, name in TYPES.items()}
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
-"""general.file_type, by the dtype that most tensors have (ggml.h, enum ggml_ftype)."""
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18,
+    "BF16": 32,
+}  # fmt: skip
+"""general.file_type, by the dtype that most tensors have (docs/gguf.md; llama.h, enum llama_ftype)."""
 
 
 def gguf_bytes(kind: str, shape: Sequence[int]) -> int:
