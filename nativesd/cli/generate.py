@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
 from nativesd.cli.common import MODEL_HELP, RUNNING, SAVING, Border, Size, embedding_files, main, say, tell
 from nativesd.cli.given import for_python, said_by
 from nativesd.cli.help import flag, section, with_flags
+from nativesd.text.syntax import Emphasis
 
 if TYPE_CHECKING:
     from nativesd.pipeline.asked.arguments import GenerateOptions, LoadOptions
@@ -181,6 +182,11 @@ NEEDS = {
     click.option("--seed-resize", type=Size(), help="Size whose noise is to stand in the middle, such as 512x512."),
     click.option("--ensd", type=int, help="Added to the seed for the noise of the steps (A1111's) [default: 0]."),
     click.option("--clip-skip", type=int, help="Layer of the text encoder from the end; 1 is the last."),
+    click.option(
+        "--emphasis",
+        type=click.Choice(get_args(Emphasis), case_sensitive=False),
+        help="How prompts weigh words: as A1111, or as ComfyUI [default: original].",
+    ),
     click.option("--literal", is_flag=True, default=None, help="Take the prompts as they stand: no weights, no BREAK."),
 )
 @section(

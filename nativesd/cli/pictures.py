@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from nativesd.cli.common import embedding_files, main, print_tables
+from nativesd.text.syntax import Emphasis, Syntax
 
 WHOLE_TABLE = 150  # columns in which the samplers' table folds no name
 
@@ -41,6 +43,13 @@ def samplers() -> None:
 
 @main.command()
 @click.argument("prompt")
+@click.option(
+    "--emphasis",
+    type=click.Choice(get_args(Emphasis), case_sensitive=False),
+    default="original",
+    show_default=True,
+    help="How it weighs words: as A1111, or as ComfyUI.",
+)
 @click.option("--literal", is_flag=True, help="Take the prompt as it stands: no weights, no BREAK.")
 @click.option(
     "--embedding",
@@ -50,14 +59,15 @@ def samplers() -> None:
     metavar="FILE[,FILE]",
     help="Textual inversion; repeatable.",
 )
-def tokens(prompt: str, literal: bool, embeddings: Sequence[str]) -> None:
+def tokens(prompt: str, emphasis: Emphasis, literal: bool, embeddings: Sequence[str]) -> None:
     """Show the tokens of PROMPT, their weights, and where its chunks break."""
     from nativesd.text.embedding import read_embeddings
     from nativesd.text.prompt import explain_tokens
     from nativesd.text.tokenizer import END_OF_TEXT, ClipTokenizer
 
     known = {word.name: word for files in embeddings for word in read_embeddings(embedding_files(files))}
-    chunks = explain_tokens(prompt, ClipTokenizer(pad=END_OF_TEXT), literal=literal, embeddings=known)
+    syntax: Syntax = "literal" if literal else emphasis
+    chunks = explain_tokens(prompt, ClipTokenizer(pad=END_OF_TEXT), syntax=syntax, embeddings=known)
     for number, chunk in enumerate(chunks, 1):
         click.echo(f"chunk {number} of {len(chunks)}: {len(chunk.tokens)} of 75 tokens")
         for token in chunk.tokens:

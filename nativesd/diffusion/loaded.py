@@ -27,6 +27,7 @@ from nativesd.models.vae import VAE
 from nativesd.pictures.images import to_pictures
 from nativesd.text.embedding import Embedding
 from nativesd.text.encode import Text, encode_each, encode_prompts
+from nativesd.text.syntax import Emphasis, Syntax
 from nativesd.text.tokenizer import ClipTokenizer
 from nativesd.tuning.memory import free_bytes, memory_explained, unet_bytes
 from nativesd.tuning.tune import untuned
@@ -106,13 +107,18 @@ class Loaded:
 
     @memory_explained()
     def encode_prompt(
-        self, prompts: Sequence[str], *, literal: bool = False, clip_skip: int | None = None
+        self,
+        prompts: Sequence[str],
+        *,
+        emphasis: Emphasis = "original",
+        literal: bool = False,
+        clip_skip: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Context (B, T, C), both encoders' side by side, and the last encoder's pooled embedding (B, P)."""
         with self.turns.wait(), self._visiting(*self.text_encoders):
             return encode_prompts(
-                prompts, self.text_encoders, self.tokenizers, literal=literal, clip_skip=clip_skip,
-                embeddings=self.words, device=self.device,
+                prompts, self.text_encoders, self.tokenizers, syntax="literal" if literal else emphasis,
+                clip_skip=clip_skip, embeddings=self.words, device=self.device,
             )  # fmt: skip
 
     @torch.inference_mode()
@@ -148,12 +154,12 @@ class Loaded:
             )
 
     def encode_each(
-        self, prompts: Sequence[Text], *, literal: bool = False, clip_skip: int | None = None
+        self, prompts: Sequence[Text], *, syntax: Syntax, clip_skip: int | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """Contexts (T_i, C), each of its own length, and the last encoder's pooled embedding (B, P)."""
         with self._visiting(*self.text_encoders):
             return encode_each(
-                prompts, self.text_encoders, self.tokenizers, literal=literal, clip_skip=clip_skip,
+                prompts, self.text_encoders, self.tokenizers, syntax=syntax, clip_skip=clip_skip,
                 embeddings=self.words, device=self.device,
             )  # fmt: skip
 

@@ -39,6 +39,7 @@ from nativesd.sampling.schedule import Schedule
 from nativesd.sampling.steps import Steps
 from nativesd.sampling.variation import Variation, varied_noise
 from nativesd.text.encode import require_finite
+from nativesd.text.syntax import Syntax
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Job:
     prompts: Sequence[str]
     negatives: Sequence[str]
     """One for all prompts, or one for each."""
-    literal: bool
+    syntax: Syntax
     clip_skip: int | None
     seeds: Sequence[int]
     sdxl: SDXL
@@ -253,13 +254,13 @@ class Diffusion(Loaded):
         """
         unet, pictures = self.config.unet, len(job.seeds)
         of_pass = (pictures, steps, job.steps_before)
-        texts = prompt_sides(job.prompts, *of_pass, literal=job.literal, second=job.sdxl.prompt_2)
+        texts = prompt_sides(job.prompts, *of_pass, syntax=job.syntax, second=job.sdxl.prompt_2)
         if unet.guidance is None and (job.guidance.guides or len(texts) > 1):
             editing = unet.in_channels == EDITING and channels and job.guidance.image_scale != 1
             roles: list[Role] = ["picture", "nothing"] if editing else ["negative"]
             second = job.sdxl.negative_prompt_2
             texts = [
-                *(negative_side(job.negatives, *of_pass, role, literal=job.literal, second=second) for role in roles),
+                *(negative_side(job.negatives, *of_pass, role, syntax=job.syntax, second=second) for role in roles),
                 *texts,
             ]
 
@@ -272,11 +273,11 @@ class Diffusion(Loaded):
             zero_empty=self.config.zero_empty_negative,
             sdxl=job.sdxl,
         )
-        encode = partial(self.encode_each, literal=job.literal, clip_skip=job.clip_skip)
+        encode = partial(self.encode_each, syntax=job.syntax, clip_skip=job.clip_skip)
         sides = over_steps(texts, encode, frame, moments)
         if not job.regions:
             return sides
-        parts = [prompt_sides([each.prompt], *of_pass, literal=job.literal)[0] for each in job.regions]
+        parts = [prompt_sides([each.prompt], *of_pass, syntax=job.syntax)[0] for each in job.regions]
         return with_regions(sides, over_steps(parts, encode, frame, moments), job.regions)
 
     def _within_memory(self, job: Job, size: tuple[int, int]) -> Job:

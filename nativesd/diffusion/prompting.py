@@ -13,6 +13,7 @@ from nativesd.diffusion.conditioning import Conditioning, Role
 from nativesd.sampling.steps import Steps
 from nativesd.text.editing import Timeline, split_and, timeline
 from nativesd.text.encode import Text
+from nativesd.text.syntax import ONE_TEXT, Syntax
 
 # sgm inference/api.py (SamplingParams): the refiner's aesthetic scores for the prompt and the negative prompt
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
@@ -98,14 +99,14 @@ class Frame:
 
 
 def prompt_sides(
-    prompts: Sequence[str], pictures: int, steps: int, before: int | None, *, literal: bool, second: str | None = None
+    prompts: Sequence[str], pictures: int, steps: int, before: int | None, *, syntax: Syntax, second: str | None = None
 ) -> list[Texts]:
     """The sides of the prompts, more than one where AND combines some; a picture with fewer has them with weight 0.
 
     `second` is the prompt of the second text encoder, beside each of them.
     """
-    also = _second(second, steps, before, literal=literal)
-    if literal:
+    also = _second(second, steps, before, syntax=syntax)
+    if syntax in ONE_TEXT:
         return [Texts("prompt", _each([Timeline([steps], [prompt]) for prompt in prompts], pictures), second=also)]
     parts = [split_and(prompt) for prompt in prompts]
     most = max(map(len, parts))
@@ -129,18 +130,21 @@ def negative_side(
     before: int | None,
     role: Role,
     *,
-    literal: bool,
+    syntax: Syntax,
     second: str | None = None,
 ) -> Texts:
     """The side of the negative prompts; `second` is that of the second text encoder."""
-    lines = [Timeline([steps], [text]) if literal else timeline(text, steps, before) for text in negatives]
-    return Texts(role, _each(lines, pictures), second=_second(second, steps, before, literal=literal))
+    lines = [_line(text, steps, before, syntax=syntax) for text in negatives]
+    return Texts(role, _each(lines, pictures), second=_second(second, steps, before, syntax=syntax))
 
 
-def _second(text: str | None, steps: int, before: int | None, *, literal: bool) -> Timeline | None:
-    if text is None:
-        return None
-    return Timeline([steps], [text]) if literal else timeline(text, steps, before)
+def _second(text: str | None, steps: int, before: int | None, *, syntax: Syntax) -> Timeline | None:
+    return None if text is None else _line(text, steps, before, syntax=syntax)
+
+
+def _line(text: str, steps: int, before: int | None, *, syntax: Syntax) -> Timeline:
+    """What a prompt is over the steps."""
+    return Timeline([steps], [text]) if syntax in ONE_TEXT else timeline(text, steps, before)
 
 
 def _each(values: Sequence[Value], pictures: int) -> list[Value]:

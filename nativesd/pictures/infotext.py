@@ -137,6 +137,10 @@ def _value_at(line: str, start: int) -> tuple[str, int]:
 
 
 ONLY_MASKED = "Only masked"
+EMPHASIS = {
+    "original": "Original", "no norm": "No norm", "ignore": "Ignore", "none": "None", "comfyui": "ComfyUI",
+}  # fmt: skip
+"""What A1111 calls how prompts weigh their words; the last is none of its own."""
 MASKED_CONTENT = {"fill": "fill", "noise": "latent noise", "nothing": "latent nothing"}
 """The option `mask_fill` as A1111 writes it (modules/processing.py)."""
 SOFT_INPAINT = "Soft inpainting enabled"

@@ -22,6 +22,7 @@ from nativesd.destination import fresh, hold
 from nativesd.errors import SourceError, UsageError
 from nativesd.pictures.embedded import user_comment_exif
 from nativesd.pictures.infotext import (
+    EMPHASIS,
     MASKED_CONTENT,
     ONLY_MASKED,
     SAMPLING_FIELDS,
@@ -78,11 +79,11 @@ class Result:
 
         Of `parameters` these are needed: prompt, negative_prompt, steps, sampler, schedule, guidance_scale, width,
         height, model. These are written where they are there and not None: model_hash, strength, clip_skip, guidance
-        and savings (texts), guidance_rescale, eta, noise ("cpu" or "cuda"), image_guidance_scale, mask_blur, literal,
-        refiner (a name), refiner_at, vae (a name), mask_fill, only_masked, steps_as, soft_inpaint, sdxl, sampling and
-        variation (the fields of a `SoftInpaint`, an `SDXL`, a `Sampling`, a `Variation`), tiling, tiles, regions (of a
-        `Region`'s fields each), hires (`Hires.fields`), loras (names to scales), and image_prompts and control (names
-        or files), with the scales of each in image_prompt_scales and control_scales.
+        and savings (texts), emphasis, guidance_rescale, eta, noise ("cpu" or "cuda"), image_guidance_scale, mask_blur,
+        literal, refiner (a name), refiner_at, vae (a name), mask_fill, only_masked, steps_as, soft_inpaint, sdxl,
+        sampling and variation (the fields of a `SoftInpaint`, an `SDXL`, a `Sampling`, a `Variation`), tiling, tiles,
+        regions (of a `Region`'s fields each), hires (`Hires.fields`), loras (names to scales), and image_prompts and
+        control (names or files), with the scales of each in image_prompt_scales and control_scales.
         """
         p = self.of(index)
         hires: Mapping[str, Any] = p.get("hires") or {}
@@ -119,6 +120,7 @@ class Result:
             "Masked area padding": p.get("only_masked"),
             SOFT_INPAINT: True if p.get("soft_inpaint") else None,
             **{SOFT_INPAINT_FIELDS[field]: _number(value) for field, value in (p.get("soft_inpaint") or {}).items()},
+            "Emphasis": EMPHASIS.get(p.get("emphasis", "")),
             "Literal prompt": p.get("literal"),
             "Refiner": p.get("refiner"),
             "Refiner switch at": _number(p.get("refiner_at")),

@@ -103,6 +103,8 @@ class Pipeline(Twice):
         sampling        noise on the way, and the ends of a schedule: a `Sampling`
         eta             0 to 1: how much noise a sampler adds again; default: the sampler's own
         clip_skip       layers of the text encoder from the end, 1 is the last; default: as the model was trained
+        emphasis        how prompts weigh their words: "original", "no norm", "ignore" or "none", as A1111's setting, or
+                        "comfyui": ComfyUI's brackets and weights; no prompt changes or is combined then
         literal         take the prompts as they stand: no weights, no BREAK
         force           make pictures that seem too large for the memory; default: refuse them
         noise           "cpu", as diffusers, or "cuda": what an NVIDIA card would draw, as A1111
@@ -183,7 +185,7 @@ class Pipeline(Twice):
         job = Job(
             prompts=plan.prompts,
             negatives=asked.negative_prompt,
-            literal=asked.literal,
+            syntax=asked.syntax,
             clip_skip=asked.clip_skip,
             seeds=asked.seeds,
             sdxl=asked.sdxl or SDXL(),

@@ -55,6 +55,10 @@ class Twice(Adapted):
         if hires.guidance_scale is not None:
             scale = job.choice.scale(hires.guidance_scale)
             job = replace(job, guidance=replace(job.guidance, scale=scale))
-        prompts = job.prompts if hires.prompt is None else [take_tags(hires.prompt)[0]]
+        prompts = (
+            job.prompts
+            if hires.prompt is None
+            else [hires.prompt if job.syntax == "literal" else take_tags(hires.prompt)[0]]
+        )
         negatives = job.negatives if hires.negative_prompt is None else [hires.negative_prompt]
         return replace(job, prompts=prompts, negatives=negatives)

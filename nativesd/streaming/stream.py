@@ -124,9 +124,7 @@ class Stream:
                 "or LCM model"
             )
         if config.words is not None:
-            unknown = unknown_words(
-                [text for text, _ in now.asked.prompts], {*config.words, *self.pipeline.words}, literal=False
-            )
+            unknown = unknown_words([text for text, _ in now.asked.prompts], {*config.words, *self.pipeline.words})
             if unknown:
                 yield f"the embedded model does not know {', '.join(unknown)}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Literal
 
 import torch
@@ -70,9 +70,9 @@ def tell(
     A prompt that changes between steps changes from slot to slot. Raises UsageError for prompts that AND combines.
     """
     slots = len(ladder)
-    sides = [_one_side(prompt_sides([text], 1, slots, None, literal=False)) for text, _ in texts]
+    sides = [_one_side(prompt_sides([text], 1, slots, None, syntax="original")) for text, _ in texts]
     if extra:
-        sides.append(negative_side([negative], 1, slots, None, "negative", literal=False))
+        sides.append(negative_side([negative], 1, slots, None, "negative", syntax="original"))
     unet = model.config.unet
     frame = Frame(
         pictures=1,
@@ -82,7 +82,7 @@ def tell(
         device=model.device,
         zero_empty=model.config.zero_empty_negative,
     )
-    at = over_steps(sides, lambda distinct: model.encode_each(distinct), frame, Steps(ladder.sigmas))
+    at = over_steps(sides, partial(model.encode_each, syntax="original"), frame, Steps(ladder.sigmas))
     weights = [weight for _, weight in texts]
     rows = [_blend_sides(at(sigma)[: len(texts)], weights, blend) for sigma in ladder.sigmas]
     rows += [at(sigma)[-1] for sigma in ladder.sigmas[:extra]]

@@ -14,6 +14,7 @@ from nativesd.config import TextEncoderConfig
 from nativesd.errors import NativesdError, SourceError, UsageError
 from nativesd.text.embedding import Embedding
 from nativesd.text.prompt import NO_EMBEDDINGS, Chunk, parse_prompt, split_chunks
+from nativesd.text.syntax import Syntax
 from nativesd.text.tokenizer import ClipTokenizer
 
 Text = str | tuple[str, str]
@@ -52,7 +53,7 @@ def encode_prompts(
     encoders: Sequence[Encoder],
     tokenizers: Sequence[ClipTokenizer],
     *,
-    literal: bool = False,
+    syntax: Syntax = "original",
     clip_skip: int | None = None,
     embeddings: Mapping[str, Embedding] = NO_EMBEDDINGS,
     device: torch.device,
@@ -63,7 +64,7 @@ def encode_prompts(
     much in length are cheaper one by one.
     """
     contexts, pooled = encode_each(
-        prompts, encoders, tokenizers, literal=literal, clip_skip=clip_skip, embeddings=embeddings, device=device
+        prompts, encoders, tokenizers, syntax=syntax, clip_skip=clip_skip, embeddings=embeddings, device=device
     )
     common = math.lcm(*map(len, contexts))
     _bound([len(context) // tokenizers[0].length for context in contexts], common // tokenizers[0].length)
@@ -75,14 +76,14 @@ def encode_each(
     encoders: Sequence[Encoder],
     tokenizers: Sequence[ClipTokenizer],
     *,
-    literal: bool = False,
+    syntax: Syntax = "original",
     clip_skip: int | None = None,
     embeddings: Mapping[str, Embedding] = NO_EMBEDDINGS,
     device: torch.device,
 ) -> tuple[list[Tensor], Tensor]:
     """Contexts (77 n_i, C), the encoders' states side by side, and the last encoder's pooled embedding (B, P).
 
-    literal     take the prompts as they stand, without any syntax
+    syntax      how the prompts are read, and how their words are weighed
     clip_skip   the layer whose states are the context, counted from the end: see `hidden_layer`
     embeddings  the textual inversions that the prompts can name
 
@@ -94,8 +95,8 @@ def encode_each(
     chunks = []
     for i, tokenizer in enumerate(tokenizers):
         texts = [prompt if isinstance(prompt, str) else prompt[min(i, 1)] for prompt in prompts]
-        parsed = [parse_prompt(text, literal=literal, embeddings=embeddings) for text in texts]
-        chunks.append([split_chunks(parts, tokenizer) for parts in parsed])
+        parsed = [parse_prompt(text, syntax=syntax, embeddings=embeddings) for text in texts]
+        chunks.append([split_chunks(parts, tokenizer, syntax) for parts in parsed])
     for prompt, columns in zip(prompts, zip(*chunks, strict=True), strict=True):
         if not isinstance(prompt, str):
             most = max(map(len, columns))
@@ -109,6 +110,9 @@ def encode_each(
     states = []
     for i, (encoder, tokenizer, layer) in enumerate(zip(encoders, tokenizers, layers, strict=True)):
         rows = [chunk for of_prompt in chunks[i] for chunk in of_prompt]
+        weighed = any(token.weight != 1 for chunk in rows for token in chunk.tokens)
+        if weighed and syntax == "comfyui":
+            rows.append(Chunk(()))
         ids = [tokenizer.row([token.id for token in chunk.tokens]) for chunk in rows]
         if (highest := max(map(max, ids))) >= encoder.config.vocabulary or min(map(min, ids)) < 0:
             raise SourceError(
@@ -120,7 +124,7 @@ def encode_each(
         name = f"text encoder {i + 1}" if len(encoders) > 1 else "text encoder"
         require_finite(output.hidden, name, output.hidden.dtype)
         require_finite(output.pooled, name, output.pooled.dtype)
-        states.append(_weigh(output.hidden, rows))
+        states.append(_weigh(output.hidden, rows, syntax) if weighed else output.hidden)
     hidden = torch.cat(states, dim=-1)  # (rows, T, C)
     starts = [0, *accumulate(counts[0])][:-1]
     contexts = [chunks.flatten(0, 1) for chunks in torch.split(hidden, counts[0])]  # (k, T, C) -> (k T, C)
@@ -184,19 +188,24 @@ def _embedded(
     return embedded
 
 
-def _weigh(hidden: Tensor, rows: Sequence[Chunk]) -> Tensor:
-    """States (B, T, C) times their tokens' weights, then scaled to the mean they had before.
+def _weigh(hidden: Tensor, rows: Sequence[Chunk], syntax: Syntax) -> Tensor:
+    """States (B, T, C) by their tokens' weights; ComfyUI's last row is the empty prompt's, and is left out (B - 1).
 
-    The mean is over each chunk, so that a prompt's result does not depend on others in the batch. Source:
-    AUTOMATIC1111/stable-diffusion-webui modules/sd_emphasis.py, `EmphasisOriginal`.
+    A1111 multiplies, and then scales to the mean there was before, or not ("no norm"); the mean is over each chunk, so
+    that a prompt's result does not depend on others in the batch. Sources: AUTOMATIC1111/stable-diffusion-webui
+    modules/sd_emphasis.py; Comfy-Org/ComfyUI comfy/sd1_clip.py, `ClipTokenWeightEncoder`.
     """
-    if all(token.weight == 1 for chunk in rows for token in chunk.tokens):
-        return hidden
     weights = torch.ones(hidden.shape[:2])
     for row, chunk in zip(weights, rows, strict=True):
         row[1 : 1 + len(chunk.tokens)] = torch.tensor([token.weight for token in chunk.tokens])
-    before = hidden.float()
-    after = before * weights[..., None].to(hidden.device)
+    before, weights = hidden.float(), weights[..., None].to(hidden.device)  # (B, T, 1)
+    if syntax == "comfyui":
+        empty = before[-1]
+        moved = (before[:-1] - empty) * weights[:-1] + empty
+        return torch.where(weights[:-1] == 1, before[:-1], moved).to(hidden.dtype)
+    after = before * weights
+    if syntax == "no norm":
+        return after.to(hidden.dtype)
     old, new = (states.mean((1, 2), keepdim=True) for states in (before, after))
     least = NO_MEAN * before.square().mean((1, 2), keepdim=True).sqrt()
     scale = torch.where((old.abs() > least) & (new.abs() > least), old / new, 1.0)

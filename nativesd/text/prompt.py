@@ -19,12 +19,15 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nativesd.errors import NativesdWarning, UsageError
+from nativesd.text.comfyui import fill_chunks, weighted_texts
+from nativesd.text.syntax import Syntax
 from nativesd.text.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:  # torch is not needed to read a prompt
@@ -85,20 +88,24 @@ class Chunk:
 
 
 def explain_tokens(
-    prompt: str, tokenizer: ClipTokenizer, *, literal: bool = False, embeddings: Mapping[str, Embedding] = NO_EMBEDDINGS
+    prompt: str,
+    tokenizer: ClipTokenizer,
+    *,
+    syntax: Syntax = "original",
+    embeddings: Mapping[str, Embedding] = NO_EMBEDDINGS,
 ) -> list[Chunk]:
     """What the text encoder gets of a prompt: its chunks, with every token's id, text and weight. At least one chunk.
 
-    literal     take the text as it stands, without any syntax; names of embeddings are words then
+    syntax      how it is read; names of embeddings are words where it is "literal"
     embeddings  the textual inversions that the prompt can name
 
     Raises UsageError for syntax that is not supported.
     """
-    return split_chunks(parse_prompt(prompt, literal=literal, embeddings=embeddings), tokenizer)
+    return split_chunks(parse_prompt(prompt, syntax=syntax, embeddings=embeddings), tokenizer, syntax)
 
 
 def parse_prompt(
-    prompt: str, *, literal: bool = False, embeddings: Mapping[str, Embedding] = NO_EMBEDDINGS
+    prompt: str, *, syntax: Syntax = "original", embeddings: Mapping[str, Embedding] = NO_EMBEDDINGS
 ) -> list[tuple[Piece, ...]]:
     """Pieces of text with their weights, in a tuple for each part between BREAKs. Raises UsageError; see the module."""
     try:
@@ -107,16 +114,21 @@ def parse_prompt(
         raise UsageError(f"the prompt is no valid text at character {error.start + 1}: {error.reason}") from error
     if len(prompt) > MAX_CHARACTERS:
         raise UsageError(f"the prompt has {len(prompt)} characters, over the {MAX_CHARACTERS} that one can have")
-    if literal:
+    if syntax == "literal":
         return [(Piece(prompt),)]
+    pattern, invoked = _names(embeddings, bare=syntax != "comfyui")
+    if syntax == "comfyui":
+        return [tuple(_find_embeddings(starmap(Piece, weighted_texts(prompt)), pattern, invoked))]
     if AND.search(prompt):
         warnings.warn(
             "AND is read as a word here: prompts are combined where a call has them as its prompt",
             NativesdWarning,
             stacklevel=2,
         )
-    pattern, invoked = _names(embeddings)
-    return [tuple(_find_embeddings(part, pattern, invoked)) for part in _parse_weights(prompt)]
+    parts = [[Piece(prompt)]] if syntax == "none" else _parse_weights(prompt)
+    if syntax == "ignore":
+        parts = [[Piece(piece.text) for piece in part] for part in parts]
+    return [tuple(_find_embeddings(part, pattern, invoked)) for part in parts]
 
 
 @dataclass
@@ -234,11 +246,12 @@ def _refuse_editing(prompt: str, bracket: _Open, end: int) -> None:
         )
 
 
-def _names(embeddings: Mapping[str, Embedding]) -> tuple[re.Pattern[str], list[Embedding]]:
+def _names(embeddings: Mapping[str, Embedding], *, bare: bool) -> tuple[re.Pattern[str], list[Embedding]]:
     """A pattern that finds embeddings invoked in a text, and what its numbered groups stand for.
 
     The groups e0, e1, ... are names (the longest first), `unknown` what follows an embedding: that names none. A name
     is not found within a word, nor within one that goes on behind a hyphen or dot: "style" is not in "style-2".
+    `bare` says that names count without the prefix.
     """
     if len({name.casefold() for name in embeddings}) < len(embeddings):
         raise UsageError(f"two embeddings have the same name but for its case: {', '.join(sorted(embeddings))}")
@@ -247,7 +260,8 @@ def _names(embeddings: Mapping[str, Embedding]) -> tuple[re.Pattern[str], list[E
     if names:
         groups = "|".join(f"(?P<e{i}>{re.escape(name)})" for i, name in enumerate(names))
         suffix = r"(?(prefix)(?:\.(?:safetensors|pt|bin))?)"  # ComfyUI takes the file's name with its suffix, too
-        known = rf"(?<!\w)(?<!\w[-.])(?P<prefix>embedding:)?(?:{groups}){suffix}(?![-.]?\w)"
+        prefix = "(?P<prefix>embedding:)" + "?" * bare
+        known = rf"(?<!\w)(?<!\w[-.]){prefix}(?:{groups}){suffix}(?![-.]?\w)"
         pattern = f"{known}|{pattern}"
     return re.compile(pattern, re.IGNORECASE), [embeddings[name] for name in names]
 
@@ -275,14 +289,19 @@ def _find_embeddings(
             yield Piece(rest, piece.weight)
 
 
-def split_chunks(parts: Iterable[Iterable[Piece]], tokenizer: ClipTokenizer) -> list[Chunk]:
+def split_chunks(
+    parts: Iterable[Iterable[Piece]], tokenizer: ClipTokenizer, syntax: Syntax = "original"
+) -> list[Chunk]:
     """Tokens of `parse_prompt`'s parts in chunks of `tokenizer.length - 2`, every part in its own. At least one chunk.
 
     A full chunk is cut after its last comma, if that is among the last 20 tokens; the vectors of a textual inversion
     stay together. Raises UsageError where they do not fit one chunk. Source: AUTOMATIC1111/stable-diffusion-webui
-    modules/sd_hijack_clip.py, `tokenize_line`.
+    modules/sd_hijack_clip.py, `tokenize_line`. With the syntax "comfyui" as ComfyUI does it: see `fill_chunks`.
     """
     size = tokenizer.length - 2
+    if syntax == "comfyui":
+        groups = ([token for unit in _units([piece], tokenizer) for token in unit] for part in parts for piece in part)
+        return [Chunk(tuple(tokens)) for tokens in fill_chunks(groups, size)]
     chunks: list[list[Token]] = []
     for part in parts:
         chunk: list[Token] = []

@@ -9,6 +9,7 @@ from functools import cache
 from nativesd.shipped import TINY
 from nativesd.text.editing import all_texts
 from nativesd.text.prompt import parse_prompt
+from nativesd.text.syntax import ONE_TEXT, Syntax
 from nativesd.text.tags import take_tags
 
 FILE = TINY / "words.txt"
@@ -20,9 +21,10 @@ def taught_words() -> frozenset[str]:
     return frozenset(FILE.read_text(encoding="utf-8").split())
 
 
-def unknown_words(prompts: Sequence[str], known: Collection[str], *, literal: bool = False) -> list[str]:
+def unknown_words(prompts: Sequence[str], known: Collection[str], *, syntax: Syntax = "original") -> list[str]:
     """The words of prompts that are not among `known`, each once, in their order; a plural or a weight is none."""
-    single = prompts if literal else [text for prompt in prompts for text in all_texts(take_tags(prompt)[0])]
-    texts = [piece.text for prompt in single for part in parse_prompt(prompt, literal=literal) for piece in part]
+    bare = prompts if syntax == "literal" else [take_tags(prompt)[0] for prompt in prompts]
+    single = bare if syntax in ONE_TEXT else [text for prompt in bare for text in all_texts(prompt)]
+    texts = [piece.text for prompt in single for part in parse_prompt(prompt, syntax=syntax) for piece in part]
     words = dict.fromkeys(word.lower() for text in texts for word in re.findall(r"[^\W\d_]+", text))
     return [word for word in words if word not in known and word.removesuffix("s") not in known]

@@ -299,7 +299,7 @@ EXAMPLES: dict[str, Any] = {
     "control": [{"model": "tiny", "image": "edges.png"}], "guess_mode": True, "partial": True, "savings": "tome",
     "image_prompts": [{"adapter": "ip.safetensors", "picture": ["in.png", "other.png"], "scale": 0.5}],
     "image_encoder": "encoder.safetensors", "guidance_rescale": 0.5, "eta": 0.5, "sampling": {"churn": 2},
-    "clip_skip": 2, "literal": True, "force": False, "sdxl": {"prompt_2": "b"}, "noise": "cuda",
+    "clip_skip": 2, "emphasis": "comfyui", "literal": True, "force": False, "sdxl": {"prompt_2": "b"}, "noise": "cuda",
     "variation": {"seed": 3, "strength": 0.5},
 }  # fmt: skip
 """Of every option as a jobs file has it; paths of pictures end in .png."""

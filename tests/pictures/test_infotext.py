@@ -217,7 +217,8 @@ PROGRAMS: dict[str, tuple[str, dict[str, object], list[str]]] = {
         CIVITAI,
         {
             "steps": 30, "sampler": "DPM++ 2M Karras", "guidance_scale": 5.0, "seed": 639466906728691, "width": 832,
-            "height": 1216, "clip_skip": 2, "noise": "cpu", "model": "DreamShaper, XL",
+            "height": 1216, "clip_skip": 2, "noise": "cpu", "emphasis": "comfyui",
+            "model": "DreamShaper, XL",
         },
         [],
     ),
@@ -225,7 +226,7 @@ PROGRAMS: dict[str, tuple[str, dict[str, object], list[str]]] = {
         COMFYUI_FUSED,
         {
             "steps": 20, "sampler": "dpmpp_2m_karras", "guidance_scale": 8.0, "seed": 1099633777240739, "width": 512,
-            "height": 768, "noise": "cpu", "model": "dreamshaper_8",
+            "height": 768, "noise": "cpu", "emphasis": "comfyui", "model": "dreamshaper_8",
         },
         [],
     ),
@@ -233,7 +234,7 @@ PROGRAMS: dict[str, tuple[str, dict[str, object], list[str]]] = {
         COMFYUI_SPLIT,
         {
             "steps": 20, "sampler": "euler_ancestral", "schedule": "karras", "guidance_scale": 8.0, "seed": 5,
-            "width": 512, "height": 512, "noise": "cpu", "model": "x",
+            "width": 512, "height": 512, "noise": "cpu", "emphasis": "comfyui", "model": "x",
         },
         [],
     ),

@@ -159,6 +159,14 @@ def test_loras_controls_and_a_second_pass(
     same(found, pipe(PROMPT, **OURS, width=48, height=80, hires=hires))
 
 
+def test_prompts_weigh_as_in_comfyui(server: Running, pipe: nativesd.Pipeline) -> None:
+    prompt = "a (strawberry:1.4) on [a] yellow background"
+    graph = workflow()
+    graph["6"]["inputs"]["text"] = prompt
+    (found,) = made(server, graph)
+    same(found, pipe(prompt, **OURS, width=48, height=80, emphasis="comfyui"))
+
+
 def test_a_later_start_and_a_batch(server: Running, pipe: nativesd.Pipeline) -> None:
     graph = workflow()
     inputs = graph["3"]["inputs"]

@@ -64,12 +64,14 @@ def test_schedules_as_a1111_means_them(
 
 
 def test_hires_and_settings(api: webuiapi.WebUIApi, pipe: nativesd.Pipeline) -> None:
+    prompt = "a (strawberry:1.3) on a yellow background"
     made = api.txt2img(
-        **HERE, enable_hr=True, hr_scale=1.5, hr_upscaler="Lanczos", denoising_strength=0.6, hr_second_pass_steps=2,
-        override_settings={"CLIP_stop_at_last_layers": 2, "randn_source": "NV"},
+        **{**HERE, "prompt": prompt}, enable_hr=True, hr_scale=1.5, hr_upscaler="Lanczos", denoising_strength=0.6,
+        hr_second_pass_steps=2,
+        override_settings={"CLIP_stop_at_last_layers": 2, "randn_source": "NV", "emphasis": "No norm"},
     )  # fmt: skip
     hires = nativesd.Hires(1.5, 0.6, 2, "lanczos")
-    same(made.image, pipe(PROMPT, **OURS, hires=hires, clip_skip=2, noise="cuda"))
+    same(made.image, pipe(prompt, **OURS, hires=hires, clip_skip=2, noise="cuda", emphasis="no norm"))
     assert made.image.size == (96, 96)
 
 

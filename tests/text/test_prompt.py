@@ -154,7 +154,7 @@ def test_what_is_not_supported_is_refused(prompt: str, named: str) -> None:
         parse_prompt(prompt)
     assert named in str(caught.value)
     if "\ud800" not in prompt:
-        assert parse_prompt(prompt, literal=True) == [(Piece(prompt),)]
+        assert parse_prompt(prompt, syntax="literal") == [(Piece(prompt),)]
 
 
 def test_and_is_a_word_with_a_warning() -> None:
@@ -163,7 +163,7 @@ def test_and_is_a_word_with_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parse_prompt("SAND and a cat And a dog")
-        parse_prompt("a cat AND a dog", literal=True)
+        parse_prompt("a cat AND a dog", syntax="literal")
 
 
 SYNTAX = st.lists(
@@ -199,7 +199,7 @@ def test_chunks_hold_all_tokens_in_order(text: str) -> None:
     chunks = ids_of(text)
     assert list(chain(*chunks)) == TOKENIZER.tokens(text)
     assert all(55 < len(chunk) <= 75 for chunk in chunks[:-1])
-    assert chunks == [[token.id for token in c.tokens] for c in explain_tokens(text, TOKENIZER, literal=True)]
+    assert chunks == [[token.id for token in c.tokens] for c in explain_tokens(text, TOKENIZER, syntax="literal")]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_names_of_learnt_words(prompt: str, expected: list[str]) -> None:
     for piece in pieces:
         if piece.embedding is not None:
             assert piece.embedding.name in piece.text.lower()
-    assert parse_prompt(prompt, literal=True, embeddings=words) == [(Piece(prompt),)]
+    assert parse_prompt(prompt, syntax="literal", embeddings=words) == [(Piece(prompt),)]
 
 
 def test_unknown_and_ambiguous_names() -> None:
@@ -376,9 +376,9 @@ def test_plain_prompts_are_bit_identical(pipes: Pipes) -> None:
     expected = plain(ours, prompts)
     for same in (prompts, ["a ((red:1.0) cat:1), sitting", "()", r"\two boats"]):
         assert all(map(torch.equal, ours_of(ours, same), expected))
-    assert all(map(torch.equal, ours_of(ours, prompts, literal=True), expected))
+    assert all(map(torch.equal, ours_of(ours, prompts, syntax="literal"), expected))
     odd = ["[a|b] (c:2) <lora:x:1>"]
-    assert all(map(torch.equal, ours_of(ours, odd, literal=True), plain(ours, odd)))
+    assert all(map(torch.equal, ours_of(ours, odd, syntax="literal"), plain(ours, odd)))
 
 
 def test_chunks_are_encoded_on_their_own(pipes: Pipes) -> None:
@@ -491,7 +491,7 @@ def test_learnt_words_as_diffusers_has_them(pipes: Pipes, tmp_path: Path) -> Non
         if expected_pooled is not None:
             assert difference(pooled[:1], expected_pooled) <= TOLERANCE
     assert difference(expected, without) > 1e-2
-    assert torch.equal(ours_of(ours, [prompt], embeddings=words, literal=True)[0], plain(ours, [prompt])[0])
+    assert torch.equal(ours_of(ours, [prompt], embeddings=words, syntax="literal")[0], plain(ours, [prompt])[0])
 
 
 def test_learnt_words_of_another_model_are_refused(pipes: Pipes) -> None:

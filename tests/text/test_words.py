@@ -22,4 +22,4 @@ def test_unknown_words_are_named_once() -> None:
         "an",
         "astronaut",
     ]
-    assert unknown_words(["a BREAK fox"], known, literal=True) == ["break"]
+    assert unknown_words(["a BREAK fox"], known, syntax="literal") == ["break"]

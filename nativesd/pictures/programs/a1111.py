@@ -9,7 +9,6 @@ from typing import Any, Literal
 from nativesd.errors import UsageError
 from nativesd.pictures.embedded import Texts
 from nativesd.pictures.infotext import (
-    MASKED_CONTENT,
     ONLY_MASKED,
     SAMPLING_FIELDS,
     SDXL_FIELDS,
@@ -22,6 +21,7 @@ from nativesd.pictures.infotext import (
 from nativesd.pictures.programs.guided import about_guidance, guidance_of
 from nativesd.pictures.programs.parts import merging, regions, tiles, tiling
 from nativesd.pictures.programs.recipe import Recipe, integer, json_object, real
+from nativesd.pictures.programs.values import as_it_is, emphasis, masked_content, noise, schedule_type, size, truth
 
 Maker = Literal["nativesd", "a1111", "comfyui", "other"]
 """Whose conventions hold for what a text does not say; "other" is a program whose conventions are not known."""
@@ -39,44 +39,9 @@ def read(texts: Texts) -> Recipe | None:
     return Recipe("A1111", info.prompt + str(options.pop("loras", "")), info.negative_prompt, options, unheeded)
 
 
-def _size(name: str, value: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]{1,9}) ?x ?([0-9]{1,9})", value)
-    if match is None:
-        raise UsageError(f"{name}: {value!r} is not a size such as 512x768")
-    return int(match[1]), int(match[2])
-
-
-def _noise(name: str, value: str) -> str:
-    noise = {"cpu": "cpu", "nv": "cuda", "gpu": "cuda", "cuda": "cuda"}.get(value.lower())
-    if noise is None:
-        raise UsageError(f"{name}: {value!r} is not a source of noise: CPU, GPU or NV")
-    return noise
-
-
-def _masked_content(name: str, value: str) -> str:
-    fill = {shown: fill for fill, shown in MASKED_CONTENT.items()}.get(value.lower())
-    if fill is None:
-        raise UsageError(f"{name}: {value!r} is not one of {', '.join(MASKED_CONTENT.values())}")
-    return fill
-
-
-def _text(name: str, value: str) -> str:
-    return value
-
-
-def _schedule(name: str, value: str) -> str:
-    return schedule_named(value)
-
-
-def _truth(name: str, value: str) -> bool:
-    if value not in ("True", "False"):
-        raise UsageError(f"{name}: {value!r} is neither True nor False")
-    return value == "True"
-
-
 _OPTIONS: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "steps": ("steps", integer),
-    "sampler": ("sampler", _text),
+    "sampler": ("sampler", as_it_is),
     "cfg scale": ("guidance_scale", real),
     "seed": ("seed", integer),
     "denoising strength": ("strength", real),
@@ -84,45 +49,46 @@ _OPTIONS: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "cfg rescale": ("guidance_rescale", real),
     "cfg rescale φ": ("guidance_rescale", real),
     "guidance rescale": ("guidance_rescale", real),
-    "denoising steps as": ("steps_as", _text),
-    "guidance": ("guidance", _text),
-    "savings": ("savings", _text),
+    "denoising steps as": ("steps_as", as_it_is),
+    "guidance": ("guidance", as_it_is),
+    "savings": ("savings", as_it_is),
     "token merging ratio": ("savings", merging),
     "tiling": ("tiling", tiling),
     "tiles": ("tiles", tiles),
     "regions": ("regions", regions),
     "eta": ("eta", real),
     "eta ddim": ("eta", real),
-    "rng": ("noise", _noise),
+    "rng": ("noise", noise),
     "image cfg scale": ("image_guidance_scale", real),
     "mask blur": ("mask_blur", integer),
     "masked area padding": ("only_masked", integer),
-    "masked content": ("mask_fill", _masked_content),
-    "literal prompt": ("literal", _truth),
-    "model": ("model", _text),
+    "masked content": ("mask_fill", masked_content),
+    "emphasis": ("emphasis", emphasis),
+    "literal prompt": ("literal", truth),
+    "model": ("model", as_it_is),
     "refiner switch at": ("refiner_at", real),
 }
 """Fields, in lower case, that are one option."""
 
 _HIRES: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "hires steps": ("steps", integer),
-    "hires upscaler": ("upscaler", _text),
-    "hires sampler": ("sampler", _text),
-    "hires schedule type": ("schedule", _schedule),
-    "hires prompt": ("prompt", _text),
-    "hires negative prompt": ("negative_prompt", _text),
+    "hires upscaler": ("upscaler", as_it_is),
+    "hires sampler": ("sampler", as_it_is),
+    "hires schedule type": ("schedule", schedule_type),
+    "hires prompt": ("prompt", as_it_is),
+    "hires negative prompt": ("negative_prompt", as_it_is),
     "hires cfg scale": ("guidance_scale", real),
 }
 
 _SDXL: dict[str, tuple[str, Callable[[str, str], object]]] = {
-    name.lower(): (field, _text if "prompt" in field else real if "score" in field else _size)
+    name.lower(): (field, as_it_is if "prompt" in field else real if "score" in field else size)
     for field, name in SDXL_FIELDS.items()
 }
 
 _VARIATION: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "variation seed": ("seed", integer),
     "variation seed strength": ("strength", real),
-    "seed resize from": ("resize_from", _size),
+    "seed resize from": ("resize_from", size),
     "ensd": ("ensd", integer),
 }
 
@@ -131,7 +97,7 @@ _SAMPLING: dict[str, tuple[str, Callable[[str, str], object]]] = {
 }
 
 _SOFT: dict[str, tuple[str, Callable[[str, str], object]]] = {
-    SOFT_INPAINT.lower(): ("enabled", _truth),
+    SOFT_INPAINT.lower(): ("enabled", truth),
     **{name.lower(): (field, real) for field, name in SOFT_INPAINT_FIELDS.items()},
 }
 
@@ -163,7 +129,6 @@ _NEUTRAL: dict[str, frozenset[str]] = {
         (("beta schedule alpha", "beta schedule beta"), ("0.6",)),
         (("tiling", "face restoration", "discard penultimate sigma", "sgm noise multiplier"), ("false", "none")),
         (("seed resize from",), ("0x0", "-1x-1")),
-        (("emphasis",), ("original",)),
         (("inpaint area",), (ONLY_MASKED.lower(),)),  # "masked area padding" says so too
         (("fp8 weight",), ("disable",)),
         (("vae encoder", "vae decoder"), ("full",)),
@@ -183,9 +148,10 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
     """The options that make the picture again, and the names of the fields that would change it but have no option.
 
     Options, each where the text says or implies it: steps, sampler, schedule, guidance_scale, seed, width, height,
-    strength, clip_skip, guidance_rescale, eta, noise ("cpu" or "cuda"), literal, mask_blur, image_guidance_scale,
-    hires, variation, sdxl, sampling, soft_inpaint, guidance (a text) and model (a name, not a path). `variation` has
-    fields of a `Variation`, `sdxl` of an `SDXL`, `sampling` of a `Sampling`, `soft_inpaint` of a `SoftInpaint`.
+    strength, clip_skip, guidance_rescale, eta, noise ("cpu" or "cuda"), emphasis, literal, mask_blur,
+    image_guidance_scale, hires, variation, sdxl, sampling, soft_inpaint, guidance (a text) and model (a name, not a
+    path). `variation` has fields of a `Variation`, `sdxl` of an `SDXL`, `sampling` of a `Sampling`, `soft_inpaint` of a
+    `SoftInpaint`.
     `hires` is a dict with upscale or width and height (one of them may be 0: by the ratio), steps, upscaler and
     strength, which is what "Denoising strength" means beside it. Names of fields match in any case. A fused sampler
     such as "DPM++ 2M Karras" stays one name, without a schedule.
@@ -220,9 +186,9 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
             elif key == "hires upscale":
                 hires |= _hires_upscale(value)
             elif key == "size":
-                options["width"], options["height"] = _size(name, value)
+                options["width"], options["height"] = size(name, value)
             elif key == "hires resize":
-                hires["width"], hires["height"] = _size(name, value)
+                hires["width"], hires["height"] = size(name, value)
             elif key in ("schedule type", "scheduler"):
                 schedule = schedule_named(value)
             elif key == "refiner":
@@ -260,6 +226,8 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
     if variation.get("strength") or variation.keys() & {"resize_from", "ensd"}:
         options["variation"] = variation
     maker = _maker({key: value for key, (_, value) in fields.items()})
+    if maker == "comfyui":
+        options.setdefault("emphasis", "comfyui")
     if maker == "comfyui" and options.get("strength") == 1:  # all noise, so no picture to start from
         del options["strength"]
     if "strength" in options:

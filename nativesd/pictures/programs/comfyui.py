@@ -75,7 +75,7 @@ def read(texts: Texts) -> Recipe | None:
     last = [number for number in samplers if number not in earlier]
     if not last:
         return None
-    recipe = Recipe("ComfyUI", options={"noise": "cpu"})
+    recipe = Recipe("ComfyUI", options={"noise": "cpu", "emphasis": "comfyui"})
     if len(last) > 1:
         recipe.unheeded.append(f"{len(last)} pictures of one graph (taken: the first)")
     final = last[0]

@@ -27,6 +27,7 @@ def read(texts: Texts) -> Recipe | None:
         "sampler": "euler",
         "schedule": "normal",
         "noise": "cpu",
+        "emphasis": "comfyui",
     }  # its defaults, which it does not write
     recipe.take(params, SIMPLE, harmless=HARMLESS)
     if params.get("clipstopatlayer"):

@@ -47,7 +47,7 @@ from nativesd.pictures.images import Fit, ImageSource
 from nativesd.pictures.soft import SoftInpaint
 from nativesd.pipeline.asked.elsewhere import ELSEWHERE
 from nativesd.pipeline.asked.hires import Hires
-from nativesd.pipeline.asked.readers import Reader, flag, is_list, one_of, real, text, whole
+from nativesd.pipeline.asked.readers import Reader, flag, is_list, one_of, read_emphasis, real, text, whole
 from nativesd.pipeline.asked.records import (
     MOST_BLUR,
     MOST_GUIDANCE,
@@ -79,6 +79,7 @@ from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.noise import NoiseKind
 from nativesd.sampling.options import PLAIN, Sampling
 from nativesd.sampling.variation import SEEDS, Variation
+from nativesd.text.syntax import Emphasis, Syntax
 
 if TYPE_CHECKING:
     from nativesd.export.library import BackendName
@@ -155,6 +156,7 @@ class CallOptions(TypedDict, total=False):
     eta: float | None
     sampling: Sampling | None
     clip_skip: int | None
+    emphasis: Emphasis | None
     literal: bool | None
     force: bool | None
     sdxl: SDXL | None
@@ -305,12 +307,18 @@ class Checked:
     eta: Annotated[float | None, real(0, 1)] = None
     sampling: Annotated[Sampling, read_sampling] = PLAIN
     clip_skip: Annotated[int | None, whole(1, 100)] = None
+    emphasis: Annotated[Emphasis, read_emphasis] = "original"
     literal: Annotated[bool, flag] = False
     force: Annotated[bool, flag] = False
     sdxl: Annotated[SDXL | None, read_sdxl] = None
     noise: Annotated[NoiseKind, one_of(*get_args(NoiseKind))] = "cpu"
     variation: Annotated[Variation | None, read_variation] = None
     on_step: Annotated[Callable[[Step], object] | None, read_callable] = None
+
+    @property
+    def syntax(self) -> Syntax:
+        """How the prompts are read."""
+        return "literal" if self.literal else self.emphasis
 
     @property
     def variation_seeds(self) -> list[int]:

@@ -101,6 +101,7 @@ def recorded(
         "eta": asked.eta,
         "sampling": asked.sampling.chosen() or None,
         "clip_skip": asked.clip_skip,
+        "emphasis": None if asked.emphasis == "original" else asked.emphasis,
         "literal": asked.literal or None,
         "mask_blur": None if inputs.mask is None else asked.mask_blur,
         "mask_fill": None if asked.mask_fill == "original" else asked.mask_fill,

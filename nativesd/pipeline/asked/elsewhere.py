@@ -29,7 +29,7 @@ ELSEWHERE = {
     "s_churn": "sampling (its churn)", "s_tmin": "sampling (its churn_min)", "s_tmax": "sampling (its churn_max)",
     "s_noise": "sampling (its noise)", "sigma_min": "sampling (its sigma_min)", "sigma_max": "sampling (its sigma_max)",
     "rho": "sampling (its rho)", "churn": "sampling (its churn)",
-    "size": "width and height", "emphasis": "literal",
+    "size": "width and height",
     "subseed": "variation (its seed)", "subseed_strength": "variation (its strength)",
     "eta_noise_seed_delta": "variation (its ensd)", "ensd": "variation (its ensd)",
     "seed_resize_from_w": "variation (its resize_from)", "seed_resize_from_h": "variation (its resize_from)",

@@ -20,6 +20,7 @@ from nativesd.sampling.names import find_sampler
 from nativesd.sampling.published import Kind
 from nativesd.sampling.table import Sampler
 from nativesd.text.editing import split_and
+from nativesd.text.syntax import ONE_TEXT
 from nativesd.text.tags import take_tags
 from nativesd.text.words import FILE as WORDS
 from nativesd.text.words import unknown_words
@@ -76,14 +77,15 @@ def require_picture(asked: Checked) -> None:
 
 def require_combined(config: PipelineConfig, asked: Checked, sampler: Sampler) -> None:
     """Raise UsageError for answers that a call wants to combine and this model does not give."""
-    several = [each.prompt for each in asked.regions if not asked.literal and len(split_and(each.prompt)) > 1]
+    one_text = asked.syntax in ONE_TEXT
+    several = [each.prompt for each in asked.regions if not one_text and len(split_and(each.prompt)) > 1]
     if several:
         raise UsageError(f"a region has one prompt: write no AND in {several[0]!r}, or a region for each part of it")
     if config.unet.guidance is not None:  # there is one answer, for the prompt
         again = asked.hires
         prompts = [*asked.prompts, *([] if again is None or again.prompt is None else [again.prompt])]
         samplers = [sampler, *([] if again is None or again.sampler is None else [find_sampler(again.sampler).sampler])]
-        if not asked.literal and any(len(split_and(prompt)) > 1 for prompt in prompts):
+        if not one_text and any(len(split_and(prompt)) > 1 for prompt in prompts):
             raise UsageError(f"AND combines answers by guidance, and {TOLD.format(config.name)}: write one prompt")
         for each in samplers:
             if each.plus_plus:
@@ -254,7 +256,7 @@ def unheeded(
     if not edits and asked.image_guidance_scale != Checked.image_guidance_scale:
         yield f"image_guidance_scale is not used: {config.name} does not edit by instruction"
     if config.words is not None:
-        unknown = unknown_words(asked.prompts, {*config.words, *embeddings}, literal=asked.literal)
+        unknown = unknown_words(asked.prompts, {*config.words, *embeddings}, syntax=asked.syntax)
         if unknown:
             yield (
                 f"the embedded model does not know {', '.join(unknown)}: it was taught drawings such as "

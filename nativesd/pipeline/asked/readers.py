@@ -7,9 +7,10 @@ import operator
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 from nativesd.errors import UsageError
+from nativesd.text.syntax import Emphasis
 
 Reader = Callable[[str, Any], Any]
 """From an argument's name and value to the value that a call works with; UsageError names the argument."""
@@ -53,6 +54,11 @@ def one_of(*words: str) -> Reader:
         return str(value)
 
     return read
+
+
+def read_emphasis(name: str, value: Any) -> str:
+    """How prompts weigh their words, in any case."""
+    return str(one_of(*get_args(Emphasis))(name, value.lower() if isinstance(value, str) else value))
 
 
 def shown(value: object) -> str:

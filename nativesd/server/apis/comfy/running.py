@@ -186,6 +186,7 @@ class _Run:
         options: dict[str, Any] = {
             "negative_prompt": negative.text, "seed": seed, "num_images": latents.count, "steps": steps,
             "guidance_scale": cfg, "sampler": sampler, "schedule": scheduler, "noise": "cpu",
+            "emphasis": "comfyui",
             "loras": [(file, scale, positive.clip.loras.get(file, 0.0)) for file, scale in model.loras.items()],
             "control": list(positive.controls), "lora_dirs": list(self.prompt.files.lora_dirs),
         }  # fmt: skip

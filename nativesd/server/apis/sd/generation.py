@@ -20,7 +20,7 @@ from nativesd.errors import UsageError
 from nativesd.pictures.infotext import schedule_named
 from nativesd.pictures.programs.a1111 import automatic_schedule
 from nativesd.pipeline.asked.hires import UPSCALERS, Hires
-from nativesd.pipeline.asked.readers import whole
+from nativesd.pipeline.asked.readers import read_emphasis, whole
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import Variation
@@ -160,6 +160,8 @@ def _from_settings(
                 if value not in ("CPU", "GPU", "NV"):
                     raise UsageError(f"randn_source must be CPU, GPU or NV, not {value!r}")
                 options |= {} if value == "CPU" else {"noise": "cuda"}
+            case "emphasis":
+                options["emphasis"] = read_emphasis(name, value)
             case "eta_noise_seed_delta":
                 options["ensd"] = whole(0, 1 << 32)(name, value)
             case "sd_vae" if value in ("Automatic", "None", None, ""):

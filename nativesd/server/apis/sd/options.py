@@ -9,7 +9,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nativesd.errors import UsageError
-from nativesd.pipeline.asked.readers import whole
+from nativesd.pictures.infotext import EMPHASIS
+from nativesd.pipeline.asked.readers import read_emphasis, whole
 from nativesd.server.apis.sd.style import answered
 from nativesd.server.context import Context, context_of
 from nativesd.server.jobs.job import Job
@@ -17,7 +18,10 @@ from nativesd.server.wire.answers import answering, json_answer, require_done
 from nativesd.server.wire.bodies import read_object
 from nativesd.server.wire.waiting import wait_for
 
-DEFAULTS: dict[str, Any] = {"CLIP_stop_at_last_layers": 1, "randn_source": "CPU", "eta_noise_seed_delta": 0}
+DEFAULTS: dict[str, Any] = {
+    "CLIP_stop_at_last_layers": 1, "randn_source": "CPU", "eta_noise_seed_delta": 0,
+    "emphasis": "Original",
+}  # fmt: skip
 """Settings that can be changed, but for the model. In A1111 randn_source is GPU at first; here seeds are diffusers'."""
 FIXED: dict[str, Any] = {
     "sd_vae": "Automatic", "sd_checkpoint_hash": "", "samples_format": "png",
@@ -67,6 +71,8 @@ def _read(body: dict[str, Any]) -> dict[str, Any]:
         if source not in ("CPU", "GPU", "NV"):
             raise UsageError(f"randn_source must be CPU, GPU or NV, not {source!r}")
         changed["randn_source"] = source
+    if (emphasis := body.get("emphasis")) is not None:
+        changed["emphasis"] = EMPHASIS[read_emphasis("emphasis", emphasis)]
     return changed
 
 
