@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from torch import Tensor
 from nativesd.errors import WeightsError
 from nativesd.weights.checkpoint import apply, revert
 from nativesd.weights.files.source import Member
-from nativesd.weights.files.tensors import DTYPES, NAMES, read_tensor
+from nativesd.weights.files.tensors import DTYPES, NAMES, flow_tensor, flows, read_tensor
 from nativesd.weights.formats.blocks import INSTEAD, quantise
 from nativesd.weights.formats.gguf import ALIGNMENT, BLOCKS, MAX_NAME, gguf_bytes, gguf_header
 from nativesd.weights.formats.header import header_bytes
@@ -23,14 +23,50 @@ from nativesd.weights.maps.keymap import BoundMap
 from nativesd.weights.maps.plan import make_plan
 from nativesd.weights.maps.rules import Shape, Source
 
+PIECE = 1 << 17  # numbers that are computed at once: with those that they come of, they stay in the processor's cache
+Flow = Callable[[], Iterator[Tensor]]
+"""Makes a tensor's numbers (n,) in pieces of PIECE (fewer at an end), each good until the next one is asked for."""
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write: its dtype and shape, known beforehand, and the function that makes it."""
+    """A tensor to write: its dtype and shape, known beforehand, and the function that makes it.
+
+    flow  makes the same piece by piece, where that can be: memory that is used again and again costs a fraction of new
+    """
 
     dtype: torch.dtype
     shape: Shape
     make: Callable[[], Tensor]
+    flow: Flow | None = None
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, shape: Shape, flow: Flow) -> Entry:
+        """A tensor that is made by its flow alone."""
+
+        def make() -> Tensor:
+            out, at = torch.empty(shape, dtype=dtype), 0
+            for piece in flow():
+                out.view(-1)[at : at + len(piece)] = piece
+                at += len(piece)
+            return out
+
+        return cls(dtype, shape, make, flow)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Its numbers (n,), by its flow or of the whole."""
+        return iter(torch.split(self.make().flatten(), PIECE)) if self.flow is None else self.flow()
+
+
+def each(
+    dtype: torch.dtype, shape: Shape, entries: Sequence[Entry], function: Callable[[Sequence[Tensor]], Tensor]
+) -> Entry:
+    """A tensor whose every number comes of those in its place in others of as many numbers."""
+
+    def flow() -> Iterator[Tensor]:
+        return map(function, zip(*(entry.pieces() for entry in entries), strict=True))
+
+    return Entry.of(dtype, shape, flow)
 
 
 def stored_parameters(
@@ -45,11 +81,20 @@ def stored_parameters(
     plan = make_plan(component.table, shapes, expected, dtypes)
     if not plan.whole:
         raise WeightsError(f"the {component.name} does not load as it is, so it cannot be converted: see its audit")
-    out = {
-        name: Entry(stored_dtype(member, source.keys[0]), expected[name], partial(_read, member, source))
-        for name, source in plan.sources.items()
-    }
-    return out, plan.ignored
+    return {name: _stored(member, source, expected[name]) for name, source in plan.sources.items()}, plan.ignored
+
+
+def _stored(member: Member, source: Source, shape: Shape) -> Entry:
+    first, op, flow = source.keys[0], source.rule.op, None
+    if op in ("copy", "conv1x1", "split") and flows(member.tensors[first]):
+        flow = partial(flow_tensor, member, first, PIECE, source.part, source.parts)
+    return Entry(stored_dtype(member, first), shape, partial(_read, member, source), flow)
+
+
+def as_it_is(member: Member, key: str) -> Entry:
+    """A tensor of a checkpoint. Raises WeightsError for what torch cannot hold."""
+    flow = partial(flow_tensor, member, key, PIECE) if flows(member.tensors[key]) else None
+    return Entry(stored_dtype(member, key), member.shapes[key], partial(read_tensor, member, key), flow)
 
 
 def stored_dtype(member: Member, key: str) -> torch.dtype:
@@ -85,7 +130,8 @@ def laid_out(
         assert source is not None  # found above
         first = entries[0]
         kind = dtype if dtype is not None and first.dtype.is_floating_point else first.dtype
-        out[key] = Entry(kind, source.published_shape(first.shape), partial(_make, entries, source, kind))
+        flow = None if source.rule.op in ("transpose", "concat") else partial(_flow, entries, kind, key)
+        out[key] = Entry(kind, source.published_shape(first.shape), partial(_make, entries, source, kind), flow)
     return out
 
 
@@ -95,12 +141,31 @@ def _make(entries: list[Entry], target: Source, dtype: torch.dtype) -> Tensor:
     return cast_finite(tensor, dtype, target.keys[0])
 
 
+def _flow(entries: list[Entry], dtype: torch.dtype, key: str) -> Iterator[Tensor]:
+    """The same of parameters that stand in it one after the other."""
+    for entry in entries:
+        for piece in entry.pieces():
+            out = piece.to(dtype)
+            if out is not piece and not is_finite(out):
+                cast_finite(entry.make(), dtype, key)  # refuses, or the numbers were not finite before
+            yield out
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all its numbers are."""
+    if tensor.dtype not in SUMMED:
+        tensor = tensor.float()
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())  # a sum is the cheaper pass, and may be inf
+
+
+SUMMED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+"""What torch sums up in float32 or more, without a copy."""
+
+
 def cast_finite(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     """`tensor` in another dtype. Raises WeightsError where finite numbers would become infinite."""
     out = tensor.to(dtype)
-    if out is tensor or out.sum(dtype=torch.float32).isfinite():  # one pass, and of finite numbers it may be none
-        return out
-    if not out.isfinite().all() and tensor.isfinite().all():
+    if out is not tensor and not is_finite(out) and is_finite(tensor):
         largest = float(tensor.abs().max())
         raise WeightsError(
             f"{key} has numbers up to {largest:.3g}, which {str(dtype)[6:]} cannot hold: nothing is written; choose "
@@ -127,21 +192,24 @@ def write(path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, str])
 
 
 def _made(entries: Iterable[Entry]) -> Iterator[memoryview]:
-    """The tensors' bytes; each is made while the one before it is written."""
+    """The tensors' bytes, a piece or a tensor at a time; a whole tensor is made while what is before it is written."""
 
-    def make(entry: Entry) -> memoryview:
-        data: memoryview = entry.make().contiguous().flatten().view(torch.uint8).numpy().data
-        return data
+    def data(tensor: Tensor) -> memoryview:
+        out: memoryview = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+        return out
+
+    def bytes_of(entry: Entry, made: Future[Tensor] | None) -> Iterator[memoryview]:
+        return map(data, entry.pieces() if made is None else iter([made.result()]))
 
     with ThreadPoolExecutor(1) as beside:
-        before: Future[memoryview] | None = None
+        before: tuple[Entry, Future[Tensor] | None] | None = None
         for entry in entries:
-            following = beside.submit(make, entry)
+            following = entry, beside.submit(entry.make) if entry.flow is None else None
             if before is not None:
-                yield before.result()
+                yield from bytes_of(*before)
             before = following
         if before is not None:
-            yield before.result()
+            yield from bytes_of(*before)
 
 
 PLAIN_KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

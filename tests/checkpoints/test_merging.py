@@ -27,6 +27,7 @@ from nativesd.cli import workshop
 from nativesd.config import SD15_UNET, SDXL_UNET
 from nativesd.errors import NativesdError, SourceError, UsageError, WeightsError
 from nativesd.models.build import expected
+from nativesd.weights import writing
 from nativesd.weights.formats.header import read_header
 from oracles import published_manifests, sparse
 
@@ -97,6 +98,32 @@ def test_alpha_0_and_1_are_copies(name: str, folder: Path, tmp_path: Path) -> No
         assert all(torch.equal(tensor, b[key]) for key, tensor in last.items())
 
 
+@pytest.mark.parametrize("method", ["weighted-sum", "train-difference"])
+def test_piece_by_piece_is_the_whole(
+    method: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that is used again holds nothing of the piece before it, and pieces of all models meet."""
+    names = [LAYOUTS[name] for name in FORMULAS[method][0]]
+    whole = merged(folder, tmp_path / "whole.safetensors", *names, method=method)
+    monkeypatch.setattr(writing, "PIECE", 1024)
+    pieces = merged(folder, tmp_path / "pieces.safetensors", *names, method=method)
+    assert max(tensor.numel() for tensor in whole.values()) > 10 * 1024
+    assert whole.keys() == pieces.keys() and all(torch.equal(pieces[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [7, 64, 1000])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype, count: int) -> None:
+    """And rounded once, though torch's lerp takes it as it is."""
+    a, b = (each.to(dtype) for each in drawn(2, count))
+    for alpha in (0.3, 0.5, 0.9, 1.7):
+        found = combine(METHODS["weighted-sum"], [a, b], How(alpha=alpha), dtype)
+        exact = torch.lerp(a.double(), b.double(), alpha)
+        step = exact.abs().clamp_min(torch.finfo(dtype).tiny) * torch.finfo(dtype).eps
+        assert found.dtype == dtype
+        assert ((found.double() - exact).abs() <= 0.501 * step).all()
+
+
 @cache
 def mecha(name: str) -> ModuleType:
     """sd-mecha's methods."""
@@ -143,7 +170,7 @@ def test_a_method_is_that_of_sd_mecha(name: str, shape: tuple[int, ...]) -> None
     models = drawn(3 if METHODS[name].most != 2 else 2, *shape)
     for alpha in (0.25, 0.5, 1.0):
         how = How(alpha=alpha, density=0.3)
-        (found, _), wanted = combine(METHODS[name], models, how, torch.float32), theirs(name, models, how)
+        found, wanted = combine(METHODS[name], models, how, torch.float32), theirs(name, models, how)
         assert found.shape == wanted.shape
         assert (found - wanted).abs().max() <= 2e-6 * wanted.abs().max()
 

@@ -29,7 +29,7 @@ from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.maps.plan import make_plan
 from nativesd.weights.maps.rules import Source
 from nativesd.weights.model import identify_known
-from nativesd.weights.writing import Entry, cast_finite, stored_dtype, write
+from nativesd.weights.writing import Entry, as_it_is, cast_finite, stored_dtype, write
 
 AVERAGE = "model_ema."
 """What the training averages in ldm's checkpoints begin with: without the LoRA they would be another model."""
@@ -113,7 +113,7 @@ def _merge(
         shards: dict[str, str] = {}
         for file in member.data_starts:
             kept = [key for key in member.tensors if member.files[key] == file and key not in ignored]
-            tensors = {key: changed.get(id(member), {}).get(key) or _as_it_is(member, key) for key in kept}
+            tensors = {key: changed.get(id(member), {}).get(key) or as_it_is(member, key) for key in kept}
             out = inside(dest, str(renamed(file.relative_to(place)))) if place.is_dir() else dest
             out.parent.mkdir(parents=True, exist_ok=True)
             write(out, tensors, {**member.metadata, "merged_loras": json.dumps(note)})
@@ -162,10 +162,6 @@ def _make(
         parameters.append(merged(tensor, changes) if changes else tensor.float())
     source = sources[0][0]
     return cast_finite(revert(parameters, source)[index], dtype, source.keys[index])
-
-
-def _as_it_is(member: Member, key: str) -> Entry:
-    return Entry(stored_dtype(member, key), member.shapes[key], functools.partial(read_tensor, member, key))
 
 
 def others(folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.models.build import expected
 from nativesd.weights.files.locate import locate_part
 from nativesd.weights.maps.keymap import KeyMap, load_tables
-from nativesd.weights.writing import Entry, stored_parameters
+from nativesd.weights.writing import Entry, each, is_finite, stored_parameters
 
 
 @dataclass(frozen=True)
@@ -192,43 +192,47 @@ class _Part:
                 choices[path] = f"{lacking} has none: that of {self.sources[0]} is kept"
                 out[name] = entry
             elif alpha == 0 and self.method.begins_with_a:
-                out[name] = replace(entry, make=partial(self._copied, path, self.sources[0], entry))
+                out[name] = each(entry.dtype, entry.shape, [entry], partial(self._copied, path, self.sources[0]))
             elif alpha == 1 and self.method.ends_in_b and others[0].shape == entry.shape:
-                out[name] = replace(entry, make=partial(self._copied, path, self.sources[1], others[0]))
+                out[name] = each(entry.dtype, entry.shape, others, partial(self._copied, path, self.sources[1]))
             else:
                 kind = entry.dtype if self.dtype is None else self.dtype
-                how = replace(self.how, alpha=alpha, name=path)
-                make = partial(self._make, how, [entry, *others], kind)
-                out[name] = Entry(kind, entry.shape, make)
+                how, entries = replace(self.how, alpha=alpha, name=path), [entry, *others]
+                if self.method.by_element and all(other.shape == entry.shape for other in others):
+                    out[name] = each(kind, entry.shape, entries, partial(self._combined, how, kind))
+                else:
+                    out[name] = Entry(kind, entry.shape, partial(self._whole, how, kind, entries))
         for source, model in zip(self.sources[1:], models, strict=True):
             for name in model.keys() - own.keys():
                 choices[f"{self.name}.{name}"] = f"{self.sources[0]} has none: that of {source} is left out"
         return out
 
     @staticmethod
-    def _copied(name: str, source: str, entry: Entry) -> Tensor:
-        """One parameter as it is. Raises WeightsError where it is not finite."""
-        tensor = entry.make()
-        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.float().isfinite().all():
+    def _copied(name: str, source: str, tensors: Sequence[Tensor]) -> Tensor:
+        """One parameter, or a piece of it, as it is. Raises WeightsError where it is not finite."""
+        [tensor] = tensors
+        if not is_finite(tensor):
             raise WeightsError(f"{name} of {source} holds values that are not finite: nothing is written")
         return tensor
 
-    def _make(self, how: How, entries: Sequence[Entry], dtype: torch.dtype) -> Tensor:
-        """One merged parameter. Raises WeightsError where it is not finite."""
-        models = [entry.make() for entry in entries]
-        whole = models[0]
-        channels = min(model.shape[1] for model in models) if whole.ndim == 4 else 0
-        if any(model.shape != whole.shape for model in models):
-            models = [model[:, :channels] for model in models]
-        out, finite = combine(self.method, models, how, dtype)
-        if not finite and not out.isfinite().all():
+    def _combined(self, how: How, dtype: torch.dtype, models: Sequence[Tensor]) -> Tensor:
+        """One merged parameter, or a piece of it. Raises WeightsError where it is not finite."""
+        out = combine(self.method, models, how, dtype)
+        if not is_finite(out):
             for source, model in zip(self.sources, models, strict=True):
-                if not model.isfinite().all():
-                    raise WeightsError(f"{how.name} of {source} holds values that are not finite: nothing is written")
+                self._copied(how.name, source, [model])
             raise WeightsError(
                 f"{how.name} would not be finite in {str(dtype)[6:]}: an alpha or a weight is too large, or choose "
                 "another dtype"
             )
-        if out.shape == whole.shape:
-            return out
-        return torch.cat([out, whole[:, channels:].to(dtype)], 1)
+        return out
+
+    def _whole(self, how: How, dtype: torch.dtype, entries: Sequence[Entry]) -> Tensor:
+        """One merged parameter; of the first model's channels those stay that others lack."""
+        models = [entry.make() for entry in entries]
+        first = models[0]
+        if all(model.shape == first.shape for model in models):
+            return self._combined(how, dtype, models)
+        channels = min(model.shape[1] for model in models)
+        out = self._combined(how, dtype, [model[:, :channels] for model in models])
+        return torch.cat([out, first[:, channels:].to(dtype)], 1)

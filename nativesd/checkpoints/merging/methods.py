@@ -50,6 +50,8 @@ class Method:
     """Whether every number comes of the numbers in its place alone, so that pieces can be computed one by one"""
     ends_in_b: bool = False
     """Whether alpha 1 is B"""
+    any_dtype: bool = False
+    """Whether `combine` computes in float32 and rounds once, whatever the dtype of its tensors, if they have one"""
 
     @property
     def begins_with_a(self) -> bool:
@@ -151,7 +153,8 @@ def _generator(seed: int, name: str, number: int) -> torch.Generator:
 
 METHODS: Mapping[str, Method] = {
     "weighted-sum": Method(
-        "A + alpha (B - A)", 2, 2, _weighted_sum, alpha=0.5, by_element=True, ends_in_b=True
+        "A + alpha (B - A)", 2, 2, _weighted_sum, alpha=0.5, by_element=True, ends_in_b=True,
+        any_dtype=True,
     ),
     "add-difference": Method("A + alpha (B - C)", 3, 3, _add_difference, alpha=1.0, by_element=True),
     "sum": Method("the sum of weight x model, the weights adding up to 1", 2, None, _sum, by_element=True),
@@ -174,19 +177,13 @@ METHODS: Mapping[str, Method] = {
 """The densities are the papers': TIES keeps a fifth, DARE drops nine tenths."""
 
 
-@torch.no_grad()
-def combine(method: Method, models: Sequence[Tensor], how: How, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """The merged tensor in `dtype`, of the models' tensors (all of one shape, of any dtypes); computed in float32.
+IN_FLOAT32 = {torch.float16, torch.bfloat16, torch.float32}
+"""The dtypes whose numbers torch's own lerp takes, computing in float32, as numbers of a dtype of their own."""
 
-    Also whether the sum of its numbers is finite: then they all are.
-    """
-    if not method.by_element:
-        whole = method.combine([model.float() for model in models], how).to(dtype)
-        return whole, bool(whole.sum(dtype=torch.float32).isfinite())
-    sums: list[Tensor] = []
-    out = torch.empty(models[0].shape, dtype=dtype)
-    pieces = zip(*(torch.split(each.reshape(-1), PIECE) for each in (out, *models)), strict=True)
-    for piece, *own in pieces:
-        piece.copy_(method.combine([each.float() for each in own], how))
-        sums.append(piece.sum(dtype=torch.float32))  # while it is cached
-    return out, all(total.isfinite() for total in sums)
+
+@torch.no_grad()
+def combine(method: Method, models: Sequence[Tensor], how: How, dtype: torch.dtype) -> Tensor:
+    """The merged tensor in `dtype`, of the models' tensors (all of one shape, of any dtypes); computed in float32."""
+    if not (method.any_dtype and dtype in IN_FLOAT32 and all(model.dtype == dtype for model in models)):
+        models = [model.float() for model in models]
+    return method.combine(models, how).to(dtype)

@@ -71,14 +71,43 @@ def read_as(dtype: torch.dtype, memory: Tensor, member: Member, key: str, file: 
     Raises SourceError.
     """
     info = member.tensors[key]
-    if info.strides is not None or info.dtype in BLOCKS:
+    if not flows(info):
         return read_into(memory, member, key, file).to(dtype)
     kind, out = _seek(member, key, file), torch.empty(info.shape, dtype=dtype)
-    for piece in torch.split(out.view(-1), PIECE // kind.itemsize):
-        raw = memory[: piece.numel() * kind.itemsize]
-        _read_bytes(raw, member, key, file)
-        piece.copy_(raw.view(kind))
+    count = PIECE // kind.itemsize
+    for piece, raw in zip(torch.split(out.view(-1), count), _pieces(memory, member, key, file, count), strict=True):
+        piece.copy_(raw)
     return out
+
+
+def flow_tensor(member: Member, key: str, count: int, part: int = 0, parts: int = 1) -> Iterator[Tensor]:
+    """A tensor's numbers, or those of one of its equal `parts` along the first axis, (n,) in pieces of `count`.
+
+    They are read into the same memory: a piece is good until the next one is asked for. Not for what `flows` refuses.
+    Raises SourceError.
+    """
+    with open_tensors(member, member.files[key]) as file:
+        kind = _seek(member, key, file)
+        memory = torch.empty(min(count, member.tensors[key].elements) * kind.itemsize, dtype=torch.uint8)
+        yield from _pieces(memory, member, key, file, count, part, parts)
+
+
+def flows(info: TensorInfo) -> bool:
+    """Whether a tensor's numbers lie in the file one after the other, each by itself."""
+    return info.strides is None and info.dtype not in BLOCKS
+
+
+def _pieces(
+    memory: Tensor, member: Member, key: str, file: BufferedReader, count: int, part: int = 0, parts: int = 1
+) -> Iterator[Tensor]:
+    """`flow_tensor` in the first bytes of `memory` (n,) uint8, of a file that is open."""
+    kind = _seek(member, key, file)
+    own = member.tensors[key].elements // parts
+    file.seek(part * own * kind.itemsize, os.SEEK_CUR)
+    for start in range(0, max(own, 1), count):  # of no numbers, one piece of none
+        raw = memory[: min(count, own - start) * kind.itemsize]
+        _read_bytes(raw, member, key, file)
+        yield raw.view(kind)
 
 
 def map_file(path: Path) -> torch.UntypedStorage:
