@@ -108,7 +108,8 @@ def test_piece_by_piece_is_the_whole(
     monkeypatch.setattr(writing, "PIECE", 1024)
     pieces = merged(folder, tmp_path / "pieces.safetensors", *names, method=method)
     assert max(tensor.numel() for tensor in whole.values()) > 10 * 1024
-    assert whole.keys() == pieces.keys() and all(torch.equal(pieces[key], whole[key]) for key in whole)
+    assert whole.keys() == pieces.keys()
+    assert all(torch.equal(pieces[key], whole[key]) for key in whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

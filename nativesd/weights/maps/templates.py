@@ -11,6 +11,7 @@ import ast
 import operator
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 from nativesd.errors import NativesdError, quote
@@ -71,10 +72,16 @@ def evaluate(expression: str, values: Dims) -> int:
 
     if len(expression) > MAX_EXPRESSION:  # which bounds its depth, too
         raise ValueError(f"{quote(expression)} has {len(expression)} characters, over {MAX_EXPRESSION}")
-    number = visit(ast.parse(expression, mode="eval").body)
+    number = visit(_parsed(expression))
     if abs(number) > MAX_NUMBER:
         raise ValueError(f"{expression!r} is {quote(number)}, beyond {MAX_NUMBER}")
     return number
+
+
+@lru_cache(4096)
+def _parsed(expression: str) -> ast.expr:
+    """An expression's tree. A model's map has some dozens, and thousands of places where they stand."""
+    return ast.parse(expression, mode="eval").body
 
 
 # --- templates
