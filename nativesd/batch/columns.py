@@ -46,7 +46,7 @@ DECLARED = (*OWN, *READERS)
 HERE = Path()
 RESULTS = ("file", "sha256", "bytes", "seconds", "error", "parameters", "finished")
 """What results have beside a job's own columns, and so no column may be called."""
-LOADING = ("dtype", "prediction", "unet", "vae", "text_encoders", "maps", "fp8")
+LOADING = ("dtype", "prediction", "unet", "vae", "text_encoders", "maps", "fp8", "quantize")
 """Options of `nativesd.load` on which pictures depend; where and by what they are computed is no part of them."""
 LIKE = 0.75
 """How alike a name is to a column's that is meant: "setps", "promt", but neither "task" nor "image_id"."""

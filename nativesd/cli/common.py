@@ -38,6 +38,7 @@ RUNNING = (
 SAVING = (
     click.option("--offload", is_flag=True, default=None, help="Keep what is not in use in main memory."),
     click.option("--fp8", is_flag=True, default=None, help="Transformer blocks in float8 (RTX 40, H100 and newer)."),
+    click.option("--quantize", type=click.Choice(["int8"]), help="Keep the UNet's weights in 8 bits: half the memory."),
 )
 """Those that save memory."""
 SOURCE_HELP = "a file (safetensors or pickle), a model folder, a hub id, or org/name/file.safetensors on the hub"

@@ -60,6 +60,7 @@ FOLDER = click.Path(path_type=Path)
     click.option("--device", "devices", multiple=True, help="cpu, cuda, cuda:1, ...; repeatable: a worker each."),
     click.option("--dtype", help="float16, bfloat16 or float32 [default: float16 on CUDA, else float32]."),
     click.option("--offload", is_flag=True, default=None, help="Keep what is not in use in main memory."),
+    click.option("--quantize", type=click.Choice(["int8"]), help="Keep the UNet's weights in 8 bits: half the memory."),
     click.option("--preview", help="A TAESD (taesd, or a file or folder) for the previews."),
 )
 @click.option("--log-prompts", is_flag=True, help="Write prompts into the log.")
@@ -75,6 +76,7 @@ def serve(
     devices: Sequence[str],
     dtype: str | None,
     offload: bool | None,
+    quantize: str | None,
     preview: str | None,
     **given: Any,
 ) -> None:
@@ -85,7 +87,7 @@ def serve(
         raise UsageError(f"serve needs {error.name}: {install_line('server')}") from None
     from nativesd.server.settings import APIS, MEGABYTE, Limits, Settings
 
-    loading = {"dtype": dtype, "offload": offload, "preview": preview}
+    loading = {"dtype": dtype, "offload": offload, "quantize": quantize, "preview": preview}
     settings = Settings(
         models=_named(models or (() if given["model_dirs"] else ("tiny",))),
         loading={name: value for name, value in loading.items() if value is not None},

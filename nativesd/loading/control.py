@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -17,6 +18,7 @@ from nativesd.models.t2i_adapter import T2IAdapter
 from nativesd.models.unet import UNet
 from nativesd.shipped import TINY
 from nativesd.tuning.fp8 import is_fp8
+from nativesd.tuning.int8 import Int8, use_int8
 from nativesd.tuning.memory import memory_explained
 from nativesd.tuning.tune import tune
 from nativesd.weights.checkpoint import fill
@@ -35,6 +37,7 @@ def load_control(
     maps: str | Path | None = None,
     unet: UNet | None = None,
     fast: bool = True,
+    quantize: Literal["int8"] | None = None,
 ) -> ControlModel:
     """Load a ControlNet (plain or union) or a T2I-Adapter: "tiny" (edges, for the embedded model), a folder, a file, or
     a hub id.
@@ -43,7 +46,7 @@ def load_control(
     of `load`. `unet` is the model's, to which a ControlNet that was saved as a difference is added. Raises SourceError
     for what cannot be read or is neither.
     """
-    placement = find_placement(device, dtype)
+    placement = find_placement(device, dtype, quantize=quantize)
     path = TINY / "controlnet" if source == "tiny" else locate_part(source)
     for member, identity in identify_all(open_source(path), load_tables(None if maps is None else Path(maps))):
         for component in identity.components:
@@ -53,9 +56,14 @@ def load_control(
                     config = replace(config, pooled=True)  # as in A1111
                 module = build(config)
                 assert isinstance(module, ControlNet | ControlNetUnion | T2IAdapter)
+                difference = "difference" in member.tensors
+                if placement.int8 and not difference:
+                    use_int8(module)
                 fill(module, member, component, device=placement.home, dtype=placement.dtype)
-                if "difference" in member.tensors:
+                if difference:
                     _add(module, unet, path)
+                    if placement.int8:
+                        use_int8(module)
                 if fast:
                     tune(module)
                 return ControlModel(str(source) if source == "tiny" else path.stem, module.eval())
@@ -70,6 +78,7 @@ def _add(module: torch.nn.Module, unet: UNet | None, path: Path) -> None:
     if is_fp8(unet):
         raise UsageError(f"{path} holds the difference from a UNet, and the model's is in float8: load it without fp8")
     shared = unet.state_dict()
+    shared |= {f"{name}.weight": part.numbers() for name, part in unet.named_modules() if isinstance(part, Int8)}
     for name, parameter in module.named_parameters():
         if name in shared:
             if shared[name].shape != parameter.shape:

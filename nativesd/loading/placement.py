@@ -26,6 +26,7 @@ class Placement:
     dtype: torch.dtype
     offload: bool = False
     fp8: bool = False
+    int8: bool = False
 
     @property
     def home(self) -> torch.device:
@@ -49,6 +50,7 @@ def find_placement(
     *,
     offload: bool = False,
     fp8: bool = False,
+    quantize: Literal["int8"] | None = None,
 ) -> Placement:
     """What was asked for, or the defaults: CUDA where there is one, float16 there, float32 elsewhere.
 
@@ -56,9 +58,13 @@ def find_placement(
     """
     place = find_device(device)
     kind = find_dtype(dtype, place)
+    if quantize not in (None, "int8"):
+        raise UsageError(f"quantize must be int8 or left out, not {quantize!r}")
     if fp8:
+        if quantize is not None:
+            raise UsageError(f"fp8 and quantize={quantize!r} are two ways to keep the same weights: choose one")
         _require_fp8(place, kind)
-    return Placement(place, kind, offload, fp8)
+    return Placement(place, kind, offload, fp8, quantize == "int8")
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

@@ -30,7 +30,8 @@ from nativesd.models.layers import CachedContext, Context
 from nativesd.models.unet import UNet
 from nativesd.models.vae import VAE
 from nativesd.tuning.fp8 import use_fp8, why_not_fp8
-from nativesd.tuning.tune import compile_blocks, processor, tune
+from nativesd.tuning.int8 import use_int8
+from nativesd.tuning.tune import EVERYTHING, compile_blocks, processor, products_of_8_bits, tune, untune
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -210,9 +211,10 @@ def _case(name: str) -> Case:
 
 
 def native_ways(plain: UNet | VAE, case: Case, inputs: Inputs, *, compiled: bool = False) -> dict[str, Way]:
-    """Our plain module, its fast twin, a `compiled` one where it is asked for, and on CUDA a graph, and one in float8.
+    """Our plain module, its fast twin, a `compiled` one where it is asked for, one in 8 bits (on CUDA in float8), and
+    on CUDA a graph.
 
-    They share their tensors, but those that are packed, in another layout or in float8.
+    They share their tensors, but those that are packed, in another layout or in 8 bits.
     """
     ways: dict[str, Way] = {"nativesd plain": lambda: call(plain, inputs)}
     device = inputs.latents.device
@@ -229,9 +231,17 @@ def native_ways(plain: UNet | VAE, case: Case, inputs: Inputs, *, compiled: bool
         ways["nativesd cudagraphs"] = lambda: call(captured, inputs)
         if case.part == "unet" and case.dtype != torch.float32 and not why_not_fp8(device):
             add("nativesd fp8", use_fp8)
+    elif case.part == "unet" and products_of_8_bits(case.dtype):
+        add("nativesd int8", _in_8_bits)
     if compiled:
         add("nativesd compile", compile_blocks)
     return ways
+
+
+def _in_8_bits(module: nn.Module) -> None:
+    untune(module)
+    use_int8(module)
+    tune(module, EVERYTHING)
 
 
 def capture_module(module: UNet | VAE, queue: Queue) -> UNet | VAE:

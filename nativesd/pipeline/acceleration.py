@@ -27,6 +27,7 @@ from nativesd.export.tensorrt.engine import Arena
 from nativesd.export.tensorrt.engines import engine_runner
 from nativesd.models.controlnet import ControlNet
 from nativesd.tuning.fp8 import is_fp8
+from nativesd.tuning.int8 import is_int8
 from nativesd.weights.lora.file import LoraFile
 from nativesd.weights.lora.merge import Merged, writes
 
@@ -218,6 +219,8 @@ def accelerate(
         )
     if backend != "cudagraphs" and is_fp8(model.unet):
         raise UsageError(f"a UNet in float8 has no form for {backend}: load the model without fp8=True")
+    if backend != "cudagraphs" and is_int8(model.unet):
+        raise UsageError(f"a UNet in 8 bits has no form for {backend}: load the model without quantize='int8'")
     if weight_budget is not None and not backend.startswith("tensorrt"):
         raise UsageError(f"weight_budget is for TensorRT engines, and the backend is {backend}: leave it out")
     graphs = Acceleration(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nativesd.models.layers import GEGLU, Attention, ResnetBlock, Upsample, attention
 from nativesd.models.vae import PixelAttention
+from nativesd.tuning.int8 import Int8
 
 DTYPES = (torch.bfloat16, torch.float32)
 BLOCK_BYTES = {torch.bfloat16: 2 << 20, torch.float32: 4 << 20}  # of softmax weights: 256 queries of 4096 keys
@@ -105,10 +106,19 @@ def attend(module: Attention, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`Attention.attend`, blockwise where that is faster."""
     if not applies(x):
         return attention(module.to_q(x), k, v, module.heads)
+    if isinstance(module.to_q, Int8):
+        return attend_queries(module.to_q(x), k, v, module.heads)
     weight = module.to_q.pack()[0] if isinstance(module.to_q, Packed) else module.to_q.weight
     run = torch.ops.nativesd.attend if torch.compiler.is_compiling() else _attend
     out: Tensor = run(x, k, v, weight, module.to_q.bias, module.heads)
     return out
+
+
+def attend_queries(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """`attend` for queries that are projected already, (B, T, C), (B, S, C), (B, S, C) -> (B, T, C)."""
+    if min(q.shape[1], k.shape[1]) < FEWEST:
+        return attention(q, k, v, heads)
+    return blockwise_attention(q * (q.shape[2] // heads) ** -0.5, k, v, heads)
 
 
 def _attend(x: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
@@ -146,9 +156,9 @@ class FastPixelAttention(PixelAttention):
 class Packed(nn.Module):
     """A layer whose `weight` oneDNN need not reorder into new memory at every call.
 
-    It is packed at the first call. From then on the parameter is a single NaN in its shape, which cannot be written to,
-    until someone asks for it, by its name or through `parameters` or `state_dict`: it is the same object then, with its
-    own values, and packed again at the next call, which another thread must not make meanwhile.
+    It is packed at the first call. From then on the parameter is a single NaN (0 in 8 bits) in its shape, which cannot
+    be written to, until someone asks for it, by its name or through `parameters` or `state_dict`: it is the same object
+    then, with its own values, and packed again at the next call, which another thread must not make meanwhile.
     """
 
     def reorder(self, weight: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -167,7 +177,8 @@ class Packed(nn.Module):
             if len(packed) != parts:
                 self.unpack()
                 packed = self.reorder(weight.detach(), parts)
-                self.packed, weight.data = packed, weight.new_tensor(math.nan).expand(weight.shape)
+                nothing = math.nan if weight.is_floating_point() else 0
+                self.packed, weight.data = packed, weight.new_tensor(nothing).expand(weight.shape)
         return packed
 
     def unpack(self) -> None:

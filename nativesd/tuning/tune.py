@@ -26,13 +26,13 @@ from nativesd.models.layers import GEGLU, Attention, ImageKeys, ResnetBlock, Tra
 from nativesd.models.vae import PixelAttention
 from nativesd.reading import read_json
 from nativesd.schema import truth
-from nativesd.tuning import fast
+from nativesd.tuning import fast, fast_int8, int8
 
 GAIN = 0.97  # of the plain path's time that the fast one may take at most
 ROUNDS = 3
 GRAPHS = 64  # of all blocks of a process, for widths, dtypes and batches of 1; torch gives up after 8
 CALLS = 10  # of a block on CUDA, whose launches take as long as it does
-PROBE = 2  # to be raised whenever the fast operators change: a kept choice was made between others then
+PROBE = 3  # to be raised whenever the fast operators change: a kept choice was made between others then
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Tuning:
     attention: bool = False
     convolution: bool = False
     """And the residual blocks around convolutions."""
+    int8: bool = False
+    """Products of 8 bits in layers that keep their weights so"""
     channels_last: bool = False
     """On CUDA: convolutions' weights with their channels innermost, which has feature maps follow."""
 
@@ -59,10 +61,19 @@ class Tuning:
                 Upsample: fast.FastUpsample,
                 ResnetBlock: fast.FastResnetBlock,
             }
+        if self.int8:
+            swaps |= {
+                int8.Int8Linear: fast_int8.FastInt8Linear,
+                int8.Int8Conv2d: fast_int8.FastInt8Conv2d,
+                int8.Int8Upsample: fast_int8.FastInt8Upsample,
+                int8.Int8GEGLU: fast_int8.FastInt8GEGLU,
+            }
+            if self.attention:
+                swaps[int8.Int8Attention] = fast_int8.FastInt8Attention
         return swaps
 
 
-EVERYTHING = Tuning(linear=True, attention=True, convolution=True)
+EVERYTHING = Tuning(linear=True, attention=True, convolution=True, int8=True)
 PLAIN = {quick: plain for plain, quick in EVERYTHING.swaps().items()}
 
 
@@ -221,7 +232,20 @@ def _probe(dtype: torch.dtype) -> Tuning:
             ),
             attention=_pays(lambda: attention(q, k, v, 5), lambda: fast.blockwise_attention(q / 8, k, v, 5), most=GAIN),
             convolution=True,  # less work everywhere
+            int8=products_of_8_bits(dtype) and _int8_pays(normal(1, 512, 1280), normal(1280, 1280), normal(1280)),
         )
+
+
+def _int8_pays(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """By a projection of the third level, packed both ways."""
+    width, width_in = weight.shape
+    plain, eight = (nn.Sequential(nn.Linear(width_in, width, device="meta")) for _ in range(2))
+    for each in (plain, eight):
+        each[0].weight, each[0].bias = (nn.Parameter(part, requires_grad=False) for part in (weight.clone(), bias))
+    int8.use_int8(eight)
+    for each in (plain, eight):
+        tune(each, EVERYTHING)
+    return _pays(lambda: plain(x), lambda: eight(x), most=GAIN)
 
 
 def _probe_layout(dtype: torch.dtype, device: torch.device) -> Tuning:
@@ -248,6 +272,14 @@ def supported(dtype: torch.dtype) -> bool:
     if not hasattr(operators, "_linear_pointwise"):  # built without oneDNN
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(operators._is_mkldnn_bf16_supported()))
+
+
+def products_of_8_bits(dtype: torch.dtype) -> bool:
+    """Whether this torch and this processor (with VNNI) multiply numbers of 8 bits beside others in `dtype`.
+
+    Without VNNI oneDNN adds up two products in 16 bits, which overflow.
+    """
+    return hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.cpu._is_vnni_supported() and supported(dtype)
 
 
 def _pays(plain: Callable[[], object], quick: Callable[[], object], *, most: float) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,29 @@ from nativesd.weights.identity.identify import Component
 from nativesd.weights.maps.keymap import BoundMap
 from nativesd.weights.maps.plan import make_plan
 from nativesd.weights.maps.rules import Shape, Source
+
+
+@runtime_checkable
+class Stores(Protocol):
+    """A layer that keeps its `weight` in another form than the published one, and what that takes in buffers."""
+
+    def store(self, weight: Tensor) -> None:
+        """Take the weight over, as it is published, and keep it where the layer is."""
+
+
+def storing(module: nn.Module) -> dict[str, Stores]:
+    """The layers of a module that keep their weights in another form, by the names of their weights."""
+    return {f"{name}.weight": part for name, part in module.named_modules() if isinstance(part, Stores)}
+
+
+def shapes_of(module: nn.Module) -> dict[str, Shape]:
+    """The parameters that a module takes, with their shapes."""
+    own: set[str] = set()
+    for name, part in module.named_modules():
+        buffers = [buffer for buffer, _ in part.named_buffers(recurse=False)]
+        if isinstance(part, Stores):
+            own.update(f"{name}.{buffer}" for buffer in buffers)
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if name not in own}
 
 
 def fill(
@@ -31,13 +55,13 @@ def fill(
 
     Tensors whose dtype, device and place in the file already fit are mapped, not read; others are read one by one, on a
     CPU piece by piece, into the same buffer and converted from there, so that one copy of the weights is in memory at
-    most. Without `mapped` all are read: a file that is cut short under mapped tensors ends the process (SIGBUS), and
-    one that is written over changes them.
+    most. Layers that store them otherwise (`Stores`) are given them one by one. Without `mapped` all are read: a file
+    that is cut short under mapped tensors ends the process (SIGBUS), and one that is written over changes them.
 
     Raises SourceError for a file that cannot be read and WeightsError, naming every tensor and the rule concerned,
     before anything is assigned.
     """
-    expected: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    expected, stores = shapes_of(module), storing(module)
     table, tensors = component.table, {key: member.tensors[key] for key in component.found.keys}
     head = (component.name, component.family, component.layout, component.found.prefix)
     plan = make_plan(table, {key: info.shape for key, info in tensors.items()}, expected)
@@ -54,7 +78,7 @@ def fill(
         largest = max((info.nbytes for info in tensors.values()), default=0)
         buffer = torch.empty(largest, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
-        def get(key: str, source: Source) -> Tensor:
+        def get(key: str, source: Source, dtype: torch.dtype) -> Tensor:
             """A tensor, in the buffer only where it is alone and about to be copied."""
             path = member.files[key]
             if device.type == "cpu" and path in maps:
@@ -68,12 +92,16 @@ def fill(
                 return read_as(dtype, buffer, member, key, files[path])
             return read_into(buffer, member, key, files[path])
 
-        filled = {
-            name: apply([get(key, source) for key in source.keys], source).to(device=device, dtype=dtype)
-            for name, source in plan.sources.items()
-        }
+        filled: dict[str, Tensor] = {}
+        for name, source in plan.sources.items():
+            kind = torch.float32 if name in stores else dtype
+            tensor = apply([get(key, source, kind) for key in source.keys], source).to(device=device, dtype=kind)
+            if name in stores:
+                stores[name].store(tensor)
+            else:
+                filled[name] = tensor
     module.requires_grad_(False)
-    module.load_state_dict(filled, assign=True)
+    module.load_state_dict(filled, assign=True, strict=not stores)
 
 
 def apply(tensors: Sequence[Tensor], source: Source) -> Tensor:

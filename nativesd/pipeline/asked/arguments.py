@@ -110,6 +110,7 @@ class LoadOptions(TypedDict, total=False):
     fast: bool
     compile: bool | Literal["auto"]
     fp8: bool
+    quantize: Literal["int8"] | None
     mapped: bool
 
 

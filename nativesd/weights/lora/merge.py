@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nativesd.errors import SourceError, WeightsError
-from nativesd.weights.checkpoint import apply
+from nativesd.weights.checkpoint import apply, shapes_of, storing
 from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import NAMES, read_tensor
 from nativesd.weights.identity.identify import Component
@@ -30,7 +30,7 @@ from nativesd.weights.lora.place import Change, Place
 from nativesd.weights.lora.resolve import Resolution, Use, resolve
 from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.maps.plan import make_plan
-from nativesd.weights.maps.rules import Shape, Source
+from nativesd.weights.maps.rules import Source
 
 Read = Callable[[str], Tensor]
 """A tensor of a LoRA by its key."""
@@ -213,7 +213,7 @@ class Host:
 
 def host(module: nn.Module, member: Member, component: Component, tables: Mapping[str, KeyMap] | None = None) -> Host:
     """The component that `module` was filled from."""
-    shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = shapes_of(module)
     assert component.config is not None  # there is a module
     written = {path: path.stat().st_mtime_ns for path in set(member.files.values())}
     addresses = {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
@@ -284,8 +284,13 @@ def set_loras(state: Merged, uses: Sequence[Use], *, partial: bool = False) -> t
 def _set_component(state: Merged, name: str, wanted: Mapping[str, Sequence[Applied]]) -> None:
     """Change the weights of one component, and put those back that are not to be changed any more."""
     host, touched = state.hosts[name], state.touched.setdefault(name, set())
+    stores = storing(host.module)
     for parameter in [*wanted, *sorted(touched - wanted.keys())]:
         tensor = host.module.get_parameter(parameter)
+        if parameter in stores:
+            stores[parameter].store(_changed(host.read(parameter).to(tensor.device), wanted.get(parameter, ())))
+            (touched.add if parameter in wanted else touched.discard)(parameter)
+            continue
         mapped = host.mapped(parameter)
         own = host.read(parameter).to(tensor.device, tensor.dtype) if mapped or parameter in touched else tensor
         if parameter in wanted:
@@ -299,6 +304,10 @@ def _set_component(state: Merged, name: str, wanted: Mapping[str, Sequence[Appli
             touched.discard(parameter)
         if not tensor.is_inference():
             state.writes.setdefault(name, {})[parameter] = tensor._version
+
+
+def _changed(weight: Tensor, changes: Sequence[Applied]) -> Tensor:
+    return merged(weight, changes) if changes else weight
 
 
 def gather(uses: Sequence[Use], resolutions: Sequence[Resolution]) -> dict[str, dict[str, list[Applied]]]:
