@@ -52,7 +52,8 @@ class Job:
         """A hash that jobs have in common where one call can paint them together."""
         options = {name: value for name, value in self.options.items() if name != "negative_prompt"}
         tags = [] if options.get("literal") else [list(tag.__dict__.values()) for tag in take_tags(self.prompt)[1]]
-        alone = self.id if any(name in options for name in ALONE) else None
+        depends = any(name in options for name in ALONE) or options.get("noise") == "comfyui"
+        alone = self.id if depends else None
         return digest([self.model, self.loading, options, tags, alone])[:16]
 
     def file(self, suffix: str) -> str:

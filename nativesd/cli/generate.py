@@ -171,7 +171,11 @@ NEEDS = {
     click.option("--sigma-min", type=float, help="Smallest sigma of a schedule by formula [default: the model's]."),
     click.option("--sigma-max", type=float, help="Largest sigma of a schedule by formula [default: the model's]."),
     click.option("--rho", type=float, help="How much Karras's sigmas crowd at the small end [default: 7]."),
-    click.option("--noise", type=click.Choice(["cpu", "cuda"]), help="Whose: the CPU's, or an NVIDIA card's (A1111)."),
+    click.option(
+        "--noise",
+        type=click.Choice(["cpu", "cuda", "comfyui"]),
+        help="Whose: the CPU's, an NVIDIA card's (A1111), or ComfyUI's on one.",
+    ),
     click.option("--prompt-2", help="SDXL: the prompt of the second text encoder [default: the same]."),
     click.option("--negative-prompt-2", help="SDXL: its negative prompt [default: the same]."),
     click.option("--original-size", type=Size(), help="SDXL: the picture's before it was scaled [default: its own]."),

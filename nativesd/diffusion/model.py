@@ -135,9 +135,9 @@ class Diffusion(Loaded):
         return torch.lerp(known, self._sample(job, plan, x, source, size, steps, keep=firmly), mask)
 
     def _draw(self, pixels: Tensor, source: NoiseSource, job: Job) -> Tensor:
-        """Latents (B, C, h, w) of a picture (1, 3, H, W), drawn for every seed; A1111's noise is not spent on that."""
+        """Latents (B, C, h, w) of a picture (1, 3, H, W), drawn for every seed; other programs spend no noise on it."""
         mean, std = self.encode_tensor(pixels, tiling=job.tiling)
-        if job.noise == "cuda" or isinstance(self.vae, TinyVAE):
+        if job.noise != "cpu" or isinstance(self.vae, TinyVAE):
             return mean.expand(len(job.seeds), -1, -1, -1)
         return mean + std * source.draw(mean.shape[1:]).to(self.device)
 

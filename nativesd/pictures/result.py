@@ -79,7 +79,7 @@ class Result:
 
         Of `parameters` these are needed: prompt, negative_prompt, steps, sampler, schedule, guidance_scale, width,
         height, model. These are written where they are there and not None: model_hash, strength, clip_skip, guidance
-        and savings (texts), emphasis, guidance_rescale, eta, noise ("cpu" or "cuda"), image_guidance_scale, mask_blur,
+        and savings (texts), emphasis, guidance_rescale, eta, noise ("cpu", ...), image_guidance_scale, mask_blur,
         literal, refiner (a name), refiner_at, vae (a name), mask_fill, only_masked, steps_as, soft_inpaint, sdxl,
         sampling and variation (the fields of a `SoftInpaint`, an `SDXL`, a `Sampling`, a `Variation`), tiling, tiles,
         regions (of a `Region`'s fields each), hires (`Hires.fields`), loras (names to scales), and image_prompts and
@@ -102,7 +102,7 @@ class Result:
             "Denoising strength": _number(strength),
             "Denoising steps as": p.get("steps_as"),
             "Clip skip": p.get("clip_skip"),
-            "RNG": None if noise is None else {"cpu": "CPU", "cuda": "NV"}[noise],
+            "RNG": None if noise is None else {"cpu": "CPU", "cuda": "NV", "comfyui": "ComfyUI"}[noise],
             "Eta DDIM" if p["sampler"] == "DDIM" else "Eta": _number(p.get("eta")),
             **{SAMPLING_FIELDS[field]: _number(value) for field, value in (p.get("sampling") or {}).items()},
             "Guidance": p.get("guidance"),
@@ -120,6 +120,7 @@ class Result:
             "Masked area padding": p.get("only_masked"),
             SOFT_INPAINT: True if p.get("soft_inpaint") else None,
             **{SOFT_INPAINT_FIELDS[field]: _number(value) for field, value in (p.get("soft_inpaint") or {}).items()},
+            **_batch(p),
             "Emphasis": EMPHASIS.get(p.get("emphasis", "")),
             "Literal prompt": p.get("literal"),
             "Refiner": p.get("refiner"),
@@ -149,6 +150,8 @@ class Result:
         variation: Mapping[str, Any] = self.parameters.get("variation") or {}
         if variation.get("seed") is not None:
             own["variation"] = {**variation, "seed": (variation["seed"] + index) % (1 << 64)}
+        if self.parameters.get("noise") == "comfyui":
+            own["batch"] = (index, len(self.seeds))
         return {**self.parameters, **own, "seed": self.seeds[index]}
 
     def save(self, path: str | Path) -> list[Path]:
@@ -205,6 +208,12 @@ def _savings(text: str) -> dict[str, object]:
     """A1111's field of token merging where that is all, else the records' text."""
     merging = re.fullmatch(r"tome(?::ratio=([0-9.]+))?", text)
     return {"Token merging ratio": merging[1] or "0.5"} if merging else {"Savings": text or None}
+
+
+def _batch(parameters: Mapping[str, Any]) -> dict[str, object]:
+    """A1111's fields of a picture's place among several, where its noise depends on that."""
+    place, pictures = parameters.get("batch") or (0, 1)
+    return {"Batch size": pictures, "Batch pos": place} if pictures > 1 else {}
 
 
 def _variation(variation: Mapping[str, Any]) -> dict[str, object]:

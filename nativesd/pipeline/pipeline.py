@@ -103,11 +103,10 @@ class Pipeline(Twice):
         sampling        noise on the way, and the ends of a schedule: a `Sampling`
         eta             0 to 1: how much noise a sampler adds again; default: the sampler's own
         clip_skip       layers of the text encoder from the end, 1 is the last; default: as the model was trained
-        emphasis        how prompts weigh their words: "original", "no norm", "ignore" or "none", as A1111's setting, or
-                        "comfyui": ComfyUI's brackets and weights; no prompt changes or is combined then
+        emphasis        how prompts weigh words: A1111's "original", "no norm", "ignore" or "none", or "comfyui"
         literal         take the prompts as they stand: no weights, no BREAK
         force           make pictures that seem too large for the memory; default: refuse them
-        noise           "cpu", as diffusers, or "cuda": what an NVIDIA card would draw, as A1111
+        noise           "cpu", as diffusers; "cuda", as A1111 on an NVIDIA card; or "comfyui", as ComfyUI on one
         sdxl            what SDXL is told beside the prompt: an `SDXL`, with the second encoder's prompts, and sizes
         variation       noise that departs from the seed's: a `Variation`
         on_step         called with a `Step` at every step

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from nativesd.errors import UsageError, install_line
 
-NoiseKind = Literal["cpu", "cuda"]
-"""Whose `torch.randn` the noise is: the CPU's, or that of an NVIDIA card, imitated on the CPU."""
+NoiseKind = Literal["cpu", "cuda", "comfyui"]
+"""Whose `torch.randn` the noise is: the CPU's; that of an NVIDIA card, imitated on the CPU; or both, as ComfyUI on such
+a card takes them, for a whole batch of one seed."""
 
 
 class NoiseSource(Protocol):
@@ -32,8 +34,10 @@ class NoiseSource(Protocol):
 
 
 def noise_source(kind: NoiseKind, seeds: Sequence[int]) -> NoiseSource:
-    """Streams of `kind` that begin at `seeds`, one for each picture."""
-    return CpuNoise(seeds) if kind == "cpu" else CudaNoise(seeds)
+    """Streams of `kind` that begin at `seeds`, one for each picture; ComfyUI's pictures of one seed are a batch."""
+    kinds: dict[NoiseKind, type[CpuNoise | CudaNoise | ComfyNoise]]
+    kinds = {"cpu": CpuNoise, "cuda": CudaNoise, "comfyui": ComfyNoise}
+    return kinds[kind](seeds)
 
 
 def move_noise(noise: Tensor, device: torch.device) -> Tensor:
@@ -80,6 +84,36 @@ class CudaNoise:
         return noise.view(-1, *shape)
 
     first = draw
+
+
+class ComfyNoise:
+    """ComfyUI's on an NVIDIA card: the noise that a batch begins from by the CPU, that of its steps by the card.
+
+    Pictures of the same seed are a batch, in their order, and a batch is drawn at once from a generator with its seed
+    (Comfy-Org/ComfyUI comfy/sample.py, `prepare_noise`; comfy/k_diffusion/sampling.py, `default_noise_sampler`).
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._seeds = tuple(seeds)
+        self._draws = 0
+
+    def first(self, shape: Sequence[int]) -> Tensor:
+        """The noise that pictures begin from: (B, *shape), float32."""
+        return in_batches(self._seeds, lambda seed, count: CpuNoise([seed]).draw((count, *shape))[0])
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        """The next noise of each picture: (B, *shape), float32."""
+        numbers, block = math.prod(shape), self._draws
+        self._draws += 1
+        return in_batches(
+            self._seeds, lambda seed, count: philox_normal(seed, block, count * numbers).view(count, *shape)
+        )
+
+
+def in_batches(keys: Sequence[int], drawn: Callable[[int, int], Tensor]) -> Tensor:
+    """Of each picture its own, (B, ...), of what is `drawn` for a key and so many pictures: those that have the key."""
+    batches = {key: iter(drawn(key, count)) for key, count in Counter(keys).items()}
+    return torch.stack([next(batches[key]) for key in keys])
 
 
 def philox_normal(seed: int, block: int, count: int) -> Tensor:
@@ -137,8 +171,8 @@ class BrownianNoise:
     Called with (sigma, sigma_next) it answers noise (B, ...) of unit variance, float32 on the device of `x`. The
     numbers are those of k-diffusion's `BrownianTreeNoiseSampler` on the CPU with a list of seeds; with kind "cuda",
     A1111's on a card, where the tree's `randn` is the card's (modules/sd_samplers_common.py,
-    `replace_torchsde_browinan`). `x` (B, ...) gives shape and device; the path spans sigma_min to sigma_max, and
-    torchsde warns of sigmas outside.
+    `replace_torchsde_browinan`); with "comfyui" the CPU's, with one path for all pictures of a seed. `x` (B, ...) gives
+    shape and device; the path spans sigma_min to sigma_max, and torchsde warns of sigmas outside.
 
     Raises UsageError where torchsde, an optional dependency, is missing.
     """
@@ -154,16 +188,20 @@ class BrownianNoise:
         self._kind = kind
         self._ascending = sigma_min < sigma_max
         low, high = sorted((_single(sigma_min), _single(sigma_max)))
-        start = torch.zeros(x.shape[1:], dtype=torch.float32)
+        self._paths: Sequence[int] = seeds if kind == "comfyui" else range(len(seeds))
+        entropy = dict(zip(self._paths, seeds, strict=True))
         with _normals_of(kind):
-            self._trees = [torchsde.BrownianTree(low, start, high, entropy=seed) for seed in seeds]
+            self._trees = {
+                path: torchsde.BrownianTree(low, torch.zeros(count, *x.shape[1:]), high, entropy=entropy[path])
+                for path, count in Counter(self._paths).items()
+            }
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         """The path's increment from `sigma` to `sigma_next` over its standard deviation: (B, ...) float32."""
         low, high = sorted((_single(sigma), _single(sigma_next)))
         ends = [round(float(end), _TREE_DIGITS) for end in (low, high)]  # else it warns that the last is beyond its own
         with _normals_of(self._kind):
-            increment = torch.stack([tree(*ends) for tree in self._trees])
+            increment = in_batches(self._paths, lambda path, _: self._trees[path](*ends))
         if (sigma < sigma_next) != self._ascending:
             increment = -increment
         return move_noise(increment / (high - low).sqrt(), self._device)

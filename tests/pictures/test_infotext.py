@@ -217,7 +217,7 @@ PROGRAMS: dict[str, tuple[str, dict[str, object], list[str]]] = {
         CIVITAI,
         {
             "steps": 30, "sampler": "DPM++ 2M Karras", "guidance_scale": 5.0, "seed": 639466906728691, "width": 832,
-            "height": 1216, "clip_skip": 2, "noise": "cpu", "emphasis": "comfyui",
+            "height": 1216, "clip_skip": 2, "noise": "comfyui", "emphasis": "comfyui",
             "model": "DreamShaper, XL",
         },
         [],
@@ -226,7 +226,7 @@ PROGRAMS: dict[str, tuple[str, dict[str, object], list[str]]] = {
         COMFYUI_FUSED,
         {
             "steps": 20, "sampler": "dpmpp_2m_karras", "guidance_scale": 8.0, "seed": 1099633777240739, "width": 512,
-            "height": 768, "noise": "cpu", "emphasis": "comfyui", "model": "dreamshaper_8",
+            "height": 768, "noise": "comfyui", "emphasis": "comfyui", "model": "dreamshaper_8",
         },
         [],
     ),
@@ -234,7 +234,7 @@ PROGRAMS: dict[str, tuple[str, dict[str, object], list[str]]] = {
         COMFYUI_SPLIT,
         {
             "steps": 20, "sampler": "euler_ancestral", "schedule": "karras", "guidance_scale": 8.0, "seed": 5,
-            "width": 512, "height": 512, "noise": "cpu", "emphasis": "comfyui", "model": "x",
+            "width": 512, "height": 512, "noise": "comfyui", "emphasis": "comfyui", "model": "x",
         },
         [],
     ),
@@ -333,7 +333,7 @@ def test_a_schedule_that_is_not_named(sampler: str, version: str, schedule: str 
         ({"Version": "1.6.0", "Civitai resources": "[]"}, "cuda"),
         ({"Version": "f2.0.1v1.10.1-previous-659-gc055f2d4"}, "cuda"),
         ({"Version": "c5934fb6e3"}, "cuda"),
-        ({"Version": "ComfyUI"}, "cpu"),
+        ({"Version": "ComfyUI"}, "comfyui"),
         ({"Version": "Fooocus v2.5.0"}, None),
         ({"Version": "8ea22ef", "App": "SD.Next", "RNG": "CPU"}, "cpu"),
         ({"Version": "nativesd 0.1"}, "cpu"),

@@ -39,7 +39,7 @@ PICTURES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "img2img_cropped.png": (
         {
             "steps": 20, "sampler": "sample_dpmpp_2m", "schedule": "normal", "seed": 280823642470253,
-            "guidance_scale": 8.0, "strength": pytest.approx(0.87), "steps_as": "all", "noise": "cpu",
+            "guidance_scale": 8.0, "strength": pytest.approx(0.87), "steps_as": "all", "noise": "comfyui",
             "model": "v1-5-pruned-emaonly.ckpt", "negative_prompt": "watermark, text",
             "prompt": "photograph of victorian woman with wings, sky clouds, meadow grass",
         },
@@ -154,7 +154,7 @@ def test_swarmui(tmp_path: Path) -> None:
     assert options == {
         "prompt": "a cat <lora:ink:0.5> <lora:b:1>", "negative_prompt": "fog", "model": "xl/base", "seed": 7,
         "steps": 12, "guidance_scale": 6.5, "width": 832, "height": 1216, "sampler": "dpmpp_2m", "schedule": "karras",
-        "clip_skip": 2, "noise": "cpu", "emphasis": "comfyui",
+        "clip_skip": 2, "noise": "comfyui", "emphasis": "comfyui",
     }  # fmt: skip
     assert unheeded == ["variationseedstrength"]
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=user_comment_exif(json.dumps(SWARM)))
@@ -167,7 +167,7 @@ def test_comfyui_graphs(tmp_path: Path) -> None:
     assert options == {
         "prompt": "a cat <lora:ink:0.5:0.8>", "negative_prompt": "fog", "model": "m.safetensors", "seed": 99,
         "steps": 9, "guidance_scale": 3.0, "width": 512, "height": 640, "sampler": "euler", "schedule": "simple",
-        "noise": "cpu", "emphasis": "comfyui",
+        "noise": "comfyui", "emphasis": "comfyui",
     }  # fmt: skip
     assert unheeded == ["FreeU_V2"]
     exif = Image.Exif()

@@ -106,7 +106,7 @@ def test_what_plainly_means_something_is_taken(options: dict[str, Any], name: st
         ({"strength": 1.5}, "strength must be between 0 and 1, not 1.5"),
         ({"eta": math.nan}, "eta must be between 0 and 1, not nan"),
         ({"sampler": torch.nn.Linear}, "sampler must be a name, not a type"),
-        ({"noise": "gpu"}, "noise must be cpu or cuda, not 'gpu'"),
+        ({"noise": "gpu"}, "noise must be cpu or cuda or comfyui, not 'gpu'"),
         ({"resize": "stretch"}, "resize must be resize or crop or fill, not 'stretch'"),
         ({"image": 5}, "image must be a picture"),
         ({"mask_blur": -1}, "mask_blur must be between 0 and 1000, not -1"),

@@ -92,6 +92,20 @@ def test_cpu_noise_is_torchs() -> None:
         assert torch.equal(source.draw((4, 6, 5))[0], noise)
 
 
+def test_comfyuis_batch_begins_from_the_cpu_and_goes_on_with_the_card() -> None:
+    shape = (4, 8, 8)
+    batch = noise_source("comfyui", [7, 7, 7])
+    expected = torch.randn((3, *shape), generator=torch.Generator().manual_seed(7))
+    assert torch.equal(batch.first(shape), expected)
+    steps = [batch.draw(shape) for _ in range(2)]
+    card = noise_source("cuda", [7])  # of a picture as large as the batch
+    for drawn in steps:
+        assert torch.equal(drawn.flatten(), card.draw((3 * 4, 8, 8)).flatten())
+    fewer = noise_source("comfyui", [7, 9, 7])
+    assert torch.equal(fewer.first(shape)[::2], expected[:2])
+    assert torch.equal(fewer.draw(shape)[::2], steps[0][:2])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_is_its_pictures_alone(kind: NoiseKind) -> None:
     seeds = [11, 12, 99]
@@ -149,6 +163,16 @@ def test_brownian_ends_in_the_other_order_are_k_diffusions() -> None:
     theirs = sampling.BrownianTreeNoiseSampler(x, SIGMAS[0], SIGMAS[-1], seed=SEEDS)
     ours = BrownianNoise(x, SIGMAS[0], SIGMAS[-1], SEEDS)
     assert torch.equal(ours(5.1, 2.25), theirs(5.1, 2.25))
+
+
+def test_a_brownian_batch_of_comfyui_is_k_diffusions_of_one_seed() -> None:
+    sampling = kdiffusion_sampling()
+    x = torch.zeros(3, 4, 8, 8)
+    theirs = sampling.BrownianTreeNoiseSampler(x, SIGMAS[-1], SIGMAS[0], seed=5)
+    ours = BrownianNoise(x, SIGMAS[-1], SIGMAS[0], [5, 5, 5], "comfyui")
+    warnings.filterwarnings("ignore", "Should have t")  # k-diffusion does not round
+    for sigma, sigma_next in pairwise(SIGMAS):
+        assert torch.equal(ours(sigma, sigma_next), theirs(torch.tensor(sigma), torch.tensor(sigma_next)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

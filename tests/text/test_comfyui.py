@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,19 +115,38 @@ def test_weights_are_those_of_each_program() -> None:
 OPTIONS: Mapping[str, object] = {"steps": 2, "seed": 3, "width": 64, "height": 64}
 
 
-def test_pictures_say_how_their_prompts_weigh(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("emphasis")
+def test_pictures_say_how_their_prompts_weigh(tmp_path: Path) -> None:
     pipe = nativesd.load()
     prompt = "a (strawberry:1.4) [on] a yellow background AND a"
     made = pipe(prompt, emphasis="ComfyUI", **OPTIONS)  # type: ignore[arg-type]
     assert "Emphasis: ComfyUI" in made.infotext()
     assert "Emphasis" not in pipe("a fox", **OPTIONS).infotext()  # type: ignore[arg-type]
-    file = folder / "made.png"
+    file = tmp_path / "made.png"
     made.save(file)
     options, unheeded = nativesd.options_from(file)
     assert options["emphasis"] == "comfyui"
     assert not [each for each in unheeded if "mphasis" in each]
     again = pipe(options.pop("prompt"), **{name: value for name, value in options.items() if name != "model"})
     assert torch.equal(again.latents, made.latents)
+
+
+def test_a_batch_of_comfyui_is_repeated_picture_by_picture(tmp_path: Path) -> None:
+    pipe = nativesd.load()
+    made = pipe("a fox", noise="comfyui", num_images=3, sampler="Euler a", **OPTIONS)  # type: ignore[arg-type]
+    assert made.seeds == [3, 3, 3]
+    assert not torch.allclose(made.latents[0], made.latents[1])
+    assert "Batch size: 3, Batch pos: 2" in made.infotext(2)
+    file = made.save(tmp_path / "made.png")[2]
+    options, unheeded = nativesd.options_from(file)
+    assert options["num_images"] == 3
+    assert unheeded == ["Batch pos 2 (taken: the 3 first of the batch, of which it is the last)"]
+    again = pipe(options.pop("prompt"), **{name: value for name, value in options.items() if name != "model"})
+    assert torch.equal(again.latents, made.latents)
+    two = pipe("a fox", noise="comfyui", num_images=2, sampler="Euler a", **OPTIONS)  # type: ignore[arg-type]
+    assert torch.allclose(two.latents, made.latents[:2], atol=1e-4)
+
+
+def test_another_emphasis_is_refused() -> None:
+    pipe = nativesd.load()
     with pytest.raises(UsageError, match="emphasis must be original or no norm or ignore or none or comfyui"):
         pipe("a fox", emphasis="compel")  # type: ignore[arg-type]

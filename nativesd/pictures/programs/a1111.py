@@ -148,7 +148,7 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
     """The options that make the picture again, and the names of the fields that would change it but have no option.
 
     Options, each where the text says or implies it: steps, sampler, schedule, guidance_scale, seed, width, height,
-    strength, clip_skip, guidance_rescale, eta, noise ("cpu" or "cuda"), emphasis, literal, mask_blur,
+    strength, clip_skip, guidance_rescale, eta, noise ("cpu", ...), emphasis, literal, mask_blur,
     image_guidance_scale, hires, variation, sdxl, sampling, soft_inpaint, guidance (a text) and model (a name, not a
     path). `variation` has fields of a `Variation`, `sdxl` of an `SDXL`, `sampling` of a `Sampling`, `soft_inpaint` of a
     `SoftInpaint`.
@@ -236,7 +236,10 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
     if schedule is not None:
         options["schedule"] = schedule
     if maker != "other":
-        options.setdefault("noise", "cuda" if maker == "a1111" else "cpu")
+        options.setdefault("noise", {"a1111": "cuda", "comfyui": "comfyui"}.get(maker, "cpu"))
+    if options.get("noise") == "comfyui" and (place := integer(*fields.get("batch pos", ("Batch pos", "0")))) > 0:
+        options["num_images"] = place + 1  # one noise for all, of which the first are the same for fewer
+        unheeded.append(f"Batch pos {place} (taken: the {place + 1} first of the batch, of which it is the last)")
     return options, unheeded
 
 

@@ -75,7 +75,7 @@ def read(texts: Texts) -> Recipe | None:
     last = [number for number in samplers if number not in earlier]
     if not last:
         return None
-    recipe = Recipe("ComfyUI", options={"noise": "cpu", "emphasis": "comfyui"})
+    recipe = Recipe("ComfyUI", options={"noise": "comfyui", "emphasis": "comfyui"})
     if len(last) > 1:
         recipe.unheeded.append(f"{len(last)} pictures of one graph (taken: the first)")
     final = last[0]
@@ -109,6 +109,8 @@ def _read_pass(graph: Graph, number: str, recipe: Recipe) -> None:
     latents = graph.link(number, "latent_image")
     if graph.kind(latents).startswith("Empty"):
         options |= {side: integer(side, graph.value(latents, side) or 512) for side in ("width", "height")}
+        if (pictures := integer("batch_size", graph.value(latents, "batch_size") or 1)) > 1:
+            options["num_images"] = pictures
     elif "VAEEncode" in graph.kind(latents):
         recipe.need_picture(graph.value(number, "denoise") or 1.0, "all")
     elif latents:

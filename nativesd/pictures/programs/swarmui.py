@@ -26,7 +26,7 @@ def read(texts: Texts) -> Recipe | None:
     recipe.options |= {
         "sampler": "euler",
         "schedule": "normal",
-        "noise": "cpu",
+        "noise": "comfyui",
         "emphasis": "comfyui",
     }  # its defaults, which it does not write
     recipe.take(params, SIMPLE, harmless=HARMLESS)

@@ -17,8 +17,8 @@ def size(name: str, value: str) -> tuple[int, int]:
 
 
 def noise(name: str, value: str) -> str:
-    """Whose noise: "cpu" or "cuda"."""
-    source = {"cpu": "cpu", "nv": "cuda", "gpu": "cuda", "cuda": "cuda"}.get(value.lower())
+    """Whose noise: "cpu", "cuda" or "comfyui"."""
+    source = {"cpu": "cpu", "nv": "cuda", "gpu": "cuda", "cuda": "cuda", "comfyui": "comfyui"}.get(value.lower())
     if source is None:
         raise UsageError(f"{name}: {value!r} is not a source of noise: CPU, GPU or NV")
     return source

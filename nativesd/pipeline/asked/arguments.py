@@ -182,8 +182,9 @@ def check(prompt: Prompt, options: CallOptions) -> Checked:
         one_negative=not is_list(given.get("negative_prompt")),
         **{name: rows[name](name, value) for name, value in given.items()},
     )  # fmt: skip
-    if checked.variation is not None and checked.variation.strength > 0 and not is_list(options.get("seed")):
-        checked = dataclasses.replace(checked, seeds=[seeds[0]] * len(seeds))  # the variations' seeds count up instead
+    varied = checked.variation is not None and checked.variation.strength > 0  # its seeds count up instead
+    if (varied or checked.noise == "comfyui") and not is_list(options.get("seed")):
+        checked = dataclasses.replace(checked, seeds=[seeds[0]] * len(seeds))
     if checked.schedule is not None:
         find_schedule(checked.schedule)
     if checked.sampler is not None:

@@ -69,7 +69,7 @@ NODES: Mapping[str, Node] = {
     ),
     "EmptyLatentImage": Node(
         {"width": SIDE, "height": SIDE, "batch_size": Input("INT", 1, 1, 4096)}, ("LATENT",),
-        "The size of pictures to make. Picture i of a batch has the seed of the sampler + i.", "latent",
+        "The size of pictures to make. The pictures of a batch have one noise, as there.", "latent",
     ),
     "KSampler": Node(
         {**SAMPLING, "seed": Input("INT", 0, 0, BIG), "denoise": Input("FLOAT", 1.0, 0, 1)}, ("LATENT",),

@@ -185,7 +185,7 @@ class _Run:
         pipeline = self.turn.load(model.name)
         options: dict[str, Any] = {
             "negative_prompt": negative.text, "seed": seed, "num_images": latents.count, "steps": steps,
-            "guidance_scale": cfg, "sampler": sampler, "schedule": scheduler, "noise": "cpu",
+            "guidance_scale": cfg, "sampler": sampler, "schedule": scheduler, "noise": "comfyui",
             "emphasis": "comfyui",
             "loras": [(file, scale, positive.clip.loras.get(file, 0.0)) for file, scale in model.loras.items()],
             "control": list(positive.controls), "lora_dirs": list(self.prompt.files.lora_dirs),
