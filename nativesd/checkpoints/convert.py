@@ -18,6 +18,7 @@ from nativesd.errors import UsageError
 from nativesd.models.build import expected
 from nativesd.weights.files.source import open_source
 from nativesd.weights.identity.identify import identify_all
+from nativesd.weights.lora.settings import has_adapters
 from nativesd.weights.maps.keymap import load_tables
 from nativesd.weights.model import Model, Part
 from nativesd.weights.writing import Entry, stored_parameters
@@ -51,8 +52,8 @@ def convert(
 
     source  a file, a model folder, or a hub id: a whole model, one component, or a LoRA
     dest    the folder ("diffusers") or the .safetensors or .gguf file ("ldm"; sgm for SDXL) to write; it must not
-            exist. Of a LoRA it is a .safetensors file, and layout "kohya", "diffusers" or "peft"
-            (`loras.change.convert_lora`, which fold_alpha and base are of, too)
+            exist. Of a LoRA it is a .safetensors file, of layout "peft" also a folder, and layout "kohya", "diffusers"
+            or "peft" (`loras.change.convert_lora`, which fold_alpha and base are of, too)
     dtype   "f16", "bf16" or "f32" for all floating-point tensors; for the matrices of a .gguf file also "q8_0", "q6_k",
             "q5_k", "q5_0", "q5_1", "q4_k", "q4_0" or "q4_1"; default: as they are
     unet, vae, text_encoders  sources of components that stand in for its own
@@ -100,8 +101,10 @@ KEPT = ("unet", "vae", "text", "ema")
 
 
 def _is_lora(source: str | Path) -> bool:
-    """Whether a local file is a LoRA."""
+    """Whether a local file is a LoRA, or a folder has peft's adapters."""
     path = Path(source)
+    if has_adapters(path):
+        return True
     if not os.path.isfile(path):  # False for a name that no file can have, too
         return False
     found = identify_all(open_source(path), load_tables())

@@ -83,7 +83,7 @@ def audit(
 
 @main.command(
     help=f"Write SOURCE ({SOURCE_HELP}) to DEST in another layout: a model as a folder, or for ldm as a .safetensors "
-    "or .gguf file; a LoRA as a .safetensors file, in kohya's, diffusers' or peft's names."
+    "or .gguf file; a LoRA as a .safetensors file, in kohya's, diffusers' or peft's names, or as a folder of peft's."
 )
 @click.argument("source")
 @click.argument("dest", type=click.Path(path_type=Path))

@@ -405,8 +405,10 @@ def test_what_cannot_be_written(model: loras.Model, tmp_path: Path) -> None:
         convert_lora(loha, out, layout="kohya")
     with pytest.raises(UsageError, match="the strength of a LoRA must be between -1000 and 1000, not nan"):
         join_loras([(loha, float("nan"))], out, base=model.folder)
-    with pytest.raises(UsageError, match=r"a LoRA is a \.safetensors file"):
-        convert_lora(loha, tmp_path / "out", layout="peft")
+    with pytest.raises(UsageError, match=r"a LoRA is a \.safetensors file: .*out is not"):
+        convert_lora(loha, tmp_path / "out", layout="kohya")
+    with pytest.raises(UsageError, match=r"a LoRA is a \.safetensors file, or of the layout peft a folder"):
+        convert_lora(loha, tmp_path / "out.bin", layout="peft")
     lora = loras.write(
         pair("lora_te1_text_model_encoder_layers_0_mlp_fc1", 3072, 768), tmp_path / "loha.safetensors", {}
     )

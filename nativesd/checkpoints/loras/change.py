@@ -16,18 +16,17 @@ from nativesd.checkpoints.loras.naming import (
     Named,
     Piece,
     base_of,
-    keep_words,
     name_pieces,
-    network_metadata,
     published_base,
     read_pieces,
-    write_lora,
 )
 from nativesd.checkpoints.loras.ranks import Rule, shrink
+from nativesd.checkpoints.loras.writing import keep_words, network_metadata, write_lora
 from nativesd.destination import fresh
 from nativesd.errors import UsageError, WeightsError
 from nativesd.pipeline.asked.readers import real
 from nativesd.pipeline.asked.records import MOST_SCALE
+from nativesd.weights.formats.container import SUFFIXES
 from nativesd.weights.lora.file import LoraFile, read_lora
 from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.writing import cast_finite
@@ -50,7 +49,8 @@ def convert_lora(
 ) -> Written:
     """Write a LoRA under the names of another layout; its tensors stay as they are, to the bit.
 
-    layout      "kohya", "diffusers" or "peft" (see `naming`)
+    dest        a .safetensors file; of the layout peft also a folder, of an adapter or of one for each component
+    layout      "kohya", "diffusers" or "peft" (see `naming` and `writing`)
     fold_alpha  multiply the scale into the up matrices, for readers that look for no alpha
     base        the model that it is for, by which modules have names [the published base that it fits]
 
@@ -65,7 +65,7 @@ def convert_lora(
         metadata = {"format": "pt", **file.member.metadata}
         if layout == "kohya":
             metadata = {**network_metadata(pieces, known.family), **metadata}
-        write_lora(temporary, named, metadata)
+        write_lora(temporary, named, metadata, folder=is_folder(dest))
     return summary(dest, named, pieces)
 
 
@@ -109,7 +109,7 @@ def resize_lora(
             said["ss_base_model_version"] = file.member.metadata["ss_base_model_version"]
         comment = f"resized from rank {old} by {rule.says()}"
         said["ss_training_comment"] = "; ".join(filter(None, (comment, said.get("ss_training_comment", ""))))
-        write_lora(temporary, named, said)
+        write_lora(temporary, named, said, folder=is_folder(dest))
     return replace(summary(dest, named, resized), error=max(errors))
 
 
@@ -156,7 +156,7 @@ def join_loras(
         keep_words(named, files, layout)
         names = ", ".join(f"{file.path.name}:{strength:g}" for file, (_, strength) in zip(files, loras, strict=True))
         said = {"format": "pt", **network_metadata(joined, known.family), "ss_training_comment": f"joined of {names}"}
-        write_lora(temporary, named, said)
+        write_lora(temporary, named, said, folder=is_folder(dest))
     return replace(summary(dest, named, joined), error=max(errors))
 
 
@@ -166,8 +166,14 @@ def check_lora(dest: str | Path, layout: str, dtype: str | None) -> None:
         raise UsageError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    if Path(dest).suffix != ".safetensors":
-        raise UsageError(f"a LoRA is a .safetensors file: {dest} is not")
+    if is_folder(dest) and (layout != "peft" or Path(dest).suffix in SUFFIXES):
+        more = ", or of the layout peft a folder" if layout == "peft" else ""
+        raise UsageError(f"a LoRA is a .safetensors file{more}: {dest} is not")
+
+
+def is_folder(dest: str | Path) -> bool:
+    """Whether a LoRA is written as a folder, by its name."""
+    return Path(dest).suffix != ".safetensors"
 
 
 def _open(loras: Sequence[str | Path], base: str | Path | None) -> tuple[list[LoraFile], Base]:

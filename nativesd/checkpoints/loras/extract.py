@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from nativesd.checkpoints.layouts import DTYPES
-from nativesd.checkpoints.loras.change import Written, check_lora, lost, summary
-from nativesd.checkpoints.loras.naming import Base, Piece, name_pieces, network_metadata, write_lora
+from nativesd.checkpoints.loras.change import Written, check_lora, is_folder, lost, summary
+from nativesd.checkpoints.loras.naming import Base, Piece, name_pieces
 from nativesd.checkpoints.loras.ranks import Rule, clamp, split
+from nativesd.checkpoints.loras.writing import network_metadata, write_lora
 from nativesd.checkpoints.sources import Side, open_side, require_alike
 from nativesd.config import TextEncoderConfig, UNetConfig
 from nativesd.destination import fresh
@@ -109,7 +110,7 @@ def extract_lora(
         named = name_pieces(pieces, known, layout)
         said = {"format": "pt", **network_metadata(pieces, known.family)}
         said["ss_training_comment"] = f"extracted from {Path(tuned).stem} and {Path(base).stem} by {rule.says()}"
-        write_lora(temporary, named, said)
+        write_lora(temporary, named, said, folder=is_folder(dest))
     done = summary(dest, named, pieces)
     return Extracted(done.path, done.tensors, done.layers, done.ranks, max(errors), left_out)
 

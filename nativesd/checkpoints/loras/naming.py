@@ -6,43 +6,36 @@ diffusers  the component, the module's name in diffusers' folders, and `.lora.do
            encoders `.lora_linear_layer.` instead of `.lora.`
 peft       the same with `.lora_A.weight` and `.lora_B.weight`, as diffusers writes now
 
-The last two have no alphas among their tensors. They say them in the metadata, by peft's settings
-(`lora_adapter_metadata`, which diffusers reads from 0.34 on).
+The last two have no alphas among their tensors: they are in peft's settings (`writing`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nativesd.config import Config, TextEncoderConfig, UNetConfig
-from nativesd.errors import NativesdWarning, UsageError, WeightsError
+from nativesd.errors import UsageError, WeightsError
 from nativesd.models.build import expected
-from nativesd.version import __version__
-from nativesd.weights.files.hashes import SHORT, between, training_start
 from nativesd.weights.files.locate import locate_model
 from nativesd.weights.files.source import open_source
-from nativesd.weights.files.tensors import NAMES, read_tensor
-from nativesd.weights.formats.header import TensorInfo
+from nativesd.weights.files.tensors import read_tensor
 from nativesd.weights.identity.describe import unet_family
 from nativesd.weights.identity.metadata import stated_family
 from nativesd.weights.lora.bases import fits
 from nativesd.weights.lora.file import LoraFile
+from nativesd.weights.lora.parts import DORA, dora_axis
 from nativesd.weights.lora.place import Change, Place, context, place
 from nativesd.weights.lora.resolve import reasons
-from nativesd.weights.lora.settings import METADATA
 from nativesd.weights.maps.keymap import KeyMap
+from nativesd.weights.maps.rules import Shape
 from nativesd.weights.model import identify_known
-from nativesd.weights.writing import Entry, write
 
 LAYOUTS = ("kohya", "diffusers", "peft")
 ENDINGS: Mapping[str, Mapping[str, str]] = {
@@ -51,8 +44,8 @@ ENDINGS: Mapping[str, Mapping[str, str]] = {
     "peft": {"down": ".lora_A.weight", "up": ".lora_B.weight"},
 }
 """layout -> part -> what its key ends with; of kohya's other parts with their own names."""
-VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
-"""family -> kohya's ss_base_model_version (sd-scripts, library/model_util.py and sdxl_model_util.py)"""
+MAGNITUDE = ".lora_magnitude_vector"
+"""What the key of a DoRA magnitude ends with in diffusers' and peft's files."""
 
 
 @dataclass
@@ -219,10 +212,20 @@ def _piece(lora: LoraFile, change: Change) -> Piece:
 
 @dataclass
 class Named:
-    """The tensors of a LoRA in a layout, and what its metadata has to say."""
+    """The tensors of a LoRA in a layout, and what peft's settings say of every module (of kohya's nothing)."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    metadata: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, dict[str, Setting]] = field(default_factory=dict)
+    """component -> module -> its setting"""
+
+
+class Setting(NamedTuple):
+    """What peft's settings say of one module."""
+
+    rank: int
+    alpha: float | None
+    """None: nothing says one, so the scale is 1"""
+    dora: bool
 
 
 def name_pieces(pieces: Iterable[Piece], base: Base, layout: str, *, fold: bool = False) -> Named:
@@ -233,106 +236,49 @@ def name_pieces(pieces: Iterable[Piece], base: Base, layout: str, *, fold: bool 
     Raises UsageError for what the layout has no name for.
     """
     out = Named()
-    settings: dict[str, dict[str, tuple[int, float]]] = {}
     for piece in pieces:
         module = base.module(piece.component, piece.parameter, layout)
         parts, alpha = dict(piece.parts), piece.alpha
-        if fold and alpha is not None and piece.is_plain:
+        if fold and alpha is not None and piece.parts.keys() >= {"down", "up"}:
             parts["up"] = (parts["up"].float() * piece.scale).to(parts["up"].dtype)
             alpha = None
         stem = base.prefix(piece.component, layout) + (module.replace(".", "_") if layout == "kohya" else module)
+        dora = next((part for part in DORA if part in parts), None)
+        if dora is not None:
+            weight = base.places[piece.component].shapes[piece.parameter]
+            magnitude = _magnitude(dora, parts.pop(dora), weight, parts, layout, module)
+            out.tensors[stem + (".dora_scale" if layout == "kohya" else MAGNITUDE)] = magnitude
         for part, tensor in parts.items():
-            ending = ENDINGS[layout].get(part, f".{part}" if layout == "kohya" else None)
-            if ending is not None and layout == "diffusers" and piece.component != "unet":
+            ending = ENDINGS[layout].get(part, f".{part}" if layout == "kohya" else "")
+            if layout == "diffusers" and piece.component != "unet":
                 ending = ending.replace(".lora.", ".lora_linear_layer.")
-            if ending is None:
+            if not ending:
                 raise UsageError(f"the layout {layout} has no name for {module}'s {part}: kohya's has")
             out.tensors[stem + ending] = tensor
-        if alpha is None:
-            continue
-        if layout == "kohya":
+        if layout != "kohya":
+            out.settings.setdefault(piece.component, {})[module] = Setting(piece.rank, alpha, dora is not None)
+        elif alpha is not None:
             out.tensors[f"{stem}.alpha"] = _as_tensor(alpha, next(iter(parts.values())).dtype)
-        else:
-            # ends of names count, and those of transformers 5 begin without this
-            settings.setdefault(piece.component, {})[module.removeprefix("text_model.")] = (piece.rank, alpha)
-    if settings:
-        out.metadata[METADATA] = json.dumps(_peft_settings(settings), sort_keys=True)
     return out
+
+
+def _magnitude(
+    part: str, tensor: Tensor, weight: Shape, others: Mapping[str, Tensor], layout: str, module: str
+) -> Tensor:
+    """A DoRA magnitude as the layout's readers expect it: (O, 1) of a matrix, and (O, 1, 1, 1) of a convolution, with
+    kohya's names (LyCORIS); with peft's (O,) and (1, O, 1, 1). Raises UsageError for one along the inputs, which peft
+    has not."""
+    if (part == "dora_scale") == (layout == "kohya"):
+        return tensor
+    if dora_axis(part, tuple(tensor.shape), weight) != 0:
+        raise UsageError(f"the layout {layout} has no DoRA magnitude along the inputs, as {module}'s is: kohya's has")
+    is_conv = others["up"].ndim == 4
+    if layout == "kohya":
+        return tensor.reshape((-1, 1, 1, 1) if is_conv else (-1, 1))
+    return tensor.reshape((1, -1, 1, 1) if is_conv else (-1,))
 
 
 def _as_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
     """An alpha in the dtype of its matrices, where it can be said so."""
     out = torch.tensor(alpha, dtype=dtype)
     return out if float(out) == alpha else torch.tensor(alpha, dtype=torch.float32)
-
-
-def _peft_settings(modules: Mapping[str, Mapping[str, tuple[int, float]]]) -> dict[str, object]:
-    """peft's settings of every component, as diffusers keeps them in a file's metadata."""
-    out: dict[str, object] = {}
-    for component, each in modules.items():
-        rank = Counter(rank for rank, _ in each.values()).most_common(1)[0][0]
-        alpha = Counter(alpha for _, alpha in each.values()).most_common(1)[0][0]
-        said = {
-            "peft_type": "LORA", "r": rank, "lora_alpha": alpha,
-            "rank_pattern": {name: own for name, (own, _) in each.items() if own != rank},
-            "alpha_pattern": {name: own for name, (_, own) in each.items() if own != alpha},
-            "target_modules": sorted(each),
-        }  # fmt: skip
-        out |= {f"{component}.{name}": value for name, value in said.items()}
-    return out
-
-
-def keep_words(named: Named, loras: Iterable[LoraFile], layout: str) -> None:
-    """Put in the textual inversions that come with LoRAs, as they are. Readers of the layouts but kohya's refuse keys
-    of other kinds: there a NativesdWarning says that they are left out. Raises WeightsError for two of one name."""
-    for lora in loras:
-        if lora.words and layout != "kohya":
-            warnings.warn(
-                f"the learnt words in {lora.path} ({', '.join(lora.words)}) are left out, as {layout} has no names for "
-                "them: load them from there as an embedding",
-                NativesdWarning,
-                stacklevel=4,
-            )
-            continue
-        for key in lora.words:
-            tensor = read_tensor(lora.member, key)
-            if key in named.tensors and not torch.equal(named.tensors[key], tensor):
-                raise WeightsError(f"{lora.path} has another {key} than the LoRA before it: one file holds one of them")
-            named.tensors[key] = tensor
-
-
-def network_metadata(pieces: Iterable[Piece], family: str) -> dict[str, str]:
-    """What kohya's scripts say of a LoRA that A1111 and others show: its base, dimension and alpha."""
-    plain = [piece for piece in pieces if piece.is_plain]
-    ranks, alphas = {piece.rank for piece in plain}, {piece.alpha for piece in plain}
-    dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    alpha = str(alphas.pop()) if len(alphas) == 1 else "Dynamic"
-    version = {"ss_base_model_version": VERSIONS[family]} if family in VERSIONS else {}
-    return {
-        "ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alpha,
-        "ss_v2": str(family == "sd2"), **version, "software": f"nativesd {__version__}",
-    }  # fmt: skip
-
-
-def write_lora(path: Path, named: Named, metadata: Mapping[str, str]) -> None:
-    """Write a LoRA, with the hashes of its tensors by which A1111 knows it (`sshs_model_hash`, `sshs_legacy_hash`)."""
-    said = {key: value for key, value in metadata.items() if key not in (METADATA, *SSHS)} | named.metadata
-    ordered = sorted(named.tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    raw = {key: tensor.contiguous().flatten().view(torch.uint8).numpy() for key, tensor in ordered}
-    whole, at, infos = hashlib.sha256(), 0, dict[str, TensorInfo]()
-    for key, tensor in ordered:
-        whole.update(raw[key].data)
-        infos[key] = TensorInfo(NAMES[tensor.dtype], tuple(tensor.shape), at, at + len(raw[key]))
-        at += len(raw[key])
-    start = training_start(infos, said)
-    said["sshs_model_hash"] = whole.hexdigest()
-    if start <= SHORT[0]:
-        legacy = hashlib.sha256()
-        for key, data in raw.items():
-            legacy.update(between(data.data, start + infos[key].start, *SHORT))
-        said["sshs_legacy_hash"] = legacy.hexdigest()[:8]
-    entries = {key: Entry(t.dtype, tuple(t.shape), partial(named.tensors.__getitem__, key)) for key, t in ordered}
-    write(path, entries, said)
-
-
-SSHS = ("sshs_model_hash", "sshs_legacy_hash")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from nativesd.errors import WeightsError, quote
 from nativesd.shipped import LCM_LORA
-from nativesd.weights.files.source import Member, open_source
+from nativesd.weights.files.source import Member, join, open_source
 from nativesd.weights.identity.signatures import recognise
 from nativesd.weights.identity.words import BUNDLED
-from nativesd.weights.lora.settings import Stated, stated_by
+from nativesd.weights.lora.settings import Stated, adapter_folders, stated_by
 from nativesd.weights.maps.keymap import KeyMap, load_tables
 
 
@@ -48,23 +48,37 @@ class LoraFile:
 def read_lora(path: str | Path, tables: Mapping[str, KeyMap] | None = None) -> LoraFile:
     """Read the header of a LoRA: a file, or a folder with one, and peft's settings in or beside it; or "tiny-lcm".
 
+    A folder may have one of peft's adapters for each component, in folders of the components' names.
+
     Raises SourceError for what cannot be read, WeightsError for a file without any change of a LoRA.
     """
     path = LCM_LORA if path == "tiny-lcm" else Path(path)
-    members = open_source(path)
-    if len(members) > 1:
-        raise WeightsError(f"{path} is a model, not a LoRA: a LoRA is one file")
-    [member] = members
+    member, stated = _opened(path)
     if (signature := recognise(member.shapes)) is not None:
         raise WeightsError(f"{path} is {signature.says}")
     [*files] = member.data_starts
     words = tuple(key for key in member.tensors if key.startswith(BUNDLED))
     keys = [key for key in member.tensors if key not in words]
-    groups, unplaced = group(keys, tables or load_tables(), stated_by(member.metadata, files[0]))
+    groups, unplaced = group(keys, tables or load_tables(), stated)
     if not groups:
         some = ", ".join(map(quote, list(member.tensors)[:3]))
         raise WeightsError(f"{path} is no LoRA: it has no key named like a LoRA's, but {some}; see its audit")
     return LoraFile(path, member, tuple(groups), unplaced, max(file.stat().st_mtime_ns for file in files), words)
+
+
+def _opened(path: Path) -> tuple[Member, dict[str, Stated]]:
+    """A LoRA as one checkpoint, and peft's settings."""
+    adapters = adapter_folders(path)
+    if not adapters:
+        members = open_source(path)
+        if len(members) > 1:
+            raise WeightsError(f"{path} is a model, not a LoRA: a LoRA is one file")
+        [member] = members
+        return member, stated_by(member.metadata, next(iter(member.data_starts)))
+    each = {name: open_source(path / name)[0] for name in adapters}  # a folder without an index has one
+    own = {name: stated_by(member.metadata, next(iter(member.data_starts))) for name, member in each.items()}
+    joined = join([(f"{name}.", member) for name, member in each.items()])
+    return joined, {name: stated[""] for name, stated in own.items() if "" in stated}
 
 
 def group(

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nativesd.errors import SourceError, WeightsError
+from nativesd.errors import SourceError, WeightsError, quote
 from nativesd.reading import parse_json, read_json
 
 METADATA = "lora_adapter_metadata"
 """Where diffusers writes peft's settings: `LORA_ADAPTER_METADATA_KEY` of its loaders/lora_base.py."""
-BESIDE = dict.fromkeys(("adapter_model.safetensors", "adapter_model.bin"), "adapter_config.json")
-"""PeftModel.save_pretrained's files, and that with their settings."""
+CONFIG = "adapter_config.json"
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+"""PeftModel.save_pretrained's files, whose settings are in CONFIG beside them."""
+
+
+MOVING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""What init_lora_weights begins with where the base is changed when training begins (peft, tuners/lora/layer.py)."""
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+def adapter_folders(path: Path) -> list[str]:
+    """The components of which a folder has an adapter of peft's in a folder of its own."""
+    if not os.path.isdir(path) or (path / CONFIG).exists():
+        return []
+    return [name for name in COMPONENTS if (path / name / CONFIG).is_file()]
+
+
+def has_adapters(path: Path) -> bool:
+    """Whether a folder is an adapter of peft's, or has some in folders of their own."""
+    return os.path.isdir(path) and ((path / CONFIG).is_file() or bool(adapter_folders(path)))
 
 
 @dataclass(frozen=True)
@@ -48,12 +67,12 @@ def stated_by(metadata: Mapping[str, str], path: Path) -> dict[str, Stated]:
             data = parse_json(metadata[METADATA].encode(), where)
         except SourceError as error:
             raise WeightsError(str(error)) from error
-    elif path.name in BESIDE and (path.parent / BESIDE[path.name]).is_file():
-        where, data = str(path.parent / BESIDE[path.name]), read_json(path.parent / BESIDE[path.name])
+    elif path.name in ADAPTERS and (path.parent / CONFIG).is_file():
+        where, data = str(path.parent / CONFIG), read_json(path.parent / CONFIG)
     else:
         return {}
     out = {}
-    for component in ("", "unet", "text_encoder", "text_encoder_2"):
+    for component in ("", *COMPONENTS):
         prefix = f"{component}." if component else ""
         own = {name.removeprefix(prefix): value for name, value in data.items() if name.startswith(prefix)}
         if "r" in own:
@@ -63,6 +82,12 @@ def stated_by(metadata: Mapping[str, str], path: Path) -> dict[str, Stated]:
 
 def _stated(data: Mapping[str, Any], where: str) -> Stated:
     """The settings of one component. Raises WeightsError."""
+    begun = data.get("init_lora_weights")
+    if isinstance(begun, str) and begun.startswith(MOVING):
+        raise WeightsError(
+            f"{where}: init_lora_weights is {quote(begun)}, which changes the base too: save the adapter anew "
+            "with peft's path_initial_model_for_weight_conversion, which makes a LoRA of the base of it"
+        )
     alpha, rank = data.get("lora_alpha", data.get("alpha")), data["r"]
     patterns = data.get("alpha_pattern") or {}
     numbers = isinstance(patterns, dict) and all(map(_is_number, (alpha, rank, *patterns.values())))
