@@ -11,11 +11,18 @@ import pytest
 from huggingface_hub import close_session, constants
 
 from attacks.hub import API, BODIES, HEADERS, MODEL, PLACES, STATUSES, Hub, serve
-from nativesd.errors import NativesdError, NetworkError, SourceError
-from nativesd.shipped import TINY
+from nativesd.config import Level, UNetConfig, VisionEncoderConfig
+from nativesd.errors import NativesdError, NetworkError, SourceError, UsageError
+from nativesd.loading.image_prompts import find_image_encoder, load_image_adapter, load_image_encoder
+from nativesd.shipped import LCM_LORA, TINY
 from nativesd.weights.files import asking
-from nativesd.weights.files.hub import fetch, fetch_component, fetch_file, list_files
+from nativesd.weights.files.hub import fetch, fetch_component, fetch_file, fetch_weights, list_files
 from nativesd.weights.files.remote import open_remote
+from nativesd.weights.lora.file import read_lora
+from oracles import adapter_of, drawn_adapter, save_adapter, vision_pair
+
+SMALL = UNetConfig((Level(32, (1,), (1, 1), 2), Level(32, (None,), (None, None), 2)), (1,), context=8)
+FOLDERS = ("models", "sdxl_models")
 
 
 @pytest.fixture
@@ -184,3 +191,69 @@ def test_an_index_of_shards_is_followed(hub: Hub) -> None:
     }  # fmt: skip
     with pytest.raises(SourceError, match="outside its folder"):
         fetch("org/name", half=False)
+
+
+def test_a_file_in_a_repository_and_the_only_one_of_it(hub: Hub) -> None:
+    hub.files = {"a/x.safetensors": b"x", "a/x.bin": b"p", "image_encoder/model.safetensors": b"e"}
+    assert fetch_component("org/name/a/x.safetensors").read_bytes() == b"x"
+    path, name = fetch_weights("org/name")
+    assert (path.read_bytes(), name) == (b"x", "org/name/a/x.safetensors")
+    hub.files |= {"b/y.safetensors": b"y"}
+    assert fetch_weights("org/name/b")[1] == "org/name/b/y.safetensors"
+    with pytest.raises(UsageError, match=r"org/name has 2 files of weights: name one, such as org/name/a/x.safet"):
+        fetch_weights("org/name")
+    with pytest.raises(UsageError, match=r"org/name/c has no file of weights on the hub"):
+        fetch_weights("org/name/c")
+    with pytest.raises(NetworkError, match=r"org/name/c/z\.bin is not on the hub: its repository has no such file"):
+        fetch_weights("org/name/c/z.bin")
+    for named in ("org/name/../x.safetensors", "org/name//x.safetensors"):
+        with pytest.raises(UsageError, match="names no file of a repository"):
+            fetch_weights(named)
+
+
+def test_a_lora(hub: Hub) -> None:
+    hub.files = {"pytorch_lora_weights.safetensors": LCM_LORA.read_bytes()}
+    local = read_lora(LCM_LORA)
+    for named in ("org/name", "org/name/pytorch_lora_weights.safetensors"):
+        assert read_lora(named).groups == local.groups
+
+
+def test_an_ip_adapter_brings_the_image_encoder_of_its_repository(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that serves it, of which alone the weights are fetched; then no request is made, and none is needed."""
+    save_adapter(drawn_adapter(adapter_of(SMALL, "base"))[1], tmp_path / "base.safetensors")
+    hub.files = {f"{folder}/base.safetensors": (tmp_path / "base.safetensors").read_bytes() for folder in FOLDERS}
+    for folder, width in zip(FOLDERS, (40, 56), strict=True):
+        config = VisionEncoderConfig(64, 2, 1, 128, "gelu", projection=width, image=56)
+        vision_pair(config)[1].save_pretrained(tmp_path / folder)
+        for file in (tmp_path / folder).iterdir():
+            hub.files[f"{folder}/image_encoder/{file.name}"] = file.read_bytes()
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        for folder in FOLDERS:
+            adapter = load_image_adapter(f"org/name/{folder}/base.safetensors", device="cpu")
+            found = find_image_encoder(adapter)
+            assert found is not None
+            assert (found.parent.name, found.name) == ("models", "image_encoder")
+            assert load_image_encoder(found, device="cpu").module.config.projection == 40
+        asked, hub.asked[:] = list(hub.asked), []
+        assert bool(asked) != offline
+        assert not [path for _, path, _ in asked if path.endswith("sdxl_models/image_encoder/model.safetensors")]
+    assert load_image_encoder("org/name/models/image_encoder", device="cpu").module.config.projection == 40
+    with pytest.raises(NetworkError, match="HF_HUB_OFFLINE"):
+        load_image_adapter("org/name/models/other.safetensors", device="cpu")
+    with pytest.raises(SourceError, match=r"does not exist: name a file, a folder, or on the hub org/name or"):
+        load_image_adapter("models/other.safetensors", device="cpu")
+
+
+def test_an_ip_adapter_whose_image_encoder_is_elsewhere(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(drawn_adapter(adapter_of(SMALL, "base"))[1], tmp_path / "base.safetensors")
+    hub.files = {"base.safetensors": (tmp_path / "base.safetensors").read_bytes()}
+    adapter = load_image_adapter("org/name", device="cpu")
+    assert find_image_encoder(adapter) is None
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(NetworkError, match="HF_HUB_OFFLINE"):
+        find_image_encoder(adapter)

@@ -36,12 +36,13 @@ UNIT = 1.01
 
 @dataclass(frozen=True, repr=False)
 class ImageAdapter:
-    """A loaded IP-Adapter, the name it is spoken of by, and the file it is from."""
+    """A loaded IP-Adapter, the name it is spoken of by, and the file it is from; `on_hub` is that file's name there."""
 
     name: str
     module: IPAdapter
     path: Path
     member: Member
+    on_hub: str | None = None
     turns: Turns = field(default_factory=Turns, compare=False)
     """Of the calls that use it."""
 
@@ -132,7 +133,7 @@ def _shape(tensor: Tensor) -> str:
 class ImagePrompt:
     """A picture as a prompt, by an IP-Adapter.
 
-    adapter      a loaded `ImageAdapter`, or its file
+    adapter      a loaded `ImageAdapter`, or what `load_image_adapter` takes: a file, a folder, a hub id
     picture      one picture or several, or what an image encoder says of them: an `ImageEmbeddings`, or its file
     scale        factor on all that the adapter adds
     start, end   from which and up to which part of the steps it acts

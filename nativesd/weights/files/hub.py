@@ -19,6 +19,7 @@ from nativesd.version import __version__
 from nativesd.weights.files.asking import MissingError, refusal, within
 from nativesd.weights.files.folder import INDEX, PICKLED, weight_file
 from nativesd.weights.files.source import open_source
+from nativesd.weights.formats.container import SUFFIXES
 from nativesd.weights.formats.header import read_index
 
 CONFIGS = (INDEX, "scheduler/*.json", "tokenizer*/*")
@@ -77,13 +78,50 @@ def fetch_file(repo_id: str, name: str, *, revision: str | None = None, limit: i
     return within(f"{repo_id}/{name}", lambda: Path(hf_hub_download(repo_id, name, revision=revision)), limit)
 
 
-def fetch_component(repo_id: str, stem: str = "diffusion_pytorch_model") -> Path:
-    """The local folder of a repository that is one component (a VAE, a ControlNet). Raises NetworkError."""
+def fetch_component(named: str, stem: str = "diffusion_pytorch_model") -> Path:
+    """The local folder of a repository, or of a folder in one (org/name/folder), that is one component (a VAE, a
+    ControlNet); or a file in one. Raises NetworkError, UsageError.
+    """
+    repo_id, inside = inside_of(named)
+    if inside.endswith(SUFFIXES):
+        return fetch_file(repo_id, inside)
+    folder = f"{inside}/" if inside else ""
     try:
-        fetch_file(repo_id, f"{stem}.safetensors")
+        fetch_file(repo_id, f"{folder}{stem}.safetensors")
     except MissingError:
-        fetch_file(repo_id, f"{PICKLED.get(stem, stem)}.bin")
-    return fetch_file(repo_id, "config.json", limit=MAX_JSON).parent
+        fetch_file(repo_id, f"{folder}{PICKLED.get(stem, stem)}.bin")
+    return fetch_file(repo_id, f"{folder}config.json", limit=MAX_JSON).parent
+
+
+def fetch_weights(named: str) -> tuple[Path, str]:
+    """The local path of a file in a repository, org/name/folder/file, and that name; or of the only one with weights.
+
+    Such as there may be in a repository or a folder in one, image encoders aside; a pickle beside safetensors does not
+    count. Raises NetworkError, and UsageError where there is another number of them.
+    """
+    repo_id, inside = inside_of(named)
+    if inside.endswith(SUFFIXES):
+        return fetch_file(repo_id, inside), named
+    folder = f"{inside}/" if inside else ""
+    files = [
+        name
+        for name in list_files(repo_id)
+        if name.startswith(folder) and name.endswith(SUFFIXES) and "image_encoder/" not in name
+    ]
+    chosen = [name for name in files if name.endswith(SUFFIXES[0])] or files
+    if len(chosen) == 1:
+        return fetch_file(repo_id, chosen[0]), f"{repo_id}/{chosen[0]}"
+    if not files:
+        raise UsageError(f"{named} has no file of weights on the hub: name the file, as {repo_id}/folder/file")
+    raise UsageError(f"{named} has {len(chosen)} files of weights: name one, such as {repo_id}/{chosen[0]}")
+
+
+def inside_of(named: str) -> tuple[str, str]:
+    """The repository of org/name/folder/file, and the path in it. Raises UsageError for a path that none can have."""
+    owner, name, *inside = named.split("/")
+    if not all(map(is_name, inside)):
+        raise UsageError(f"{named!a} names no file of a repository: give its path as the hub lists it")
+    return f"{owner}/{name}", "/".join(inside)
 
 
 def fetch_configs(repo_id: str, names: Iterable[str], *, revision: str | None = None) -> Path | None:

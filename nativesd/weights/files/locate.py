@@ -15,6 +15,8 @@ from nativesd.weights.files.folder import folder_of
 from nativesd.weights.formats.container import SUFFIXES
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_PATH = re.compile(rf"{HUB_ID.pattern}(/[^/]+)*")
+"""A repository, or a folder or file in it."""
 TAESD = "taesd"
 """What a caller says for the family's TAESD: which one it is, the family decides."""
 
@@ -76,16 +78,39 @@ def locate_model(source: str | Path, *, half: bool = False) -> Path:
 def locate_part(source: str | Path, *, stem: str = "diffusion_pytorch_model") -> Path:
     """The local folder or file of one component; `stem` is what its file is called in a repository of its own.
 
-    Raises SourceError, NetworkError.
+    On the hub it is a repository, org/name, or a folder or file in one, org/name/folder/file.safetensors. Raises
+    SourceError, NetworkError, UsageError.
     """
     path = Path(source)
     if os.path.exists(path):
         return path
-    if not _on_hub(source):
-        raise SourceError(f"{source} does not exist: name a file, a folder, or a hub id such as org/name")
+    _require_part(source)
     from nativesd.weights.files.hub import fetch_component
 
     return fetch_component(str(source), stem)
+
+
+def locate_weights(source: str | Path) -> tuple[Path, str | None]:
+    """The local file or folder of what is one file of weights (an IP-Adapter), and its name on the hub if it is there.
+
+    On the hub it is a file in a repository, or the only one of a repository or of a folder in one. Raises SourceError,
+    NetworkError, UsageError.
+    """
+    path = Path(source)
+    if os.path.exists(path):
+        return path, None
+    _require_part(source)
+    from nativesd.weights.files.hub import fetch_weights
+
+    return fetch_weights(str(source))
+
+
+def _require_part(source: str | Path) -> None:
+    """Raises SourceError where what is not here is nothing on the hub either."""
+    if not _on_hub(source, HUB_PATH):
+        raise SourceError(
+            f"{source} does not exist: name a file, a folder, or on the hub org/name or org/name/folder/file"
+        )
 
 
 def locate_taesd(family: str) -> Path:
@@ -102,8 +127,8 @@ def other_half(path: Path) -> Path | None:
     return None
 
 
-def _on_hub(source: str | Path) -> bool:
-    return isinstance(source, str) and HUB_ID.fullmatch(source) is not None and not is_missing_file(source)
+def _on_hub(source: str | Path, form: re.Pattern[str] = HUB_ID) -> bool:
+    return isinstance(source, str) and form.fullmatch(source) is not None and not is_missing_file(source)
 
 
 def is_missing_file(source: str) -> bool:

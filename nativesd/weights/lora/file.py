@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nativesd.errors import WeightsError, quote
 from nativesd.shipped import LCM_LORA
+from nativesd.weights.files.locate import locate_weights
 from nativesd.weights.files.source import Member, join, open_source
 from nativesd.weights.identity.signatures import recognise
 from nativesd.weights.identity.words import BUNDLED
@@ -48,11 +49,13 @@ class LoraFile:
 def read_lora(path: str | Path, tables: Mapping[str, KeyMap] | None = None) -> LoraFile:
     """Read the header of a LoRA: a file, or a folder with one, and peft's settings in or beside it; or "tiny-lcm".
 
-    A folder may have one of peft's adapters for each component, in folders of the components' names.
+    A folder may have one of peft's adapters for each component, in folders of the components' names. On the hub it is a
+    file in a repository (org/name/file), or the only one with weights there (org/name).
 
-    Raises SourceError for what cannot be read, WeightsError for a file without any change of a LoRA.
+    Raises SourceError for what cannot be read, NetworkError for the hub, WeightsError for a file without any change of
+    a LoRA.
     """
-    path = LCM_LORA if path == "tiny-lcm" else Path(path)
+    path = LCM_LORA if path == "tiny-lcm" else locate_weights(path)[0]
     member, stated = _opened(path)
     if (signature := recognise(member.shapes)) is not None:
         raise WeightsError(f"{path} is {signature.says}")
