@@ -28,11 +28,12 @@ def randn(seed, shape):
 
 
 def run(folder, graph, **given):
-    """A graph's outputs by name. Control slots that are not given are zeros."""
+    """A graph's outputs by name. What takes control and image prompts is zeros where it is not given."""
     for slot in graph["inputs"]:
-        if "without_control" in slot and slot["name"] not in given:  # a shape such as ["batch", 320, "ceil(h/2)", "w"]
+        if slot["name"] not in given and {"without_control", "without_image_prompts"} & slot.keys():
             sides = (str(side).removeprefix("ceil(").rstrip(")").partition("/") for side in slot["shape"])
-            named = dict(zip(("batch", "channels", "h", "w"), given["sample"].shape, strict=True))
+            sizes = zip(("batch", "channels", "h", "w"), given["sample"].shape, strict=True)
+            named = dict(sizes, groups=1, image_tokens=1)
             given[slot["name"]] = np.zeros([-(-int(named.get(a, a)) // int(n or 1)) for a, _, n in sides])
     inputs = {slot["name"]: np.asarray(given[slot["name"]], slot["dtype"]) for slot in graph["inputs"]}
     outputs = session(folder / graph["file"]).run(None, inputs)

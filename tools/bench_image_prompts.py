@@ -73,7 +73,7 @@ def main() -> None:
         "257 tokens": filled(rows, 1, 257), "two of 16": filled(rows, 2, 16),
     }  # fmt: skip
     if options.onnx:
-        plain, slots = graph_of(unet, "unet"), graph_of(unet, "unet", images=True)
+        plain, slots = graph_of(unet, "unet", images=False), graph_of(unet, "unet")
         given = {"sample": latents, "timestep": torch.full((rows,), 500.0), "encoder_hidden_states": context}
         with TemporaryDirectory() as folder:
             runners = []

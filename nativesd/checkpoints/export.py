@@ -56,19 +56,27 @@ class Exported:
 
 @dataclass(frozen=True)
 class Static:
-    """One size in pixels, rows (pictures, twice with guidance) and chunks of a prompt, instead of any."""
+    """One size in pixels, rows (pictures, twice with guidance) and chunks of a prompt, instead of any.
+
+    groups        image prompts that act at once, each by itself, where the UNet has inputs for them
+    image_tokens  of each: base adapters have 4 a picture, plus 16, full-face 257; `ip_bias` leaves out what is too many
+    """
 
     width: int
     height: int
     batch: int = 2
     chunks: int = 1
+    groups: int = 1
+    image_tokens: int = 16
 
     def request(self, factor: int) -> Request:
         """In cells and tokens. Raises UsageError for what cannot be, and sides that are no multiples of `factor`."""
         size = f"static {self.width}x{self.height}"
         if self.width % factor or self.height % factor:
             raise UsageError(f"{size}: sides must be multiples of {factor}, in pixels")
-        request = Request(self.batch, self.height // factor, self.width // factor, self.chunks * CHUNK)
+        request = Request(
+            self.batch, self.height // factor, self.width // factor, self.chunks * CHUNK, self.groups, self.image_tokens
+        )
         request.require_possible(size)
         return request
 
@@ -83,7 +91,7 @@ def export_onnx(
     loras: Sequence[Lora] = (),
     dtype: str | torch.dtype = "float32",
     slots: bool = True,
-    image_prompts: bool = False,
+    image_prompts: bool | None = None,
     image_encoder: str | Path | None = None,
     image_adapters: Sequence[str | Path] = (),
     static: Static | None = None,
@@ -104,7 +112,8 @@ def export_onnx(
                 of these are those of `control`, `image_encoder` and `image_adapters`
     loras       merged into the weights before, as `Pipeline.__call__` takes them
     slots       whether the UNet has inputs for control residuals; zeros in them cost next to nothing
-    image_prompts  whether the UNet has inputs for image prompts, of any IP-Adapter; with `image_adapters` it has
+    image_prompts  whether the UNet has inputs for image prompts, of any IP-Adapter; zeros in them cost next to nothing.
+                Default: it has, but for the names of comfyui and streamdiffusion, which have none
     image_encoder  a CLIP image encoder to export too
     image_adapters  IP-Adapters whose projections, keys and values are exported too; FaceID's LoRAs are merged before
     static      one size and batch; else batch, sides and chunks of the prompt are dynamic
@@ -120,8 +129,10 @@ def export_onnx(
     """
     if static is not None:
         static.request(LEAST_FACTOR)
-        if image_prompts or image_adapters:
-            raise UsageError("graphs of one static size take no image prompts: leave either out")
+        if image_adapters and "ip_adapter" in components:
+            raise UsageError("an IP-Adapter's own graph has no static size: export image_adapters without static")
+    if image_prompts is None:
+        image_prompts = names == "nativesd" or bool(image_adapters)
     if tolerance is not None:
         tolerance = real(0)("tolerance", tolerance)
     done: list[Exported] = []
@@ -161,7 +172,7 @@ def export_tensorrt(
     loras: Sequence[Lora] = (),
     dtype: str | torch.dtype = "float16",
     slots: bool = True,
-    image_prompts: bool = False,
+    image_prompts: bool = True,
     image_encoder: str | Path | None = None,
     image_adapters: Sequence[str | Path] = (),
     weight_streaming: bool = False,
@@ -252,7 +263,7 @@ def _parts(
     pipeline: Pipeline,
     components: Sequence[str],
     control: Sequence[str | Path],
-    image_prompts: bool = False,
+    image_prompts: bool = True,
     image_encoder: str | Path | None = None,
     adapters: Sequence[ImageAdapter] = (),
 ) -> list[Part]:
@@ -267,7 +278,7 @@ def _parts(
             for i, encoder in enumerate(pipeline.text_encoders, 1)
         ]
     if "unet" in components:
-        out.append(Part("unet", "unet", pipeline.unet, family, source, merged, image_prompts or bool(adapters)))
+        out.append(Part("unet", "unet", pipeline.unet, family, source, merged, image_prompts))
     if "controlnet" in components and pipeline.load_control is not None:
         for i, each in enumerate(control, 1):
             model = pipeline.load_control(each)
@@ -287,7 +298,7 @@ def _parts(
         out.append(Part("image_encoder", "image_encoder", encoder.module, family, encoder.name))
     if "ip_adapter" in components:
         out += [
-            Part(numbered("ip_adapter", i), "ip_adapter", adapter.module, family, adapter.name, images=True)
+            Part(numbered("ip_adapter", i), "ip_adapter", adapter.module, family, adapter.name)
             for i, adapter in enumerate(adapters, 1)
         ]
     if not out:

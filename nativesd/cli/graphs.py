@@ -40,7 +40,9 @@ def _common(command: Command) -> Command:
         click.option("--no-check", is_flag=True, help="Do not run what is written against PyTorch."),
         click.option("--tolerance", type=click.FloatRange(0), help="Largest relative difference that is allowed."),
         click.option("--no-slots", is_flag=True, help="Leave out the UNet's inputs for control residuals."),
-        click.option("--image-prompts", is_flag=True, help="Give the UNet inputs for image prompts (IP-Adapters)."),
+        click.option(
+            "--image-prompts/--no-image-prompts", default=None, help="Whether the UNet has inputs for IP-Adapters."
+        ),
         click.option("--image-encoder", metavar="ENCODER", help="CLIP image encoder to export too."),
         click.option(
             "--image-adapter", "image_adapters", multiple=True, metavar="ADAPTER", help="IP-Adapter; repeatable."
@@ -58,6 +60,8 @@ def _common(command: Command) -> Command:
 @click.option("--static", type=Size(), metavar="WxH", help="One size in pixels [default: any].")
 @click.option("--batch", type=int, help="With --static: rows, two for guidance [default: 2].")
 @click.option("--chunks", type=int, help="With --static: chunks of 77 tokens [default: 1].")
+@click.option("--groups", type=int, help="With --static: image prompts that act at once [default: 1].")
+@click.option("--image-tokens", type=int, help="With --static: tokens of each image prompt [default: 16].")
 @click.option("--opset", type=int, help="[default: 23; of the VAE and of --image-encoder and --image-adapter 21]")
 @click.option("--names", type=click.Choice(NAMES), default=NAMES[0], help="Whose the UNet's inputs and outputs have.")
 def export_onnx(
@@ -66,6 +70,8 @@ def export_onnx(
     static: tuple[int, int] | None,
     batch: int | None,
     chunks: int | None,
+    groups: int | None,
+    image_tokens: int | None,
     no_check: bool,
     no_slots: bool,
     **given: Any,
@@ -74,9 +80,10 @@ def export_onnx(
     from nativesd.checkpoints.export import Static
     from nativesd.checkpoints.export import export_onnx as run_export
 
-    counts = {name: number for name, number in (("batch", batch), ("chunks", chunks)) if number is not None}
+    told = {"batch": batch, "chunks": chunks, "groups": groups, "image_tokens": image_tokens}
+    counts = {name: number for name, number in told.items() if number is not None}
     if counts and static is None:
-        raise click.UsageError(f"--{next(iter(counts))} is of one size: pass --static too")
+        raise click.UsageError(f"--{next(iter(counts)).replace('_', '-')} is of one size: pass --static too")
     size = None if static is None else Static(*static, **counts)
     done = run_export(
         source, dest, static=size, slots=not no_slots, check=not no_check, on_part=_part, **_options(given)

@@ -94,7 +94,7 @@ class Graph(nn.Module):
         return out
 
 
-def graph_of(module: nn.Module, component: Component, *, control: bool = True, images: bool = False) -> Graph:
+def graph_of(module: nn.Module, component: Component, *, control: bool = True, images: bool = True) -> Graph:
     """A component of a loaded module. Raises UsageError where there is no such graph."""
     match module:
         case UNet():

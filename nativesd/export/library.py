@@ -94,7 +94,7 @@ class Part:
     """The model's name."""
     merged: Merged | None = None
     """The LoRAs that may be in its weights."""
-    images: bool = False
+    images: bool = True
     """Whether a UNet's graph has inputs for image prompts."""
 
     @cached_property

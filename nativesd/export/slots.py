@@ -27,6 +27,7 @@ CHUNK = 77  # tokens of one chunk of a prompt, begin and end included
 MOST_ROWS = 2000  # for the pictures of one call, with guidance
 MOST_CELLS = 4096  # along a side: of 16384 pixels, with the smallest factor there is
 MOST_CHUNKS = 500  # that a prompt may have
+MOST_GROUPS, MOST_IMAGE_TOKENS = 64, 1 << 16  # image prompts, and tokens of each: 255 pictures of 257 together
 MIDDLE = "input_control_middle"
 OUTPUT = "out_sample"
 
@@ -81,6 +82,8 @@ class Request:
             ("rows", self.batch, MOST_ROWS),
             ("cells along a side", max(self.height, self.width), MOST_CELLS),
             ("chunks of a prompt", self.tokens // CHUNK, MOST_CHUNKS),
+            ("image prompts", self.groups, MOST_GROUPS),
+            ("tokens of an image prompt", self.image_tokens, MOST_IMAGE_TOKENS),
         ):
             if not 1 <= number <= most:
                 raise UsageError(f"{what}: {number} {name}, which must be between 1 and {most}")
@@ -212,8 +215,12 @@ _NAMES: dict[str, dict[str, str]] = {
 }
 
 
-def unet_schema(config: UNetConfig, *, control: bool = True, images: bool = False) -> Schema:
-    """Of a UNet; SDXL's and LCM's inputs are there where its configuration has them."""
+def unet_schema(config: UNetConfig, *, control: bool = True, images: bool = True) -> Schema:
+    """Of a UNet; SDXL's and LCM's inputs are there where its configuration has them.
+
+    control  with inputs for control residuals
+    images   with inputs for image prompts
+    """
     residuals = _residuals(config, "input_control_") if control else ()
     shown = _image_slots(config) if images else ()
     out = Slot(OUTPUT, ("batch", config.out_channels, Side("h"), Side("w")))

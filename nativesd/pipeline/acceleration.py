@@ -52,7 +52,7 @@ class Acceleration:
     """Find or make other graphs where other LoRAs are in the weights"""
     weight_budget: int | None = None
     """Bytes of an engine's weights that stay on the GPU, for those that stream them"""
-    image_prompts: bool = False
+    image_prompts: bool = True
     """Whether the UNet's graph has inputs for image prompts"""
     runners: list[Runner] = field(default_factory=list)
 
@@ -91,8 +91,7 @@ class Acceleration:
         weights = Weights(module, self.merged, own=self.backend == "cudagraphs")
         for component in components:
             label = name if component == name or len(components) == 1 else component
-            images = self.image_prompts and component == "unet"
-            part = Part(label, component, module, self.family, self.source, self.merged, images)
+            part = Part(label, component, module, self.family, self.source, self.merged, self.image_prompts)
             try:
                 runner = self.runner(part)
             except UsageError as error:
@@ -193,7 +192,7 @@ def accelerate(
     components: Sequence[str] | None = None,
     refit: bool = False,
     weight_budget: int | None = None,
-    image_prompts: bool = False,
+    image_prompts: bool = True,
     away: bool = False,
 ) -> Model:
     """`model` with the components named run by `backend`; the given one stays as it is and shares the weights.

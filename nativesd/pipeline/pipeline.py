@@ -267,7 +267,7 @@ class Pipeline(Twice):
         components: Sequence[str] | None = None,
         refit: bool = False,
         weight_budget: int | None = None,
-        image_prompts: bool = False,
+        image_prompts: bool = True,
     ) -> Pipeline:
         """This pipeline with its components run by another backend; it shares the weights of this one, which stays.
 
@@ -282,8 +282,8 @@ class Pipeline(Twice):
                     OpenVINO), which takes time once; without, PyTorch runs what they are in
         weight_budget  bytes of weights that stay on the GPU, of engines that were built with --weight-streaming;
                     default: what there is room for
-        image_prompts  give the UNet's graph inputs for image prompts, which one graph then takes from any adapter; a
-                    step is a little slower where there are none
+        image_prompts  whether the UNet's graph has inputs for image prompts, which it then takes from any adapter;
+                    without, PyTorch runs a call that has some. TensorRT takes an engine of either kind
 
         LoRAs that are merged now are in the graphs (cudagraphs takes any later). Weights that are written to afterwards
         (not through `.data`) are noticed, and PyTorch runs them. What a graph has no input for

@@ -44,8 +44,8 @@ def require_rows(
             )
     if images and isinstance(pipeline.unet, AcceleratedUNet) and not pipeline.unet.delegate.runner.schema.images:
         raise UsageError(
-            "the UNet was exported without inputs for image prompts: accelerate it with image_prompts=True, or stream "
-            "without backend="
+            "the UNet was exported without inputs for image prompts: leave image_prompts=False out of accelerate(), or "
+            "--no-image-prompts out of the export, or stream without backend="
         )
     engines = graphs.backend.startswith("tensorrt")
     for what, component, delegate, asked in _needs(pipeline, controls, request):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import nativesd
 from nativesd import ImageEmbeddings, ImagePrompt
+from nativesd.checkpoints import export
 from nativesd.checkpoints.export import Static
 from nativesd.checkpoints.export import export_onnx as onnx_folder
 from nativesd.cli import main
@@ -28,7 +29,7 @@ from nativesd.config import (
     UNetConfig,
     VisionEncoderConfig,
 )
-from nativesd.errors import NativesdWarning, UsageError
+from nativesd.errors import NativesdError, NativesdWarning, UsageError
 from nativesd.export.accelerate import Delegate, accelerate_module
 from nativesd.export.check import TOLERANCES, compare, difference
 from nativesd.export.graphs import FILE, Graph, graph_of, image_inputs
@@ -52,7 +53,7 @@ def one_thread() -> Iterator[None]:
 
 
 def test_the_schema_is_read_off_the_attentions() -> None:
-    sd15 = unet_schema(SD15_UNET, images=True)
+    sd15 = unet_schema(SD15_UNET)
     assert [str(slot) for slot in sd15.images] == [
         "ip_keys_320 [5, batch, groups, image_tokens, 320] weights",
         "ip_keys_640 [5, batch, groups, image_tokens, 640] weights",
@@ -66,10 +67,10 @@ def test_the_schema_is_read_off_the_attentions() -> None:
         "ip_mask_2 [batch, groups, ceil(h/4), ceil(w/4)] weights",
         "ip_mask_3 [batch, groups, ceil(h/8), ceil(w/8)] weights",
     ]
-    sdxl = unet_schema(SDXL_UNET, images=True)
+    sdxl = unet_schema(SDXL_UNET)
     assert [slot.axes[0] for slot in sdxl.images if slot.name.startswith("ip_keys")] == [10, 60]
     assert [slot.name for slot in sdxl.images if "mask" in slot.name] == ["ip_mask_1", "ip_mask_2"]
-    plain = unet_schema(SD15_UNET)
+    plain = unet_schema(SD15_UNET, images=False)
     assert sd15.inputs[: len(plain.inputs)] == plain.inputs
     assert not plain.images
     assert sd15.given({slot.name for slot in plain.inputs}).inputs == plain.inputs
@@ -82,13 +83,14 @@ def test_the_schema_is_read_off_the_attentions() -> None:
 
 
 def test_profiles_take_no_image_and_several() -> None:
-    schema = unet_schema(SD15_UNET, images=True)
-    profile = ready_profile("512", "unet", native=512, image_prompts=True)
+    schema = unet_schema(SD15_UNET)
+    profile = ready_profile("512", "unet", native=512)
     check_profiles(schema, [profile])
     assert within(schema, Request(2, 64, 64), profile)
     assert within(schema, Request(2, 64, 64, groups=4, image_tokens=257), profile)
     assert not within(schema, Request(2, 64, 64, groups=9), profile)
-    assert not within(schema, Request(2, 64, 64, groups=2), ready_profile("512", "unet", native=512))
+    without = ready_profile("512", "unet", native=512, image_prompts=False)
+    assert not within(schema, Request(2, 64, 64, groups=2), without)
     assert profile.max.fields() == {
         "batch": 2, "height": 64, "width": 64, "tokens": 231, "groups": 4, "image_tokens": 1028,
     }  # fmt: skip
@@ -119,7 +121,7 @@ class File:
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> File:
     torch.manual_seed(0)
-    graph = graph_of(UNet(unet(request.param)).eval().requires_grad_(False), "unet", images=True)
+    graph = graph_of(UNet(unet(request.param)).eval().requires_grad_(False), "unet")
     path = tmp_path_factory.mktemp(request.param) / FILE
     export_onnx(graph, path)
     return File(graph, path)
@@ -142,7 +144,7 @@ def test_what_is_idle_changes_no_bit(file: File) -> None:
     given = dict(zip((s.name for s in file.graph.schema.inputs), file.graph.inputs(request, generator), strict=True))
     names = {slot.name for slot in file.graph.schema.images}
     idle = {name: tensor * 0 if name in names else tensor for name, tensor in given.items()}
-    plain = Graph(file.graph.module, unet_schema(file.graph.module.config))  # type: ignore[arg-type]
+    plain = Graph(file.graph.module, unet_schema(file.graph.module.config, images=False))  # type: ignore[arg-type]
     without = plain(*(given[slot.name] for slot in plain.schema.inputs))[0]
     assert torch.equal(file.graph(*idle.values())[0], without)
     runner = file.runner("onnx")
@@ -161,7 +163,7 @@ def test_what_is_idle_changes_no_bit(file: File) -> None:
 def test_a_context_as_inputs() -> None:
     config = unet("sd15")
     keys = {32: torch.randn(3, 2, 1, 4, 32), 64: torch.randn(4, 2, 1, 4, 64)}
-    schema = unet_schema(config, images=True)
+    schema = unet_schema(config)
     given = image_inputs(ImageContext(keys, keys), torch.zeros(2, 4, 9, 11), schema)
     assert set(given) == {slot.name for slot in schema.images}
     assert not given["ip_bias"].any()
@@ -191,7 +193,7 @@ def told(seed: int) -> ImageEmbeddings:
 def test_an_accelerated_pipeline(adapters: dict[str, Path], tmp_path: Path) -> None:
     """One graph for every adapter, scale, layer and part of the steps."""
     pipe = nativesd.load("tiny", device="cpu", fast=False)
-    fast = pipe.accelerate("onnx", engines=tmp_path, components=["unet"], image_prompts=True)
+    fast = pipe.accelerate("onnx", engines=tmp_path, components=["unet"])
     base, plus = (ImagePrompt(adapters[kind], told(number)) for number, kind in enumerate(("base", "plus")))
     options: dict[str, Any] = {"steps": 3, "seed": 3}
     mask = torch.zeros(64, 64)
@@ -206,7 +208,7 @@ def test_an_accelerated_pipeline(adapters: dict[str, Path], tmp_path: Path) -> N
 
 def test_without_inputs_for_them_pytorch_answers() -> None:
     module = UNet(unet("sd15")).eval().requires_grad_(False)
-    runner = SimpleNamespace(schema=unet_schema(module.config))
+    runner = SimpleNamespace(schema=unet_schema(module.config, images=False))
     fast = accelerate_module(module, {"unet": Delegate("unet", runner, lambda: None)})  # type: ignore[arg-type]
     keys = {32: torch.randn(3, 2, 1, 4, 32), 64: torch.randn(4, 2, 1, 4, 64)}
     given = torch.randn(2, 4, 8, 8), 481.0, torch.randn(2, 7, 24)
@@ -243,7 +245,7 @@ def test_an_adapter_as_a_graph_gives_the_unets_inputs(kind: IPAdapterKind, tmp_p
     runner = File(graph, tmp_path / FILE).runner("onnx")
     requests = [Request(1, 1, 1, image_tokens=9), Request(2, 1, 1), Request(4, 1, 1, image_tokens=20)]
     assert all(each.error <= 1e-5 for each in compare(graph, runner, requests))
-    slots = [slot for slot in unet_schema(config, images=True).images if slot.name.startswith(("ip_keys", "ip_values"))]
+    slots = [slot for slot in unet_schema(config).images if slot.name.startswith(("ip_keys", "ip_values"))]
     request = Request(2, 1, 1, groups=1, image_tokens=20)
     inputs = dict(zip((slot.name for slot in graph.schema.inputs), graph.inputs(request), strict=True))
     made = runner.run(inputs)
@@ -290,6 +292,49 @@ def test_encoder_and_adapters_are_exported_beside_a_model(tmp_path: Path) -> Non
         )  # fmt: skip
     with pytest.raises(UsageError, match=r"nothing to export: .*--image-encoder.*--image-adapter"):
         onnx_folder("tiny", tmp_path / "no", components=["ip_adapter"])
-    for options in cast("Any", ({"static": Static(64, 64)}, {"names": "comfyui"})):
-        with pytest.raises(UsageError, match=r"take no image prompts|has nothing for inputs for image prompts"):
-            onnx_folder("tiny", tmp_path / "no", components=["unet"], image_prompts=True, **options)
+    with pytest.raises(UsageError, match=r"IP-Adapter's own graph has no static size"):
+        onnx_folder("tiny", tmp_path / "no", static=Static(64, 64), image_adapters=files)
+    with pytest.raises(UsageError, match=r"comfyui's runtime has nothing for inputs for image prompts"):
+        onnx_folder("tiny", tmp_path / "no", components=["unet"], image_prompts=True, names="comfyui")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has"),
+    [([], True), (["--no-image-prompts"], False), (["--names", "comfyui"], False), (["--static", "64x64"], True)],
+)
+def test_exported_unets_have_inputs_for_them(
+    arguments: list[str], has: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless they are left out, or another project's runtime has none."""
+    asked: list[Graph] = []
+
+    def write(graph: Graph, path: Path, **options: Any) -> dict[str, Any]:
+        asked.append(graph)
+        path.write_bytes(b"")
+        return {"inputs": [], "outputs": []}
+
+    monkeypatch.setattr(export, "write_onnx", write)
+    command = ["export", "onnx", "tiny", str(tmp_path / "made"), "--component", "unet", *arguments]
+    done = CliRunner().invoke(main, command)
+    assert not isinstance(done.exception, NativesdError), done.output
+    assert [bool(graph.schema.images) for graph in asked] == [has]
+
+
+@torch.inference_mode()
+def test_a_graph_of_one_size_takes_fewer_tokens_by_its_bias(tmp_path: Path) -> None:
+    """A base adapter's 4 in a place for 16, and an idle second place."""
+    graph = graph_of(UNet(unet("sd15")).eval().requires_grad_(False), "unet")
+    request = Static(72, 88, batch=2, groups=2).request(8)
+    assert (request.groups, request.image_tokens) == (2, 16)
+    export_onnx(graph, tmp_path / FILE, static=request)
+    short = replace(request, groups=1, image_tokens=4)
+    given = dict(zip((s.name for s in graph.schema.inputs), graph.inputs(short), strict=True))
+    given["ip_bias"] = torch.zeros(2, 1, 4)
+    expected = graph(*given.values())[0]
+    padded = dict(given)
+    for slot in graph.schema.images:
+        there = slot.shape(request)
+        padded[slot.name] = torch.full(there, -1e4) if slot.name == "ip_bias" else torch.zeros(there)
+        padded[slot.name][tuple(slice(size) for size in given[slot.name].shape)] = given[slot.name]
+    found = OnnxRunner(tmp_path / FILE, graph.schema, torch.float32, CPU).run(padded)["out_sample"]
+    assert difference(found, expected) <= 1e-5

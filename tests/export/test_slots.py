@@ -24,8 +24,8 @@ from nativesd.export.slots import (
     vae_schema,
 )
 
-SD15, SDXL = unet_schema(UNETS["sd15"]), unet_schema(UNETS["sdxl"])
-LCM = unet_schema(replace(UNETS["sd15"], guidance=256))
+SD15, SDXL = (unet_schema(UNETS[family], images=False) for family in ("sd15", "sdxl"))
+LCM = unet_schema(replace(UNETS["sd15"], guidance=256), images=False)
 
 requests = st.builds(
     Request,
@@ -54,11 +54,11 @@ def test_control_slots_have_the_residuals_shapes(family: str, request: Request) 
 
 @pytest.mark.parametrize("family", UNETS)
 def test_control_slots_are_numbered_and_last(family: str) -> None:
-    schema = unet_schema(UNETS[family])
+    schema = unet_schema(UNETS[family], images=False)
     names = [slot.name for slot in schema.inputs]
     numbered = [f"input_control_{i:02d}" for i in range(len(schema.control) - 1)]
     assert names == [*names[: -len(schema.control)], *numbered, MIDDLE]
-    assert unet_schema(UNETS[family], control=False).inputs == schema.inputs[: -len(schema.control)]
+    assert unet_schema(UNETS[family], control=False, images=False).inputs == schema.inputs[: -len(schema.control)]
     assert {slot.kind for slot in schema.control} == {"weights"}
 
 
@@ -71,7 +71,7 @@ def test_controlnets_give_what_the_slots_take(family: str, request: Request) -> 
         slot.name.removeprefix("input_control_") for slot in unet.control
     ]
     *shared, hint = control.inputs
-    assert tuple(shared) == unet_schema(UNETS[family], control=False).inputs
+    assert tuple(shared) == unet_schema(UNETS[family], control=False, images=False).inputs
     assert hint.shape(request) == (request.batch, 3, 8 * request.height, 8 * request.width)
     assert not control.control
 
@@ -100,7 +100,7 @@ def test_vae_and_text_encoders() -> None:
 
 
 SCHEMAS = {
-    **{name: unet_schema(config) for name, config in UNETS.items()},
+    **{name: unet_schema(config, images=False) for name, config in UNETS.items()},
     "lcm": LCM,
     "controlnet": controlnet_schema(CONTROLNETS["sdxl"]),
     "vae_decoder": vae_schema(VAES["sd"], "vae_decoder"),
@@ -155,7 +155,7 @@ def test_slots_that_are_not_given_are_left_out() -> None:
     given = {slot.name for slot in SD15.inputs} - {MIDDLE, "input_control_03"}
     left = SD15.given(given)
     assert {slot.name for slot in left.inputs} == given
-    assert SD15.given(set()).inputs == unet_schema(UNETS["sd15"], control=False).inputs
+    assert SD15.given(set()).inputs == unet_schema(UNETS["sd15"], control=False, images=False).inputs
 
 
 def test_a_union_has_no_graph() -> None:
@@ -201,7 +201,8 @@ def test_the_digest_changes_with_everything() -> None:
         SD15,
         SD15.renamed("comfyui"),
         SD15.renamed("streamdiffusion"),
-        unet_schema(UNETS["sd15"], control=False),
+        unet_schema(UNETS["sd15"]),
+        unet_schema(UNETS["sd15"], control=False, images=False),
         *(replace(SD15, inputs=(each, *SD15.inputs[1:])) for each in changed),
         replace(SD15, outputs=(*SD15.outputs, Slot("more", ("batch",)))),
         *(schema for name, schema in SCHEMAS.items() if name not in ("sd15", "ssd-1b", "vega")),  # SDXL's from outside
@@ -209,5 +210,5 @@ def test_the_digest_changes_with_everything() -> None:
     digests = [schema.digest for schema in variants]
     assert all(len(digest) == 8 for digest in digests)
     assert len(set(digests)) == len(digests)
-    assert unet_schema(UNETS["sd15"]).digest == SD15.digest
-    assert unet_schema(UNETS["vega"]).digest == SDXL.digest
+    assert unet_schema(UNETS["sd15"], images=False).digest == SD15.digest
+    assert unet_schema(UNETS["vega"], images=False).digest == SDXL.digest

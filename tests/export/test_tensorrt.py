@@ -185,18 +185,14 @@ def test_one_engine_for_several_cards_and_profiles(exported: Export, seen: Simpl
     assert built.details()["profiles"][2]["max"] == {"batch": 1, "height": 64, "width": 96, "tokens": 231}
 
 
-def test_a_unet_that_is_shown_pictures_builds_for_every_card(seen: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_unet_that_is_shown_pictures_builds_for_every_card(
+    exported: Export, seen: SimpleNamespace, tmp_path: Path
+) -> None:
     """Its inputs for image prompts are read back, from none to the most."""
-    part = build(UNETS["sd21"])
-    draw(part, seed=0)
-    graph = graph_of(part.half(), "unet", images=True)
-    export_onnx(graph, tmp_path / "model.onnx")
-    profiles = [ready_profile("512", "unet", native=512, image_prompts=True)]
-    built = build_engine(
-        tmp_path / "model.onnx", tmp_path / ENGINE, graph.schema, profiles, backend="tensorrt-rtx", dtype=torch.float16,
-        targets=("sm86", "sm89", "sm120"),
-    )  # fmt: skip
-    check_read_back(seen, graph.schema, built)
+    path, schema = exported("sd21", "unet")
+    built = make(path, schema, tmp_path, targets=("sm86", "sm89", "sm120"))
+    check_read_back(seen, schema, built)
+    assert built.profiles[0].max.groups == 4
     assert seen.inputs["ip_keys_64"] == ("HALF", (3, -1, -1, -1, 64))
 
 
@@ -460,7 +456,7 @@ def test_tensorrt_builds_for_the_gpu_that_is_here_and_keeps_its_timings(
     ],
 )
 def test_ready_profiles(name: str, component: Component, least: Request, best: Request, most: Request) -> None:
-    assert ready_profile(name, component, native=1024) == Profile(name, least, best, most)
+    assert ready_profile(name, component, native=1024, image_prompts=False) == Profile(name, least, best, most)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from nativesd.export.slots import Request, Schema, unet_schema
 from nativesd.models.clip import TextEncoder
 from nativesd.models.controlnet import ControlNet
 from nativesd.models.t2i_adapter import T2IAdapter
-from nativesd.models.unet import UNet
+from nativesd.models.unet import ImageContext, UNet
 from nativesd.models.vae import VAE
 from nativesd.pipeline import acceleration
 from nativesd.pipeline.acceleration import accelerate
@@ -541,8 +541,9 @@ def test_inputs_come_in_the_graphs_dtype() -> None:
     other = accelerate_module(module, {"unet": Delegate("unet", runner, lambda: None, dtype=torch.float16)})
     rows = torch.ones(1, 4, 8, 8).half()
     residuals = [torch.ones(shape) for shape in module.residual_shapes(1, 8, 8)]
+    keys = {32: torch.ones(len(module.config.cross_attentions), 1, 1, 4, 32)}
     added: dict[str, Any] = {"guidance": torch.ones(1, 16), "pooled": torch.ones(1, 8), "time_ids": torch.ones(1, 6)}
-    other(rows, 5.0, torch.ones(1, 77, 8), residuals=residuals, **added)
+    other(rows, 5.0, torch.ones(1, 77, 8), residuals=residuals, images=ImageContext(keys, keys), **added)
     exact = {"timestep", "time_ids"}
     assert {name: torch.float32 if name in exact else torch.float16 for name in seen} == seen
     assert seen.keys() == {slot.name for slot in runner.schema.inputs}

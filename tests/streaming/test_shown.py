@@ -110,7 +110,7 @@ def test_a_graph_without_inputs_for_them_is_refused(pipe: nativesd.Pipeline, tmp
     graphs = Acceleration("onnx", Store(tmp_path), pipe.device, "sd1")
     request, words = (
         Request(1, 8, 8),
-        "exported without inputs for image prompts: accelerate it with image_prompts=True",
+        "exported without inputs for image prompts: leave image_prompts=False out of accelerate",
     )
     for images in (False, True):
         runner = SimpleNamespace(schema=unet_schema(pipe.config.unet, images=images), refusal=lambda request: None)

@@ -30,7 +30,7 @@ class Profile:
 
 
 def ready_profile(
-    name: str, component: Component, *, native: int, factor: int = 8, image_prompts: bool = False
+    name: str, component: Component, *, native: int, factor: int = 8, image_prompts: bool = True
 ) -> Profile:
     """A profile by a name that says everything: SIZE[-bIMAGES][-sSLOTS][-cCHUNKS], such as "512", "768x512-b2".
 
@@ -43,7 +43,7 @@ def ready_profile(
     CHUNKS   of a prompt, 3 by default
     native   the side in pixels that the model was trained on, for which ranges are fastest
     factor   pixels per latent cell along one side
-    image_prompts  a UNet's graph has inputs for them, from none to `MOST_IMAGES`
+    image_prompts  whether a UNet's graph has inputs for them: from none to `MOST_IMAGES`
 
     Raises UsageError for a name that says nothing, and sizes that have no whole number of cells.
     """
@@ -70,7 +70,8 @@ def ready_profile(
     tokens = CHUNK if component == "text_encoder" else longest * CHUNK
 
     none = (1, 1)
-    best_images, most_images = (BEST_IMAGES, MOST_IMAGES) if image_prompts else (none, none)
+    shown = component == "ip_adapter" or (component == "unet" and image_prompts)
+    best_images, most_images = (BEST_IMAGES, MOST_IMAGES) if shown else (none, none)
 
     def request(batch: int, sides: tuple[int, int], length: int, images: tuple[int, int] = none) -> Request:
         out = Request(batch, sides[1] // factor, sides[0] // factor, length, *images)
