@@ -34,6 +34,10 @@ FOLDER = click.Path(path_type=Path)
     click.option("--model-dir", "model_dirs", type=FOLDER, multiple=True, help="Folder of models; repeatable."),
     click.option("--lora-dir", "lora_dirs", type=FOLDER, multiple=True, help="Folder of LoRAs; repeatable."),
     click.option("--control-dir", "control_dirs", type=FOLDER, multiple=True, help="Folder of ControlNets."),
+    click.option(
+        "--image-adapter-dir", "image_adapter_dirs", type=FOLDER, multiple=True, help="Folder of IP-Adapters."
+    ),
+    click.option("--image-encoder-dir", "image_encoder_dirs", type=FOLDER, multiple=True, help="Of CLIP's."),
     click.option("--embedding-dir", "embedding_dirs", type=FOLDER, multiple=True, help="Folder of embeddings."),
 )
 @section(

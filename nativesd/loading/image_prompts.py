@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from posixpath import dirname, join, normpath
@@ -87,23 +88,24 @@ def load_image_encoder(
     return ImageEncoder(path.name if path.is_dir() else path.stem, module.eval())
 
 
-def find_image_encoder(adapter: ImageAdapter) -> Path | None:
-    """The image encoder in one of the places where an adapter is published with one, which gives what it takes.
+def find_image_encoder(adapter: ImageAdapter, others: Sequence[str | Path] = ()) -> Path | None:
+    """The image encoder in one of the places where an adapter is published with one, or else of `others`, which gives
+    what it takes.
 
     Of an adapter on the hub, its repository is looked into. Raises NetworkError where none is known for the hub's sake.
     """
     if adapter.on_hub is not None:
         return _fetched_encoder(adapter, adapter.on_hub)
-    for place in ENCODERS:
-        folder = (adapter.path if adapter.path.is_dir() else adapter.path.parent) / place
-        if not folder.is_dir():
+    beside = adapter.path if adapter.path.is_dir() else adapter.path.parent
+    for place in (*(beside / place for place in ENCODERS), *map(Path, others)):
+        if not place.exists():
             continue
         try:
-            found = _component(folder, VisionEncoderConfig, None)
+            found = _component(place, VisionEncoderConfig, None)
         except NativesdError:  # the one that is named with image_encoder= is to say what is wrong with it
             continue
         if found is not None and _serves(found[1].config, adapter):
-            return folder
+            return place
     return None
 
 

@@ -58,6 +58,8 @@ class Settings:
     model_dirs: tuple[Path, ...] = ()
     lora_dirs: tuple[Path, ...] = ()
     control_dirs: tuple[Path, ...] = ()
+    image_adapter_dirs: tuple[Path, ...] = ()
+    image_encoder_dirs: tuple[Path, ...] = ()
     embedding_dirs: tuple[Path, ...] = ()
     queue: int = 32
     limits: Limits = field(default_factory=Limits)
@@ -66,7 +68,10 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.models and not self.model_dirs:
             raise UsageError("there is no model: name one, or a folder with --model-dir")
-        for folder in (*self.model_dirs, *self.lora_dirs, *self.control_dirs, *self.embedding_dirs):
+        for folder in (
+            *self.model_dirs, *self.lora_dirs, *self.control_dirs, *self.image_adapter_dirs, *self.image_encoder_dirs,
+            *self.embedding_dirs,
+        ):  # fmt: skip
             if not folder.is_dir():
                 raise UsageError(f"{folder} is no folder")
         if unknown := [api for api in self.apis if api not in APIS]:

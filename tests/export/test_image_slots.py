@@ -323,7 +323,8 @@ def test_exported_unets_have_inputs_for_them(
 @torch.inference_mode()
 def test_a_graph_of_one_size_takes_fewer_tokens_by_its_bias(tmp_path: Path) -> None:
     """A base adapter's 4 in a place for 16, and an idle second place."""
-    graph = graph_of(UNet(unet("sd15")).eval().requires_grad_(False), "unet")
+    config = UNetConfig((Level(32, (1,), (1, None), 2), Level(32, (None,), (None, None), 2)), (None,), context=8)
+    graph = graph_of(UNet(config).eval().requires_grad_(False), "unet")
     request = Static(72, 88, batch=2, groups=2).request(8)
     assert (request.groups, request.image_tokens) == (2, 16)
     export_onnx(graph, tmp_path / FILE, static=request)

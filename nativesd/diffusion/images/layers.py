@@ -66,11 +66,17 @@ def _chosen(places: Sequence[Place], layers: Layers) -> dict[Place, float]:
             f"layers must be {', '.join(NAMED)}, or factors by layer such as {{0: 1.0}}, not {layers!r}: what is not "
             "named has a factor of 0"
         )
-    if all(isinstance(key, int) and not isinstance(key, bool) for key in layers):
-        return _numbered(places, layers)  # type: ignore[arg-type]
+    numbers = {_number(key): factor for key, factor in layers.items()}
+    if all(isinstance(key, int) and not isinstance(key, bool) for key in numbers):
+        return _numbered(places, numbers)
     if unknown := [key for key in layers if key not in ("down", "mid", "up")]:
         raise UsageError(f"layers are named by numbers, or by down, mid and up, not by {unknown[0]!r}")
     return {place: _placed(places, place, layers.get(place[0], 0.0)) for place in places}  # type: ignore[call-overload]
+
+
+def _number(key: Any) -> Any:
+    """A number that is a text, as JSON's names are; any other key as it is."""
+    return int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 9 else key
 
 
 def _numbered(places: Sequence[Place], factors: Mapping[int, float]) -> dict[Place, float]:

@@ -31,7 +31,7 @@ from nativesd.pipeline.upscaling import is_upscaler_file
 from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import SEEDS, Variation
 
-Record = TypeVar("Record", Hires, SDXL, Variation, Control, Sampling, Region, Tiles, SoftInpaint)
+Record = TypeVar("Record", Hires, SDXL, Variation, Control, ImagePrompt, Sampling, Region, Tiles, SoftInpaint)
 Border = tuple[int, int, int, int]
 MOST_HIRES = 16
 MOST_SIDE = 16_384

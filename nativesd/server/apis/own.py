@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nativesd.diffusion.control import Control
+from nativesd.diffusion.images.prompts import ImagePrompt
 from nativesd.diffusion.prompting import SDXL
 from nativesd.diffusion.regions import Region
 from nativesd.diffusion.tiles import Tiles
@@ -65,7 +66,8 @@ async def post_job(request: Request) -> Response:
 def read_order(body: Mapping[str, Any], context: Context) -> Order:
     """The options of a call, as JSON has them. Raises UsageError that names the field.
 
-    Pictures are base64, `model`, `refiner`, LoRAs and ControlNets are names of the catalogue.
+    Pictures are base64; `model`, `refiner`, LoRAs, ControlNets, IP-Adapters and image encoders are names of the
+    catalogue.
     """
     given = {name: value for name, value in body.items() if value is not None}
     for name in given:
@@ -102,6 +104,7 @@ def read_order(body: Mapping[str, Any], context: Context) -> Order:
         given["control"] = [named_control(value, context, intake) for value in listed("control", given["control"])]
         if not all(control.image for control in given["control"]):
             raise UsageError("control must have a model and an image")
+    given |= named_image_prompts(given, context, intake)
     if isinstance(given.get("seed"), list) and len(given["seed"]) > context.settings.limits.batch:
         raise UsageError(f"seed must be at most {context.settings.limits.batch} numbers on this server")
     order = Order(model, [Call(prompt, {**given, **with_loras(context)})], refiner)
@@ -138,6 +141,34 @@ def named_control(value: Any, context: Context, intake: Intake) -> Control:
         model=context.catalogue.control(text("control", control.model)),
         image=None if control.image is None else intake.picture("control", control.image),
     )
+
+
+def named_image_prompts(given: Mapping[str, Any], context: Context, intake: Intake) -> dict[str, Any]:
+    """The options `image_prompts` and `image_encoder` of what JSON says of them, where it does.
+
+    Adapters and encoders are names of the catalogue, pictures and masks base64, or lists of it.
+    """
+    catalogue, out = context.catalogue, dict[str, Any]()
+    if (encoder := given.get("image_encoder")) is not None:
+        out["image_encoder"] = catalogue.image_encoder(text("image_encoder", encoder))
+    if (prompts := given.get("image_prompts")) is None:
+        return out
+    out["image_prompts"] = []
+    for value in listed("image_prompts", prompts):
+        prompt = record_of(ImagePrompt, "image_prompts", value)
+        pictures = {
+            name: _pictures(f"image_prompts.{name}", each, intake)
+            for name in ("picture", "mask")
+            if (each := getattr(prompt, name)) is not None
+        }
+        adapter = catalogue.image_adapter(text("image_prompts.adapter", prompt.adapter))
+        out["image_prompts"].append(replace(prompt, adapter=adapter, **pictures))
+    return out
+
+
+def _pictures(name: str, value: Any, intake: Intake) -> Any:
+    """A picture, or several."""
+    return [intake.picture(name, each) for each in value] if isinstance(value, list) else intake.picture(name, value)
 
 
 def _found(request: Request) -> Job:
@@ -252,6 +283,8 @@ async def get_catalogue(request: Request) -> Response:
             "models": list(catalogue.models),
             "loras": list(catalogue.loras),
             "controls": list(catalogue.controls),
+            "image_adapters": list(catalogue.image_adapters),
+            "image_encoders": list(catalogue.image_encoders),
             "embeddings": list(catalogue.embeddings),
             "samplers": [sampler.name for sampler in SAMPLERS],
             "schedules": [schedule.name for schedule in SCHEDULES],

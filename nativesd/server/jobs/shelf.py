@@ -1,4 +1,5 @@
-"""The shelf: models, LoRAs, ControlNets and embeddings by the names that clients say, and the one model in use."""
+"""The shelf: models, LoRAs, ControlNets, IP-Adapters and embeddings by the names that clients say, and the one model
+in use."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import nativesd
+from nativesd.diffusion.images.prompts import ImageAdapter
 from nativesd.errors import NativesdError, UsageError
+from nativesd.loading.image_prompts import find_image_encoder
 from nativesd.pipeline.pipeline import Pipeline
 from nativesd.server.jobs.line import Line
 from nativesd.server.settings import Settings
@@ -17,6 +20,8 @@ from nativesd.shipped import TINY
 
 MODELS = (".safetensors", ".ckpt", ".gguf")
 PARTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+IMAGE_ADAPTER = "ip-adapter"
+"""What the names of IP-Adapters begin with, by which they are known among ControlNets, where A1111 has them."""
 log = logging.getLogger("nativesd.server")
 
 
@@ -48,7 +53,16 @@ class Catalogue:
             controls |= {file.parent.name: str(file.parent) for file in folder.rglob("config.json")}
         if "tiny" in self.models.values():
             controls = {"tiny": "tiny", **controls}
-        self.controls: Mapping[str, str] = controls
+        adapters = {file.stem: str(file) for folder in s.image_adapter_dirs for file in _files(folder, PARTS)}
+        among = {name: at for name, at in controls.items() if name.lower().startswith(IMAGE_ADAPTER)}
+        self.controls: Mapping[str, str] = {name: at for name, at in controls.items() if name not in among}
+        self.image_adapters: Mapping[str, str] = among | adapters
+        encoders = {file.stem: str(file) for folder in s.image_encoder_dirs for file in _files(folder, PARTS)}
+        for folder in s.image_encoder_dirs:
+            for config in folder.rglob("config.json"):
+                within = config.parent.relative_to(folder).as_posix()
+                encoders[folder.name if within == "." else within] = str(config.parent)
+        self.image_encoders: Mapping[str, str] = encoders
 
     def model(self, name: str | None) -> str:
         """A model's name as it is listed: in any case, with or without a suffix. Raises UsageError."""
@@ -68,6 +82,14 @@ class Catalogue:
     def control(self, name: str) -> str:
         """A ControlNet's or T2I-Adapter's source by its name. Raises UsageError."""
         return self.controls[_named("ControlNet", name, self.controls)]
+
+    def image_adapter(self, name: str) -> str:
+        """An IP-Adapter's file by its name. Raises UsageError."""
+        return self.image_adapters[_named("IP-Adapter", name, self.image_adapters)]
+
+    def image_encoder(self, name: str) -> str:
+        """A CLIP image encoder's file or folder by its name. Raises UsageError."""
+        return self.image_encoders[_named("image encoder", name, self.image_encoders)]
 
 
 class Shelf:
@@ -118,7 +140,13 @@ class Shelf:
 
     def _load(self, name: str) -> Pipeline:
         log.info("loading %s", name)
-        return nativesd.load(self.catalogue.models[name], device=self.device, **dict(self._settings.loading))
+        pipeline = nativesd.load(self.catalogue.models[name], device=self.device, **dict(self._settings.loading))
+        pipeline.find_image_encoder = self._image_encoder
+        return pipeline
+
+    def _image_encoder(self, adapter: ImageAdapter) -> Path | None:
+        """The image encoder that serves an IP-Adapter: beside it, or else of the catalogue."""
+        return find_image_encoder(adapter, list(self.catalogue.image_encoders.values()))
 
     def _close(self) -> None:
         if self._pipeline is not None:

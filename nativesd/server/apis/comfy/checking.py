@@ -99,6 +99,9 @@ def _check_node(graph: Graph, number: str, lists: Mapping[str, list[str]], limit
             _check_value(number, name, each, given[name], lists, report)
     if graph.kind(number) == "KSamplerAdvanced":
         _check_advanced(graph, number, report)
+    if "image_negative" in given and "image_negative" in node.inputs:
+        report.add(number, "invalid_input_type", "image_negative is not heeded here", "image_negative",
+                   "image_negative")  # fmt: skip
 
 
 def _check_link(graph: Graph, number: str, name: str, each: Input, report: _Report) -> None:
@@ -153,7 +156,7 @@ def _offered(name: str, value: str, offered: list[str]) -> bool:
     except UsageError:
         return False
     stem = value.rpartition(".")[0]
-    return name in ("ckpt_name", "lora_name", "control_net_name") and stem in offered
+    return name in ("ckpt_name", "lora_name", "control_net_name", "ipadapter_file", "clip_name") and stem in offered
 
 
 def _check_advanced(graph: Graph, number: str, report: _Report) -> None:

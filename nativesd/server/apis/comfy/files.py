@@ -67,10 +67,10 @@ class Files:
             return sorted(name for each, name in self._kept if each == kind)
 
     def picture(self, name: str) -> Image.Image:
-        """An uploaded picture, upright. Raises UsageError."""
-        from nativesd.pictures.images import read_image
+        """An uploaded picture, upright, as it is. Raises UsageError."""
+        from nativesd.pictures.images import open_image
 
         data = self.get("input", name)
         if data is None:
             raise UsageError(f"image: {name[:100]!r} is not here any more: upload it again")
-        return read_image(Intake(self._limits).decoded("image", data))
+        return open_image(Intake(self._limits).decoded("image", data))

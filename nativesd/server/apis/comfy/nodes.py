@@ -1,4 +1,5 @@
-"""The nodes: their inputs, ranges and outputs, as in ComfyUI's nodes.py, and as `/object_info` tells them."""
+"""The nodes: their inputs, ranges and outputs, as in ComfyUI's nodes.py (and cubiq/ComfyUI_IPAdapter_plus), and as
+`/object_info` tells them."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nativesd.sampling.table import SAMPLERS, SCHEDULES
+from nativesd.server.apis.comfy import adapters
 from nativesd.server.jobs.shelf import Catalogue
 from nativesd.server.settings import Limits
 
@@ -60,6 +62,9 @@ SAMPLING = {
     "positive": Input("CONDITIONING"), "negative": Input("CONDITIONING"), "latent_image": Input("LATENT"),
 }  # fmt: skip
 ENABLED = Input("COMBO", "enable", names="switch")
+SHARE = {"start_at": Input("FLOAT", 0.0, 0, 1), "end_at": Input("FLOAT", 1.0, 0, 1)}
+SHOWN = {"model": Input("MODEL"), "ipadapter": Input("IPADAPTER"), "image": Input("IMAGE")}
+MASK = Input("MASK", required=False)
 NODES: Mapping[str, Node] = {
     "CheckpointLoaderSimple": Node(
         {"ckpt_name": Input("COMBO", names="models")}, ("MODEL", "CLIP", "VAE"), "A model by its name.", "loaders"
@@ -92,6 +97,10 @@ NODES: Mapping[str, Node] = {
     "LoadImage": Node(
         {"image": Input("COMBO", names="uploads")}, ("IMAGE", "MASK"), "An uploaded picture.", "image"
     ),
+    "LoadImageMask": Node(
+        {"image": Input("COMBO", names="uploads"), "channel": Input("COMBO", "alpha", names="channels")}, ("MASK",),
+        "A channel of an uploaded picture, or where it is transparent.", "mask",
+    ),
     "SaveImage": Node(
         {"images": Input("IMAGE"), "filename_prefix": Input("STRING", "ComfyUI")}, (),
         "Pictures to be fetched, for an hour.", "image", ends=True,
@@ -116,6 +125,45 @@ NODES: Mapping[str, Node] = {
         ("CONDITIONING", "CONDITIONING"), "Steering by a picture.", "conditioning",
         output_names=("positive", "negative"),
     ),
+    "CLIPVisionLoader": Node(
+        {"clip_name": Input("COMBO", names="image_encoders")}, ("CLIP_VISION",), "An image encoder.", "loaders"
+    ),
+    "IPAdapterModelLoader": Node(
+        {"ipadapter_file": Input("COMBO", names="image_adapters")}, ("IPADAPTER",), "An IP-Adapter.",
+        "ipadapter/loaders",
+    ),
+    "IPAdapterUnifiedLoader": Node(
+        {
+            "model": Input("MODEL"), "preset": Input("COMBO", names="presets"),
+            "ipadapter": Input("IPADAPTER", required=False),
+        },
+        ("MODEL", "IPADAPTER"), "The IP-Adapter of a strength for the model's family.", "ipadapter",
+        output_names=("model", "ipadapter"),
+    ),
+    "IPAdapter": Node(
+        {
+            **SHOWN, "weight": Input("FLOAT", 1.0, -1, 3), **SHARE,
+            "weight_type": Input("COMBO", "standard", names="simple_weight_types"), "attn_mask": MASK,
+        },
+        ("MODEL",), "A picture as a prompt.", "ipadapter",
+    ),
+    "IPAdapterAdvanced": Node(
+        {
+            **SHOWN, "weight": Input("FLOAT", 1.0, -1, 5),
+            "weight_type": Input("COMBO", "linear", names="weight_types"),
+            "combine_embeds": Input("COMBO", "concat", names="combined"), **SHARE,
+            "embeds_scaling": Input("COMBO", "V only", names="scaling"), "attn_mask": MASK,
+            "image_negative": Input("IMAGE", required=False), "clip_vision": Input("CLIP_VISION", required=False),
+        },
+        ("MODEL",), "A picture as a prompt. What acts against it is not asked: image_negative is refused.", "ipadapter",
+    ),
+    "PrepImageForClipVision": Node(
+        {
+            "image": Input("IMAGE"), "interpolation": Input("COMBO", "LANCZOS", names="filters"),
+            "crop_position": Input("COMBO", "center", names="clip_crops"), "sharpening": Input("FLOAT", 0.0, 0, 0),
+        },
+        ("IMAGE",), "A square of a picture, as image encoders see it.", "ipadapter/utils",
+    ),
     "LatentUpscale": Node(
         {
             "samples": Input("LATENT"), "upscale_method": Input("COMBO", names="methods"),
@@ -133,6 +181,11 @@ def choices(catalogue: Catalogue, uploads: Sequence[str]) -> dict[str, list[str]
         "models": list(catalogue.models), "loras": list(catalogue.loras), "controls": list(catalogue.controls),
         "uploads": list(uploads), "samplers": list(sampler_names()), "schedulers": list(SCHEDULERS),
         "methods": list(METHODS), "crops": ["disabled", "center"], "switch": ["enable", "disable"],
+        "image_adapters": list(catalogue.image_adapters), "image_encoders": list(catalogue.image_encoders),
+        "presets": list(adapters.PRESETS), "weight_types": list(adapters.ADVANCED),
+        "simple_weight_types": list(adapters.SIMPLE), "combined": list(adapters.COMBINED),
+        "scaling": list(adapters.SCALING), "filters": list(adapters.FILTERS), "clip_crops": list(adapters.CROPS),
+        "channels": list(adapters.CHANNELS),
     }  # fmt: skip
 
 

@@ -26,7 +26,10 @@ from nativesd.server.wire.answers import Refusal, answering, json_answer
 from nativesd.server.wire.bodies import read_object
 from nativesd.version import __version__
 
-FOLDERS = {"checkpoints": "models", "loras": "loras", "controlnet": "controls"}
+FOLDERS = {
+    "checkpoints": "models", "loras": "loras", "controlnet": "controls", "ipadapter": "image_adapters",
+    "clip_vision": "image_encoders",
+}  # fmt: skip
 
 
 def routes() -> list[BaseRoute]:

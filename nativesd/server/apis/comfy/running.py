@@ -13,8 +13,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from nativesd.config import SDXL_UNET
 from nativesd.diffusion.control import Control
+from nativesd.diffusion.images.prompts import ImagePrompt
 from nativesd.errors import UsageError
+from nativesd.server.apis.comfy import adapters
 from nativesd.server.apis.comfy.checking import Checked
 from nativesd.server.apis.comfy.files import Files
 from nativesd.server.apis.comfy.nodes import NODES
@@ -28,10 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model, its text encoders or its VAE, with LoRAs: file to scale."""
+    """A model, its text encoders or its VAE, with LoRAs: file to scale; and image prompts, each with the image encoder
+    that was named for it."""
 
     name: str
     loras: Mapping[str, float] = field(default_factory=dict)
+    image_prompts: tuple[tuple[ImagePrompt, str | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,47 @@ class _Run:
         control = Control(control_net, image[0].image, strength, start_percent, end_percent)
         return tuple(replace(each, controls=(*each.controls, control)) for each in (positive, negative))
 
+    def encoder(self, clip_name: str) -> Sequence[Any]:
+        return (self.turn.shelf.catalogue.image_encoder(clip_name),)
+
+    def adapter(self, ipadapter_file: str) -> Sequence[Any]:
+        return (self.turn.shelf.catalogue.image_adapter(ipadapter_file),)
+
+    def preset(self, model: ModelRef, preset: str, ipadapter: str | None = None) -> Sequence[Any]:
+        catalogue, unet = self.turn.shelf.catalogue, self._pipeline(model).config.unet
+        name = adapters.preset_name(preset, list(catalogue.image_adapters), sdxl=unet.context == SDXL_UNET.context)
+        return model, catalogue.image_adapter(name)
+
+    def show(
+        self, model: ModelRef, ipadapter: str, image: Sequence[Picture], weight: float, start_at: float, end_at: float,
+        weight_type: str, attn_mask: Image.Image | None = None,
+    ) -> Sequence[Any]:  # fmt: skip
+        return self._shown(
+            model, ipadapter, image, weight, start_at, end_at, adapters.SIMPLE[weight_type], attn_mask
+        )  # fmt: skip
+
+    def show_advanced(
+        self, model: ModelRef, ipadapter: str, image: Sequence[Picture], weight: float, start_at: float, end_at: float,
+        weight_type: str, combine_embeds: str, embeds_scaling: str, attn_mask: Image.Image | None = None,
+        clip_vision: str | None = None,
+    ) -> Sequence[Any]:  # fmt: skip
+        if len(image) > 1 and combine_embeds != "concat":
+            raise UsageError(f"combine_embeds must be concat for {len(image)} pictures")
+        return self._shown(
+            model, ipadapter, image, weight, start_at, end_at, adapters.ADVANCED[weight_type], attn_mask, clip_vision
+        )
+
+    def _shown(
+        self, model: ModelRef, adapter: str, image: Sequence[Picture], weight: float, start: float, end: float,
+        meaning: adapters.Meaning, mask: Image.Image | None, encoder: str | None = None,
+    ) -> Sequence[Any]:  # fmt: skip
+        pictures = [picture.image for picture in image]
+        prompt = adapters.image_prompt(adapter, pictures, weight, start, end, meaning, mask)
+        return (replace(model, image_prompts=(*model.image_prompts, (prompt, encoder))),)
+
+    def cut(self, image: Sequence[Picture], interpolation: str, crop_position: str, sharpening: float) -> Sequence[Any]:
+        return ([Picture(adapters.square(picture.image, crop_position, interpolation)) for picture in image],)
+
     def sample(
         self,
         model: ModelRef,
@@ -189,6 +235,7 @@ class _Run:
             "emphasis": "comfyui",
             "loras": [(file, scale, positive.clip.loras.get(file, 0.0)) for file, scale in model.loras.items()],
             "control": list(positive.controls), "lora_dirs": list(self.prompt.files.lora_dirs),
+            **adapters.options_of(pipeline, model.image_prompts),
         }  # fmt: skip
         if latents.tensor is not None:
             options |= {"latents": latents.tensor, **start}
@@ -218,7 +265,13 @@ class _Run:
         return (Latents(*image.size, 1, None, image),)
 
     def load(self, image: str) -> Sequence[Any]:
-        return [Picture(self.prompt.files.picture(image))], None
+        from nativesd.pictures.images import read_image
+
+        picture = self.prompt.files.picture(image)
+        return [Picture(read_image(picture))], adapters.channel(picture, "alpha")
+
+    def mask(self, image: str, channel: str) -> Sequence[Any]:
+        return (adapters.channel(self.prompt.files.picture(image), channel),)
 
     def upscale(self, samples: Latents, upscale_method: str, width: int, height: int, crop: str) -> Sequence[Any]:
         """As ComfyUI's nodes.py (LatentUpscale) and comfy/utils.py (common_upscale)."""
@@ -277,5 +330,7 @@ RUN: Mapping[str, Callable[..., Sequence[Any]]] = {
     "KSampler": _Run.sample, "KSamplerAdvanced": _Run.sample_advanced, "VAEDecode": _Run.decode,
     "VAEEncode": _Run.encode, "LoadImage": _Run.load, "SaveImage": _Run.save, "PreviewImage": _Run.preview,
     "LoraLoader": _Run.lora, "ControlNetLoader": _Run.control, "ControlNetApplyAdvanced": _Run.steer,
-    "LatentUpscale": _Run.upscale,
+    "LatentUpscale": _Run.upscale, "LoadImageMask": _Run.mask, "CLIPVisionLoader": _Run.encoder,
+    "IPAdapterModelLoader": _Run.adapter, "IPAdapterUnifiedLoader": _Run.preset, "IPAdapter": _Run.show,
+    "IPAdapterAdvanced": _Run.show_advanced, "PrepImageForClipVision": _Run.cut,
 }  # fmt: skip

@@ -24,7 +24,7 @@ from nativesd.pipeline.asked.readers import read_emphasis, whole
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.options import Sampling
 from nativesd.sampling.variation import Variation
-from nativesd.server.apis.sd.controlnet import read_controls
+from nativesd.server.apis.sd.controlnet import read_units
 from nativesd.server.apis.sd.fields import IMG2IMG, TXT2IMG, read_fields
 from nativesd.server.apis.sd.info import infotext_info
 from nativesd.server.apis.sd.soft import SOFT, read_soft
@@ -129,7 +129,7 @@ def read_request(body: Mapping[str, Any], context: Context, *, from_text: bool) 
     cut = "only_masked" in options  # hints are of the whole picture then, and are cut with it
     size = (None, None) if cut else (options.get("width"), options.get("height"))
     scripts = _scripts(fields)
-    options |= read_controls(scripts["controlnet"], context, intake, size, unheeded)
+    options |= read_units(scripts["controlnet"], context, intake, size, unheeded)
     options |= read_soft(scripts[SOFT], masked="mask" in options, unheeded=unheeded)
 
     seed = fields.get("seed", -1)

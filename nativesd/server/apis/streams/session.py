@@ -12,7 +12,7 @@ from PIL import Image
 
 from nativesd.errors import UsageError
 from nativesd.pipeline.asked.readers import shown
-from nativesd.server.apis.own import jpeg, named_control, named_lora
+from nativesd.server.apis.own import jpeg, named_control, named_image_prompts, named_lora
 from nativesd.server.context import Context
 from nativesd.server.jobs.shelf import Shelf
 from nativesd.server.wire.bodies import Intake
@@ -156,7 +156,7 @@ def _bounded(options: Mapping[str, Any], context: Context) -> dict[str, Any]:
     for name in ("width", "height"):
         if isinstance(side := options.get(name), int | float) and side > limits.side:
             raise UsageError(f"{name} must be at most {limits.side} pixels on this server, not {shown(side)}")
-    for name in ("prompts", "seeds", "loras", "control"):
+    for name in ("prompts", "seeds", "loras", "control", "image_prompts"):
         if isinstance(several := options.get(name), list) and len(several) > limits.batch:
             raise UsageError(f"{name} must be at most {limits.batch} on this server, not {len(several)}")
-    return dict(options)
+    return {**options, **named_image_prompts(options, context, context.intake())}
