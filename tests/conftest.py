@@ -43,6 +43,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for graphs of the embedded model: each is exported once for all tests, by the first that needs it."""
+    return tmp_path_factory.mktemp("graphs")
+
+
 @dataclass(frozen=True)
 class Done:
     returncode: int

@@ -39,7 +39,7 @@ def for_python(options: dict[str, Any], repeated: Mapping[str, Any]) -> dict[str
         options["regions"] = [_region(where, prompt) for where, prompt in options["regions"]]
     if control := _controls(options):
         options["control"] = control
-    if prompts := _image_prompts(options):
+    if prompts := image_prompts(options):
         options["image_prompts"] = prompts
     for name, fields in RECORDS.items():
         if told := {field: options.pop(flag) for flag, field in fields.items() if flag in options}:
@@ -96,7 +96,7 @@ def _controls(options: dict[str, Any]) -> list[Control]:
     return [Control(model, image, **each) for (model, image), each in zip(controls, chosen, strict=True)]
 
 
-def _image_prompts(options: dict[str, Any]) -> list[ImagePrompt]:
+def image_prompts(options: dict[str, Any]) -> list[ImagePrompt]:
     """The --image-prompt options, in the same way."""
     from nativesd.diffusion.images.prompts import ImagePrompt
 

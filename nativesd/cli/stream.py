@@ -67,6 +67,13 @@ class Numbers(click.ParamType[list[int]]):
     click.option("--control", multiple=True, metavar="MODEL", help="ControlNet, T2I-Adapter; repeatable."),
     click.option("--control-preprocess", multiple=True, help="One per --control: canny, ..., or none [default]."),
     click.option("--control-scale", "control_scales", type=float, multiple=True, help="One per --control."),
+    click.option(
+        "--image-prompt", "image_prompts", nargs=2, multiple=True, metavar="ADAPTER PICTURE", help="IP-Adapter."
+    ),
+    click.option("--image-prompt-scale", type=float, multiple=True, help="One per --image-prompt [default: 1]."),
+    click.option(
+        "--image-encoder", metavar="ENCODER", help="CLIP image encoder [default: the one beside the adapter]."
+    ),
 )
 @section(
     "The model",
@@ -97,6 +104,7 @@ def stream(
     if len(control_preprocess) > len(control):
         raise click.UsageError(f"{len(control_preprocess)} --control-preprocess for {len(control)} --control")
     import nativesd
+    from nativesd.cli.given import image_prompts
     from nativesd.cli.progress import listening
     from nativesd.diffusion.control import Control
     from nativesd.streaming.config import Settings, read_settings
@@ -115,6 +123,8 @@ def stream(
         options["control"] = [
             Control(each, preprocess=None if how.get(i, "none") == "none" else how[i]) for i, each in enumerate(control)
         ]
+    if prompts := image_prompts(options):
+        options["image_prompts"] = prompts
     asked = {**settings.loading, **settings.stream}
     if any(name in options for way in WAYS for name in way):  # one way of saying the levels replaces the file's
         asked = {name: value for name, value in asked.items() if not any(name in way for way in WAYS)}

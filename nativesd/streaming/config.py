@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nativesd.diffusion.control import Control
+from nativesd.diffusion.images.layers import PUBLISHED
+from nativesd.diffusion.images.prompts import ImagePrompt
 from nativesd.errors import SourceError, UsageError, install_line, quote
 from nativesd.reading import read_bounded
 from nativesd.sampling.published import SchedulerConfig
@@ -55,6 +57,11 @@ def _at_load(name: str) -> Callable[[Settings, Any], None]:
     return lambda settings, value: settings.loading.update({name: value})
 
 
+def _placed(named: Any, what: str) -> str:
+    """A path, or a place in a repository of the hub, of which h94/IP-Adapter stands for what it has for SD1.5."""
+    return f"{named}/models/{what}" if named == "h94/IP-Adapter" else str(named)
+
+
 class _Reader:
     """One file's settings."""
 
@@ -82,8 +89,7 @@ class _Reader:
             "similar_image_filter_max_skip_frame": lambda *_: None,
             "use_controlnet": lambda *_: None, "controlnets": self._controls, "controlnet_config": self._controls,
             "prompt_blending": self._blending, "seed_blending": self._seeds,
-            "ipadapter_config": self._only("ipadapter_config", None, "IP-Adapters are given as image_prompts="),
-            "use_ipadapter": self._only("use_ipadapter", False, "IP-Adapters are given as image_prompts="),
+            "use_ipadapter": lambda *_: None, "ipadapters": self._adapters, "ipadapter_config": self._adapters,
         }  # fmt: skip
 
     def settings(self) -> Settings:
@@ -186,6 +192,47 @@ class _Reader:
             start=value.get("control_guidance_start", 0.0), end=value.get("control_guidance_end", 1.0),
             preprocess=None if named in PASSED else named,
         )  # fmt: skip
+
+    def _adapters(self, settings: Settings, value: Any) -> None:
+        if self.data.get("use_ipadapter") is False:
+            return
+        each = [self._adapter(one) for one in (value if isinstance(value, list) else [value])]
+        asked = [one for one in each if one is not None]
+        settings.stream["image_prompts"] = [prompt for prompt, _ in asked]
+        encoders = {encoder for _, encoder in asked if encoder is not None}
+        if len(encoders) > 1:
+            raise self._wrong("ipadapters", "must have one image_encoder_path: a stream asks one image encoder")
+        if encoders:
+            settings.stream["image_encoder"] = encoders.pop()
+
+    def _adapter(self, value: Any) -> tuple[ImagePrompt, str | None] | None:
+        """An IP-Adapter with its picture, and its image encoder."""
+        known = {"ipadapter_model_path", "image_encoder_path", "style_image", "scale", "weight_type", "enabled", "type",
+                 "is_faceid", "num_image_tokens", "insightface_model_name", "style_image_key"}  # fmt: skip
+        if not isinstance(value, dict) or "ipadapter_model_path" not in value:
+            raise self._wrong("ipadapters", "must each have an ipadapter_model_path")
+        for name in value:
+            if name not in known:
+                raise self._unknown(str(name), known, "ipadapters: ")
+        if value.get("enabled") is False:
+            return None
+        if value.get("type", "regular") not in ("regular", "plus") or value.get("is_faceid"):
+            raise self._wrong(
+                "ipadapters", "cannot be of faces: no face recogniser is here; pass image_prompts= in Python"
+            )
+        if (picture := value.get("style_image")) is None:
+            raise self._wrong("ipadapters", "must each have a style_image, the picture that they are shown")
+        beside = Path(self.path).parent / str(picture)
+        named = value.get("weight_type") or "linear"
+        if not isinstance(named, str) or named not in PUBLISHED:
+            raise self._wrong("ipadapters: weight_type", f"must be one of {', '.join(PUBLISHED)}, not {quote(named)}")
+        weight_type, layers = PUBLISHED[named]
+        encoder = value.get("image_encoder_path")
+        prompt = ImagePrompt(
+            _placed(value["ipadapter_model_path"], "ip-adapter_sd15.bin"), beside if beside.is_file() else str(picture),
+            value.get("scale", 1.0), layers=layers, weight_type=weight_type,
+        )  # fmt: skip
+        return prompt, None if encoder is None else _placed(encoder, "image_encoder")
 
     def _blending(self, settings: Settings, value: Any) -> None:
         pairs, how = self._blend("prompt_blending", value, "prompt_list", "interpolation_method")

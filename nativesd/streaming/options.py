@@ -78,6 +78,8 @@ ELSEWHERE_TOO = {
     "do_add_noise": "renoise",
     "prompt_list": "prompts", "seed_list": "seeds", "output_type": "output", "lora_dict": "loras",
     "similar_image_filter_threshold": "skip_similar, with nativesd.Similar(threshold)",
+    "ipadapter_config": "image_prompts, with nativesd.ImagePrompt(adapter, picture)",
+    "controlnet_config": "control, with nativesd.Control(model, image)",
     "enable_similar_image_filter": "skip_similar", "prompt_interpolation_method": "blend",
 }  # fmt: skip
 """The names that StreamDiffusion and its forks have for what is called otherwise here."""

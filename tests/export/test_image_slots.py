@@ -33,6 +33,7 @@ from nativesd.errors import NativesdError, NativesdWarning, UsageError
 from nativesd.export.accelerate import Delegate, accelerate_module
 from nativesd.export.check import TOLERANCES, compare, difference
 from nativesd.export.graphs import FILE, Graph, graph_of, image_inputs
+from nativesd.export.library import write_onnx
 from nativesd.export.onnx import export_onnx
 from nativesd.export.sessions import OnnxRunner, OpenVinoRunner
 from nativesd.export.slots import Request, unet_schema
@@ -137,6 +138,13 @@ def test_one_graph_takes_every_image_prompt(file: File, backend: str) -> None:
     assert worst.error <= (TOLERANCES[torch.float32] if backend == "onnx" else 1e-3), worst
 
 
+def test_half_precision(tmp_path: Path) -> None:
+    """Of the smaller form; bounded as every export is."""
+    torch.manual_seed(0)
+    graph = graph_of(UNet(unet("sdxl")).half().eval().requires_grad_(False), "unet")
+    assert write_onnx(graph, tmp_path / FILE)["checked_in"] == "float16"
+
+
 @torch.inference_mode()
 def test_what_is_idle_changes_no_bit(file: File) -> None:
     """In PyTorch to the bit; and each input reaches its place in the exported graph."""
@@ -190,10 +198,10 @@ def told(seed: int) -> ImageEmbeddings:
     return ImageEmbeddings(random(1, 40), random(1, 9, 40), random(1, 9, 40))
 
 
-def test_an_accelerated_pipeline(adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_an_accelerated_pipeline(adapters: dict[str, Path], tiny_store: Path) -> None:
     """One graph for every adapter, scale, layer and part of the steps."""
     pipe = nativesd.load("tiny", device="cpu", fast=False)
-    fast = pipe.accelerate("onnx", engines=tmp_path, components=["unet"])
+    fast = pipe.accelerate("onnx", engines=tiny_store, components=["unet"])
     base, plus = (ImagePrompt(adapters[kind], told(number)) for number, kind in enumerate(("base", "plus")))
     options: dict[str, Any] = {"steps": 3, "seed": 3}
     mask = torch.zeros(64, 64)

@@ -50,8 +50,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("graphs")
+def store(tiny_store: Path) -> Path:
+    return tiny_store
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ BOUND = 1e-3
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("graphs")
+def store(tiny_store: Path) -> Path:
+    return tiny_store
 
 
 def pictures(stream: nativesd.Stream, frames: list[Any]) -> list[Tensor]:

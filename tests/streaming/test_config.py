@@ -101,6 +101,37 @@ def test_settings_of_the_embedded_model_make_a_stream(tmp_path: Path) -> None:
         assert (stream.timesteps, stream.notes) == ((599, 299), ())
 
 
+def test_ip_adapters(tmp_path: Path) -> None:
+    """Under both names; a picture lies beside the settings, and h94/IP-Adapter stands for what it has for SD1.5."""
+    (tmp_path / "gold.png").touch()
+    settings = read(
+        tmp_path,
+        """
+        ipadapters:
+          - ipadapter_model_path: h94/IP-Adapter
+            image_encoder_path: h94/IP-Adapter
+            style_image: gold.png
+            scale: 0.7
+            enabled: true
+            num_image_tokens: 4
+            type: regular
+          - ipadapter_model_path: plus.safetensors
+            style_image: elsewhere.png
+            weight_type: style transfer
+          - ipadapter_model_path: third.safetensors
+            enabled: false
+        """,
+    )
+    first, second = settings.stream["image_prompts"]
+    assert (first.adapter, first.picture) == ("h94/IP-Adapter/models/ip-adapter_sd15.bin", tmp_path / "gold.png")
+    assert (first.scale, first.layers, first.weight_type) == (0.7, None, "linear")
+    assert (second.adapter, second.picture, second.layers) == ("plus.safetensors", "elsewhere.png", "style")
+    assert settings.stream["image_encoder"] == "h94/IP-Adapter/models/image_encoder"
+    one = read(tmp_path, "ipadapter_config: {ipadapter_model_path: x.bin, style_image: y.png, weight_type: ease out}")
+    assert one.stream["image_prompts"][0].weight_type == "ease out"
+    assert "image_prompts" not in read(tmp_path, "use_ipadapter: false\nipadapters: [{ipadapter_model_path: x}]").stream
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -113,7 +144,16 @@ def test_settings_of_the_embedded_model_make_a_stream(tmp_path: Path) -> None:
         ("use_lcm_lora: true", "name it with lcm_lora_id"),
         ("acceleration: [1]", "acceleration must be one of"),
         ("mode: video", "mode must be one of"),
-        ("ipadapter_config: {x: 1}", "IP-Adapters are given as image_prompts="),
+        ("ipadapter_config: {x: 1}", "ipadapters must each have an ipadapter_model_path"),
+        ("ipadapters: [{ipadapter_model_path: x}]", "must each have a style_image"),
+        ("ipadapters: [{ipadapter_model_path: x, style_img: y}]", "style_img is no setting: did you mean style_image?"),
+        ("ipadapters: [{ipadapter_model_path: x, style_image: y, type: faceid}]", "no face recogniser is here"),
+        ("ipadapters: [{ipadapter_model_path: x, style_image: y, weight_type: 3}]", "must be one of linear, ease in"),
+        (
+            "ipadapters: [{ipadapter_model_path: x, style_image: y, image_encoder_path: a},"
+            " {ipadapter_model_path: x, style_image: y, image_encoder_path: b}]",
+            "must have one image_encoder_path",
+        ),
         ("t_index_list: x\nnum_inference_steps: 4", "must be whole numbers"),
         ("prompt_blending: {prompts: []}", "must be pairs, or have prompt_list"),
         ("lora_dict: [a]", "files with their scales"),

@@ -31,6 +31,11 @@ NAMED = {
 }  # fmt: skip
 ALSO = {"style transfer": "style", "composition": "layout", "style and composition": "style and layout"}
 """ComfyUI's names for them."""
+PUBLISHED: Mapping[str, tuple[WeightType, str | None]] = {
+    **{name: (name, None) for name in get_args(WeightType)},
+    **{name: ("linear", layers) for name, layers in ALSO.items()},
+}
+"""ComfyUI_IPAdapter_plus' weight types, as far as they are here: a weight type, and where the prompt acts."""
 
 
 def layer_scales(unet: UNetConfig, layers: Layers | None, weight_type: WeightType = "linear") -> tuple[float, ...]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image, ImageOps
 
-from nativesd.diffusion.images.layers import WeightType
+from nativesd.diffusion.images.layers import PUBLISHED, WeightType
 from nativesd.diffusion.images.prompts import ImagePrompt
 from nativesd.errors import UsageError
 
@@ -26,10 +26,7 @@ SIMPLE: Mapping[str, Meaning] = {
 }  # fmt: skip
 """Weight types of the node IPAdapter."""
 BOTH = "style and composition"
-ADVANCED: Mapping[str, Meaning] = {
-    **{name: (name, None) for name in get_args(WeightType)},
-    "style transfer": ("linear", "style"), "composition": ("linear", "layout"), BOTH: ("linear", "style and layout"),
-}  # fmt: skip
+ADVANCED = PUBLISHED
 """Those of IPAdapterAdvanced."""
 COMBINED = ("concat", "add", "subtract", "average", "norm average")
 SCALING = ("V only",)
