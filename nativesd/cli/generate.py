@@ -128,7 +128,8 @@ NEEDS = {
         "--image-prompt-start", type=float, multiple=True, help="From which part of the steps on [default: 0]."
     ),
     click.option("--image-prompt-end", type=float, multiple=True, help="Up to which part of the steps [default: 1]."),
-    click.option("--image-prompt-layers", multiple=True, help="style, layout, or none [default: everywhere]."),
+    click.option("--image-prompt-layers", multiple=True, help='style, layout, "0=1 2=0.5", or none [default: all].'),
+    click.option("--image-prompt-weight-type", multiple=True, help="linear [default], ease in, weak input, ..."),
     click.option("--image-prompt-mask", multiple=True, help="White where it acts, or none [default: everywhere]."),
     click.option("--image-prompt-crop", multiple=True, help="center [default], top, bottom, left, right or pad."),
     click.option("--image-encoder", type=click.Path(), help="CLIP image encoder [default: beside the adapter]."),

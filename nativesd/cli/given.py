@@ -101,7 +101,7 @@ def image_prompts(options: dict[str, Any]) -> list[ImagePrompt]:
     from nativesd.diffusion.images.prompts import ImagePrompt
 
     prompts = options.pop("image_prompts", ())
-    settings = ("scale", "start", "end", "layers", "mask", "crop")
+    settings = ("scale", "start", "end", "layers", "weight_type", "mask", "crop")
     chosen = _by_order(options, "image-prompt", len(prompts), settings)
     return [ImagePrompt(adapter, picture, **each) for (adapter, picture), each in zip(prompts, chosen, strict=True)]
 
@@ -111,7 +111,7 @@ def _by_order(options: dict[str, Any], of: str, count: int, names: Sequence[str]
     settings: dict[str, tuple[Any, ...]] = {name: options.pop(f"{of}_{name}".replace("-", "_"), ()) for name in names}
     for name, values in settings.items():
         if len(values) > count:
-            raise click.UsageError(f"{len(values)} --{of}-{name} for {count} --{of}")
+            raise click.UsageError(f"{len(values)} --{of}-{name.replace('_', '-')} for {count} --{of}")
     return [
         {name: values[i] for name, values in settings.items() if i < len(values) and values[i] != "none"}
         for i in range(count)

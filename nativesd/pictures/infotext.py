@@ -136,6 +136,26 @@ def _value_at(line: str, start: int) -> tuple[str, int]:
     return line[start:], len(line)
 
 
+UNIT = "ControlNet {}"
+"""What A1111's ControlNet extension calls its units in the text, counted from 0; IP-Adapters are such."""
+IMAGE_MODULE = "ip-adapter-auto"
+GUESS = "ControlNet is more important"
+"""The extension's control mode of the same meaning as `guess_mode`."""
+
+
+def write_unit(fields: Mapping[str, object]) -> str:
+    """A unit's fields as that extension writes them (internal_controlnet/args.py, serialize): no value has a comma or a
+    colon. A field that is None is left out."""
+    shown = {name: re.sub(r"[,:]+", "_", str(value)) for name, value in fields.items() if value is not None}
+    return ", ".join(f"{name}: {value}" for name, value in shown.items())
+
+
+def parse_unit(text: str) -> dict[str, str]:
+    """The fields of such a text."""
+    pairs = (part.partition(":") for part in text.split(","))
+    return {name.strip(): value.strip() for name, colon, value in pairs if colon}
+
+
 ONLY_MASKED = "Only masked"
 EMPHASIS = {
     "original": "Original", "no norm": "No norm", "ignore": "Ignore", "none": "None", "comfyui": "ComfyUI",

@@ -23,14 +23,18 @@ from nativesd.errors import SourceError, UsageError
 from nativesd.pictures.embedded import user_comment_exif
 from nativesd.pictures.infotext import (
     EMPHASIS,
+    GUESS,
+    IMAGE_MODULE,
     MASKED_CONTENT,
     ONLY_MASKED,
     SAMPLING_FIELDS,
     SDXL_FIELDS,
     SOFT_INPAINT,
     SOFT_INPAINT_FIELDS,
+    UNIT,
     shown_schedule,
     write_infotext,
+    write_unit,
 )
 from nativesd.version import __version__
 
@@ -82,8 +86,9 @@ class Result:
         and savings (texts), emphasis, guidance_rescale, eta, noise ("cpu", ...), image_guidance_scale, mask_blur,
         literal, refiner (a name), refiner_at, vae (a name), mask_fill, only_masked, steps_as, soft_inpaint, sdxl,
         sampling and variation (the fields of a `SoftInpaint`, an `SDXL`, a `Sampling`, a `Variation`), tiling, tiles,
-        regions (of a `Region`'s fields each), hires (`Hires.fields`), loras (names to scales), and image_prompts and
-        control (names or files), with the scales of each in image_prompt_scales and control_scales.
+        regions (of a `Region`'s fields each), hires (`Hires.fields`), loras (names to scales), and control and
+        image_prompts (names or files), with the scales of each in control_scales and image_prompt_scales, and what else
+        they were asked for in control_settings and image_prompt_settings: they become A1111's units of ControlNet.
         """
         p = self.of(index)
         hires: Mapping[str, Any] = p.get("hires") or {}
@@ -135,8 +140,7 @@ class Result:
             "Hires negative prompt": hires.get("negative_prompt"),
             "Hires CFG Scale": _number(hires.get("guidance_scale")),
             "LoRAs": _loras(p.get("loras") or {}),
-            "Image prompts": _scaled(p.get("image_prompts", ()), p.get("image_prompt_scales", ())),
-            "Control": _scaled(p.get("control", ()), p.get("control_scales", ())),
+            **_units(p),
             "Version": f"nativesd {__version__}",
         }
         return write_infotext(p["prompt"], p["negative_prompt"], fields)
@@ -288,7 +292,21 @@ def _loras(loras: Mapping[str, tuple[float, float]]) -> str | None:
     return " ".join(tags) or None
 
 
-def _scaled(names: Sequence[str], scales: Sequence[float]) -> str | None:
-    """Models that have to be passed again, with their scales: "ip-adapter_sd15 0.6, ip-adapter_sdxl 1"."""
-    stems = [Path(name).stem if Path(name).suffix in WEIGHTS else Path(name).name for name in names]
-    return ", ".join(f"{stem} {_number(scale)}" for stem, scale in zip(stems, scales, strict=True)) or None
+def _units(p: Mapping[str, Any]) -> dict[str, object]:
+    """Controls and image prompts as A1111's ControlNet extension writes its units, and behind that what it has not."""
+    units = []
+    for kind, module in (("control", "none"), ("image_prompt", IMAGE_MODULE)):
+        names = p.get("control" if kind == "control" else "image_prompts") or ()
+        settings = p.get(f"{kind}_settings") or [{}] * len(names)
+        for name, scale, own in zip(names, p.get(f"{kind}_scales") or (), settings, strict=True):
+            more = {key: value for key, value in own.items() if key not in ("preprocess", "start", "end")}
+            units.append({
+                "Module": own.get("preprocess", module),
+                "Model": Path(name).stem if Path(name).suffix in WEIGHTS else Path(name).name,
+                "Weight": _number(scale),
+                "Guidance Start": _number(own.get("start", 0.0)),
+                "Guidance End": _number(own.get("end", 1.0)),
+                "Control Mode": GUESS if kind == "control" and p.get("guess_mode") else None,
+                **{key.replace("_", " ").title(): value for key, value in more.items()},
+            })  # fmt: skip
+    return {UNIT.format(number): write_unit(unit) for number, unit in enumerate(units)}

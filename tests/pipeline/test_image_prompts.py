@@ -193,13 +193,24 @@ def test_what_has_to_be_passed_again_is_named(files: dict[str, Path], tmp_path: 
     told = ours.encode_image(photo(1), files["image_encoder"])
     prompts = [
         ImagePrompt(files["sd15-base"], told, 0.7),
-        ImagePrompt(nativesd.load_image_adapter(files["sd15-plus"], device="cpu"), told, end=0.5),
-    ]
+        ImagePrompt(
+            nativesd.load_image_adapter(files["sd15-plus"], device="cpu"), told, end=0.5, layers={0: 1.0, 2: 0.5},
+            weight_type="ease in", mask=Image.new("L", (64, 64), 255),
+        ),
+    ]  # fmt: skip
     result = ours("a red cat", image_prompts=prompts, **OURS)
-    assert 'Image prompts: "sd15-base 0.7, sd15-plus 1"' in result.infotext()
+    unit = "Module: ip-adapter-auto, Model: sd15-base, Weight: 0.7, Guidance Start: 0, Guidance End: 1"
+    assert f'ControlNet 0: "{unit}", ControlNet 1: ' in result.infotext()
     options, unheeded = nativesd.options_from(result.save(tmp_path / "made.png")[0])
-    assert unheeded == ["Image prompts sd15-base 0.7, sd15-plus 1: pass it again with its picture (--image-prompt)"]
+    assert unheeded == [
+        "ControlNet 0: pass it again: --image-prompt sd15-base PICTURE --image-prompt-scale 0.7",
+        "ControlNet 1: pass it again: --image-prompt sd15-plus PICTURE --image-prompt-end 0.5 --image-prompt-layers "
+        '"0=1 2=0.5" --image-prompt-weight-type "ease in" --image-prompt-mask MASK',
+    ]
     assert "image_prompts" not in options
+    again = replace(prompts[1], layers="0=1 2=0.5")
+    found = ours("a red cat", image_prompts=[prompts[0], again], **OURS)
+    assert torch.equal(found.latents, result.latents)
 
 
 def test_the_encoder_visits_the_device(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ WeightType = Literal[
 """ComfyUI_IPAdapter_plus' weight types, which change the scale from transformer to transformer."""
 Layers = str | Mapping[int, float] | Mapping[str, Any]
 """What an image prompt acts at: a name of `NAMED`; factors by the numbers of the transformers, in the order of the
-data's way (ComfyUI's layer weights); or by places as diffusers has them, such as {"down": {"block_2": [0, 1]}}."""
+data's way (ComfyUI's layer weights), also as a text such as "0=1 2=0.5"; or by places as diffusers has them, such as
+{"down": {"block_2": [0, 1]}}."""
 
 # cubiq/ComfyUI_IPAdapter_plus IPAdapterPlus.py, `ipadapter_execute`: the transformers of "style transfer" and
 # "composition", by how many there are, which is 16 in SD1.x and SD2.x and 11 in SDXL (Wang et al. 2024, 2404.02733)
@@ -51,11 +52,26 @@ def layer_scales(unet: UNetConfig, layers: Layers | None, weight_type: WeightTyp
     return tuple(factors[_place(attention)] for attention in unet.cross_attentions)
 
 
+def layers_text(unet: UNetConfig, layers: Layers | None) -> str | None:
+    """The text that stands for `layers`: its name, or factors by number such as "0=1 2=0.5"; None where there are none.
+
+    Raises UsageError for what this UNet has not.
+    """
+    if layers is None or (isinstance(layers, str) and "=" not in layers):
+        return layers
+    by_place = dict(zip(map(_place, unet.cross_attentions), layer_scales(unet, layers), strict=True))
+    order = {"down": 0, "mid": 1, "up": 2}
+    factors = [by_place[place] for place in sorted(by_place, key=lambda place: (order[place[0]], *place[1:]))]
+    return " ".join(f"{number}={factor:g}" for number, factor in enumerate(factors) if factor) or "0=0"
+
+
 def _place(attention: CrossAttention) -> Place:
     return attention.part, attention.stage, attention.layer
 
 
 def _chosen(places: Sequence[Place], layers: Layers) -> dict[Place, float]:
+    if isinstance(layers, str) and "=" in layers:
+        return _numbered(places, dict(_pair(layers, part) for part in layers.split()))
     if isinstance(layers, str):
         table = NAMED.get(ALSO.get(layers, layers))
         if table is None:
@@ -77,6 +93,14 @@ def _chosen(places: Sequence[Place], layers: Layers) -> dict[Place, float]:
     if unknown := [key for key in layers if key not in ("down", "mid", "up")]:
         raise UsageError(f"layers are named by numbers, or by down, mid and up, not by {unknown[0]!r}")
     return {place: _placed(places, place, layers.get(place[0], 0.0)) for place in places}  # type: ignore[call-overload]
+
+
+def _pair(layers: str, part: str) -> tuple[int, float]:
+    number, _, factor = part.partition("=")
+    try:
+        return int(number), float(factor)
+    except ValueError:
+        raise UsageError(f"layers must be factors by number such as 0=1 2=0.5, not {layers!r}") from None
 
 
 def _number(key: Any) -> Any:

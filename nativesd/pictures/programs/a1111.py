@@ -19,7 +19,7 @@ from nativesd.pictures.infotext import (
     schedule_named,
 )
 from nativesd.pictures.programs.guided import about_guidance, guidance_of
-from nativesd.pictures.programs.parts import merging, regions, tiles, tiling
+from nativesd.pictures.programs.parts import merging, regions, tiles, tiling, unit
 from nativesd.pictures.programs.recipe import Recipe, integer, json_object, real
 from nativesd.pictures.programs.values import as_it_is, emphasis, masked_content, noise, schedule_type, size, truth
 
@@ -195,6 +195,8 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
                 unheeded.append(f"{name} {value}: pass it with --refiner")
             elif key in _PASSED:
                 unheeded.append(f"{name} {value}: pass it again with its picture ({_PASSED[key]})")
+            elif re.fullmatch(r"controlnet \d+", key):
+                unheeded += [f"{name}: {words}"] if (words := unit(value)) else []
             elif key == "loras":
                 tags = [tag for tag in value.split() if tag.rpartition(":")[0] not in info.prompt]
                 options["loras"] = "".join(f" {tag}" for tag in tags)

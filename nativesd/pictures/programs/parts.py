@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from nativesd.errors import UsageError
+from nativesd.pictures.infotext import GUESS, parse_unit
 from nativesd.pictures.programs.recipe import objects, real
 
 
@@ -16,6 +17,37 @@ def merging(name: str, value: str) -> str:
     if not 0 <= ratio <= 0.75:
         raise UsageError(f"{name}: {value!r} is not between 0 and 0.75")
     return f"tome:{ratio:g}"
+
+
+_SETTINGS = {
+    "weight": ("scale", 1.0), "guidance start": ("start", 0.0), "guidance end": ("end", 1.0),
+    "layers": ("layers", None), "weight type": ("weight-type", None), "crop": ("crop", None), "kind": ("kind", None),
+}  # fmt: skip
+"""Fields of a unit, as options of the command line, with what is not worth saying."""
+
+
+def unit(value: str) -> str:
+    """What has to be passed again of a unit of A1111's ControlNet extension; empty where it names no model."""
+    fields = {name.lower(): each for name, each in parse_unit(value).items()}
+    model = fields.get("model", "None").partition(" [")[0]
+    if model in ("None", "none"):
+        return ""
+    module = fields.get("module", "none")
+    shown = "ip-adapter" in module.lower() or "ipadapter" in module.lower()
+    of = "--image-prompt" if shown else "--control"
+    words = [of, model, "PICTURE"]
+    for name, (option, usual) in _SETTINGS.items():
+        if name in fields and fields[name] != (None if usual is None else f"{usual:g}"):
+            words += [f"{of}-{option}", f'"{fields[name]}"' if " " in fields[name] else fields[name]]
+    if not shown and module != "none":
+        words += [f"{of}-preprocess", module]
+    if fields.get("control mode") == GUESS:
+        words.append("--guess-mode")
+    words += [f"{of}-mask MASK"] * (fields.get("masks", "0") != "0")
+    more = [f"{fields[name]} {name}" for name in ("pictures", "masks") if fields.get(name, "1") not in ("0", "1")]
+    more += [f"{name.replace(' ', '_')}={fields[name]}" for name in ("lora scale",) if name in fields]
+    more += ["the identity"] if fields.get("identity") == "True" else []
+    return f"pass it again: {' '.join(words)}" + (f" (and in Python {', '.join(more)})" if more else "")
 
 
 def tiling(name: str, value: str) -> str:

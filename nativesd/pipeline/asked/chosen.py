@@ -7,7 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nativesd.config import UNetConfig
 from nativesd.diffusion.config import EDITING, PipelineConfig
+from nativesd.diffusion.control import Control
+from nativesd.diffusion.images.layers import layers_text
+from nativesd.diffusion.images.prompts import ImagePrompt, one_or_several
 from nativesd.diffusion.regions import Region
 from nativesd.diffusion.start import Start
 from nativesd.errors import UsageError
@@ -115,12 +119,41 @@ def recorded(
         "image_prompts": [Path(str(getattr(each.adapter, "name", each.adapter))).stem for each in asked.image_prompts]
         or None,
         "image_prompt_scales": [each.scale for each in asked.image_prompts] or None,
+        "image_prompt_settings": [_prompted(each, config.unet) for each in asked.image_prompts] or None,
         "control": [str(getattr(each.model, "name", each.model)) for each in asked.control] or None,
         "control_scales": [each.scale for each in asked.control] or None,
+        "control_settings": [_steered(each) for each in asked.control] or None,
+        "guess_mode": (asked.guess_mode and bool(asked.control)) or None,
         "inferred": dict(chosen.inferred),
         "notes": [*inputs.notes, *unused],
     }
     return {name: value for name, value in parameters.items() if value is not None}
+
+
+def _steered(control: Control) -> dict[str, Any]:
+    """What a control was asked for beside its model, picture and scale."""
+    said = {"preprocess": control.preprocess, "kind": control.kind}
+    return {"start": control.start, "end": control.end, **{name: value for name, value in said.items() if value}}
+
+
+def _prompted(prompt: ImagePrompt, unet: UNetConfig) -> dict[str, Any]:
+    """The same of an image prompt; of several pictures and masks how many they were."""
+    counts = {
+        "pictures": len(prompt.picture) if isinstance(prompt.picture, list | tuple) else 1,
+        "masks": 0 if prompt.mask is None else len(one_or_several(prompt.mask)),
+    }
+    said = {
+        "layers": layers_text(unet, prompt.layers),
+        "weight_type": prompt.weight_type,
+        "crop": prompt.crop,
+        "lora_scale": prompt.lora_scale,
+        "identity": prompt.identity is not None,
+        **counts,
+    }
+    usual = {"layers": None, "weight_type": "linear", "crop": "center", "lora_scale": 1.0, "identity": False,
+             "pictures": 1, "masks": 0}  # fmt: skip
+    unusual = {name: value for name, value in said.items() if value != usual[name]}
+    return {"start": prompt.start, "end": prompt.end, **unusual}
 
 
 def _region(region: Region) -> dict[str, Any]:
