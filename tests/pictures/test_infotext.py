@@ -23,9 +23,18 @@ from sd_parsers.extractors import _jpeg_usercomment
 from clock import seconds_of
 from nativesd.errors import SourceError, UsageError
 from nativesd.pictures.embedded import read_texts, user_comment_exif
-from nativesd.pictures.infotext import Infotext, parse_infotext, schedule_named, shown_schedule, write_infotext
+from nativesd.pictures.infotext import (
+    Infotext,
+    parse_infotext,
+    parse_unit,
+    schedule_named,
+    shown_schedule,
+    write_infotext,
+    write_unit,
+)
 from nativesd.pictures.programs.a1111 import generation_options
 from nativesd.pictures.programs.find import read_recipe
+from nativesd.pictures.programs.parts import unit
 from nativesd.pictures.result import Result
 from nativesd.version import __version__
 
@@ -366,7 +375,31 @@ def test_options_of_the_rarer_fields() -> None:
         "tiling": "xy",
         "model": "of hash 12",
     }
-    assert unheeded == ["NGMS", "ControlNet 0", "Refiner sdxl_refiner: pass it with --refiner"]
+    assert unheeded == [
+        "NGMS", "ControlNet 0: pass it again: --control c PICTURE --control-preprocess canny",
+        "Refiner sdxl_refiner: pass it with --refiner",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Module: ip-adapter_clip_sd15, Model: ip-adapter_sd15 [6a3f6166], Weight: 1, Resize Mode: Crop and Resize, "
+         "Low Vram: False, Processor Res: 512, Guidance Start: 0, Guidance End: 1, Pixel Perfect: False, Control Mode: "
+         "Balanced", "pass it again: --image-prompt ip-adapter_sd15 PICTURE"),
+        ("Module: none, Model: tile [a371b31b], Weight: 0.5, Guidance Start: 0.23, Guidance End: 0.5, Control Mode: "
+         "ControlNet is more important", "pass it again: --control tile PICTURE --control-scale 0.5 --control-start 0.23 "
+         "--control-end 0.5 --guess-mode"),
+        ("Module: ip-adapter-auto, Model: faceid, Weight: 1, Layers: style and layout, Lora Scale: 0.5, Identity: True, "
+         "Pictures: 2, Masks: 2", 'pass it again: --image-prompt faceid PICTURE --image-prompt-layers "style and layout" '
+         "--image-prompt-mask MASK (and in Python 2 pictures, 2 masks, lora_scale=0.5, the identity)"),
+        ("Module: none, Model: None, Weight: 1", ""),
+        ("nothing", ""),
+    ],
+)  # fmt: skip
+def test_units_of_controlnet_are_told_as_options(text: str, words: str) -> None:
+    assert unit(text) == words
+    assert parse_unit(write_unit(parse_unit(text))) == parse_unit(text)
 
 
 @pytest.mark.parametrize(
