@@ -216,11 +216,7 @@ _NAMES: dict[str, dict[str, str]] = {
 
 
 def unet_schema(config: UNetConfig, *, control: bool = True, images: bool = True) -> Schema:
-    """Of a UNet; SDXL's and LCM's inputs are there where its configuration has them.
-
-    control  with inputs for control residuals
-    images   with inputs for image prompts
-    """
+    """Of a UNet, with inputs for control residuals and image prompts; SDXL's and LCM's are there where it has them."""
     residuals = _residuals(config, "input_control_") if control else ()
     shown = _image_slots(config) if images else ()
     out = Slot(OUTPUT, ("batch", config.out_channels, Side("h"), Side("w")))

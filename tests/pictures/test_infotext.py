@@ -388,11 +388,12 @@ def test_options_of_the_rarer_fields() -> None:
          "Low Vram: False, Processor Res: 512, Guidance Start: 0, Guidance End: 1, Pixel Perfect: False, Control Mode: "
          "Balanced", "pass it again: --image-prompt ip-adapter_sd15 PICTURE"),
         ("Module: none, Model: tile [a371b31b], Weight: 0.5, Guidance Start: 0.23, Guidance End: 0.5, Control Mode: "
-         "ControlNet is more important", "pass it again: --control tile PICTURE --control-scale 0.5 --control-start 0.23 "
-         "--control-end 0.5 --guess-mode"),
-        ("Module: ip-adapter-auto, Model: faceid, Weight: 1, Layers: style and layout, Lora Scale: 0.5, Identity: True, "
-         "Pictures: 2, Masks: 2", 'pass it again: --image-prompt faceid PICTURE --image-prompt-layers "style and layout" '
-         "--image-prompt-mask MASK (and in Python 2 pictures, 2 masks, lora_scale=0.5, the identity)"),
+         "ControlNet is more important", "pass it again: --control tile PICTURE --control-scale 0.5 --control-start "
+         "0.23 --control-end 0.5 --guess-mode"),
+        ("Module: ip-adapter-auto, Model: faceid, Weight: 1, Layers: style and layout, Lora Scale: 0.5, Identity: "
+         "True, Pictures: 2, Masks: 2", "pass it again: --image-prompt faceid PICTURE --image-prompt-layers "
+         '"style and layout" --image-prompt-mask MASK (and in Python 2 pictures, 2 masks, lora_scale=0.5, the '
+         "identity)"),
         ("Module: none, Model: None, Weight: 1", ""),
         ("nothing", ""),
     ],
