@@ -11,7 +11,7 @@ import onnxruntime
 from PIL import Image
 from tokenizers import Tokenizer
 
-SEED, NEGATIVE, LOW = 3, "", 0xFFFFFFFF
+SEED, NEGATIVE, LOW, AXES = 3, "", 0xFFFFFFFF, ("batch", "channels", "h", "w", "groups", "image_tokens")
 session = functools.cache(onnxruntime.InferenceSession)
 
 
@@ -32,8 +32,7 @@ def run(folder, graph, **given):
     for slot in graph["inputs"]:
         if slot["name"] not in given and {"without_control", "without_image_prompts"} & slot.keys():
             sides = (str(side).removeprefix("ceil(").rstrip(")").partition("/") for side in slot["shape"])
-            sizes = zip(("batch", "channels", "h", "w"), given["sample"].shape, strict=True)
-            named = dict(sizes, groups=1, image_tokens=1)
+            named = dict(zip(AXES, (*given["sample"].shape, 1, 1), strict=True))
             given[slot["name"]] = np.zeros([-(-int(named.get(a, a)) // int(n or 1)) for a, _, n in sides])
     inputs = {slot["name"]: np.asarray(given[slot["name"]], slot["dtype"]) for slot in graph["inputs"]}
     outputs = session(folder / graph["file"]).run(None, inputs)
