@@ -41,7 +41,7 @@ from nativesd.weights.maps.published import (
     vision_json,
 )
 from nativesd.weights.model import Model, identify_known
-from nativesd.weights.writing import Entry, laid_out, write, write_gguf
+from nativesd.weights.writing import Entry, in_scaled_float8, laid_out, write, write_gguf
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 LAYOUTS = ("diffusers", "ldm")
@@ -49,6 +49,8 @@ SINGLE = (".safetensors", ".gguf")
 """Of the layout ldm."""
 QUANTISED = {kind.lower(): kind for kind in WRITERS}
 """dtype of a GGUF file -> as the format calls it"""
+FP8 = "fp8"
+"""The dtype of a .safetensors file whose UNet is in scaled float8."""
 TEXT_TABLES = {
     "sd1": {"text_encoder": ("text_encoder.transformers", "cond_stage_model.transformer.text_model.")},
     "sd2": {"text_encoder": ("text_encoder.openclip", "cond_stage_model.model.")},
@@ -73,7 +75,7 @@ def check_target(dest: Path, layout: str, dtype: str | None) -> None:
     """Raises UsageError where a model cannot be written so."""
     if layout not in LAYOUTS:
         raise UsageError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
-    known = (*DTYPES, *QUANTISED)
+    known = (*DTYPES, FP8, *QUANTISED)
     if dtype is not None and dtype not in known:
         raise UsageError(f"dtype must be one of {', '.join(known)}, not {dtype!r}")
     if dest.suffix in SUFFIXES and dest.suffix not in SINGLE:
@@ -83,6 +85,8 @@ def check_target(dest: Path, layout: str, dtype: str | None) -> None:
         raise UsageError(f"{layout} is {kind}: {dest} is not")
     if dtype in QUANTISED and dest.suffix != ".gguf":
         raise UsageError(f"{dtype} is a dtype of .gguf files: {dest} is none")
+    if dtype == FP8 and dest.suffix != ".safetensors":
+        raise UsageError(f"fp8 is a dtype of .safetensors files in the layout ldm: {dest} is none")
 
 
 def write_model(
@@ -123,6 +127,8 @@ def write_model(
             marked = set(tensors["markers"])
             said |= {key: value for key, value in spec(model).items() if key not in said}
     every = {key: entry for part in tensors.values() for key, entry in part.items()}
+    if dtype == FP8:
+        every = in_scaled_float8(every, SINGLES["unet"][1])
     if dest.suffix == ".gguf":
         write_gguf(out, every, said, QUANTISED.get(dtype or ""))
     elif layout == "ldm":
@@ -130,7 +136,7 @@ def write_model(
     else:
         _write_folder(model, tensors, said, out)
     _check_loads(model, out, dest)
-    return marked, sum(map(len, tensors.values()))
+    return marked, len(every) if layout == "ldm" else sum(map(len, tensors.values()))
 
 
 def _check_loads(model: Model, out: Path, dest: Path) -> None:

@@ -152,7 +152,7 @@ def compare(
         *head,
         **_sums(tensors, tensors),
         expected=len(parameters),
-        mapped=tuple(_mapped(name, source, parameters[name]) for name, source in plan.sources.items()),
+        mapped=tuple(_mapped(name, source, parameters[name], tensors) for name, source in plan.sources.items()),
         ignored=tuple(Ignored(key, reason) for key, reason in plan.ignored.items()),
         missing=tuple(missing.values()),
         unexpected=tuple(
@@ -175,7 +175,10 @@ def compare(
     )
 
 
-def _mapped(name: str, source: Source, shape: Shape) -> Mapped:
+def _mapped(name: str, source: Source, shape: Shape, tensors: Mapping[str, TensorInfo]) -> Mapped:
+    """With the scales of what is in scaled float8 among its keys."""
     operation = source.rule.op
+    scales = tuple(tensors[key].scale for key in source.keys if tensors[key].scale)
     part = f" {source.part + 1} of {source.parts}" if operation == "split" else ""
-    return Mapped(name, source.keys, shape, operation + part, source.rule.table, source.rule.number)
+    more = ", scaled" if scales else ""
+    return Mapped(name, source.keys + scales, shape, operation + part + more, source.rule.table, source.rule.number)

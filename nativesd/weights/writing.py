@@ -18,6 +18,7 @@ from nativesd.weights.files.tensors import DTYPES, NAMES, flow_tensor, flows, re
 from nativesd.weights.formats.blocks import INSTEAD, quantise
 from nativesd.weights.formats.gguf import ALIGNMENT, BLOCKS, MAX_NAME, gguf_bytes, gguf_header
 from nativesd.weights.formats.header import header_bytes
+from nativesd.weights.formats.scaled import MARK, SCALE, WEIGHT
 from nativesd.weights.identity.identify import Component
 from nativesd.weights.maps.keymap import BoundMap
 from nativesd.weights.maps.plan import make_plan
@@ -172,6 +173,38 @@ def cast_finite(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
             "another dtype"
         )
     return out
+
+
+def in_scaled_float8(tensors: Mapping[str, Entry], part: str) -> dict[str, Entry]:
+    """What a file has whose matrices below the prefix `part` are in float8 (e4m3fn), as ComfyUI writes it.
+
+    Each has a scale beside it, by which its largest number becomes float8's largest, and the part has its mark, which
+    asks for products in full precision. Other tensors of more than one dimension are float16, vectors as they are.
+    """
+    out: dict[str, Entry] = {}
+    for key, entry in tensors.items():
+        if not entry.dtype.is_floating_point or len(entry.shape) < 2:
+            out[key] = entry
+        elif len(entry.shape) == 2 and key.startswith(part) and key.endswith(WEIGHT):
+            out[key] = Entry(torch.float8_e4m3fn, entry.shape, partial(_scaled, entry))
+            out[key.removesuffix(WEIGHT) + SCALE] = Entry(torch.float32, (), partial(_scale, entry))
+        else:
+            out[key] = Entry(torch.float16, entry.shape, partial(_halved, entry, key))
+    out[part + MARK] = Entry(torch.float8_e4m3fn, (2,), partial(torch.zeros, 2, dtype=torch.float8_e4m3fn))
+    return out
+
+
+def _scale(entry: Entry) -> Tensor:
+    largest = entry.make().abs().amax().float()
+    return torch.where(largest == 0, 1.0, largest / torch.finfo(torch.float8_e4m3fn).max)
+
+
+def _scaled(entry: Entry) -> Tensor:
+    return (entry.make().float() / _scale(entry)).to(torch.float8_e4m3fn)
+
+
+def _halved(entry: Entry, key: str) -> Tensor:
+    return cast_finite(entry.make(), torch.float16, key)
 
 
 def write(path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:

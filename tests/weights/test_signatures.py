@@ -51,7 +51,7 @@ KINDS: dict[str, Mapping[str, Shape]] = {
     "hypernetwork": {"768.0.linear.0.weight": (1536, 768), "768.1.linear.0.weight": (1536, 768)},
     "list of tensors": {"0": (768, 4), "1": (4, 768), "2": (768, 4), "3": (4, 768)},
     "numbered LoRA": {"unet:0:up": (320, 1), "unet:0:down": (1, 320), "<s1>": (768,)},
-    "scaled float8": {"model.diffusion_model.scaled_fp8": (2,), "model.diffusion_model.x.scale_weight": ()},
+    "ComfyUI's quantised layers": {"model.diffusion_model.x.weight_scale": (8,), "a.comfy_quant": (30,)},
     "bitsandbytes 4 bits": {"a.weight": (9, 1), "a.weight.quant_state.bitsandbytes__nf4": (80,)},
     "ESRGAN": {"model.1.sub.0.RDB1.conv1.0.weight": (32, 64, 3, 3), "model.0.weight": (64, 3, 3, 3)},
     "SwinIR": {"layers.0.residual_group.blocks.0.attn.qkv.weight": (540, 180)},

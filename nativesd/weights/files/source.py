@@ -15,6 +15,7 @@ from nativesd.weights.files.configs import component_config
 from nativesd.weights.files.folder import INDEX, component_file, folder_of, local_weights, located, shards
 from nativesd.weights.formats.container import read_file
 from nativesd.weights.formats.header import Header, TensorInfo, merge_headers
+from nativesd.weights.formats.scaled import fold
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Member:
     """What the .yaml beside a single file says"""
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
     """file -> which one it was when its header was read"""
+    scales: Mapping[str, TensorInfo] = field(default_factory=dict)
+    """What tensors are multiplied with (`TensorInfo.scale`), and which are no weights themselves"""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -75,14 +78,17 @@ def from_headers(
     """A checkpoint from the headers of its files. Raises WeightsError where two hold the same name."""
     merged = merge_headers(headers)
     metadata = {key: value for header in headers.values() for key, value in header.metadata.items()}
+    folded = fold({key: info for key, (_, info) in merged.items()})
     return Member(
         name=name,
-        tensors={key: info for key, (_, info) in merged.items()},
+        tensors=folded.tensors,
         files={key: path for key, (path, _) in merged.items()} if local else {},
         data_starts={path: header.data_start for path, header in headers.items()},
         metadata=metadata,
         config=config,
-        left_out={key: reason for header in headers.values() for key, reason in header.left_out.items()},
+        left_out={key: reason for header in headers.values() for key, reason in header.left_out.items()}
+        | folded.left_out,
+        scales=folded.scales,
         stamps={path: header.stamp for path, header in headers.items() if header.stamp is not None},
     )
 
@@ -91,7 +97,12 @@ def join(members: Sequence[tuple[str, Member]]) -> Member:
     """Several checkpoints as one, each with a prefix before its names, which must not meet."""
     return Member(
         name="",
-        tensors={prefix + key: info for prefix, member in members for key, info in member.tensors.items()},
+        tensors={
+            prefix + key: replace(info, scale=prefix + info.scale) if info.scale else info
+            for prefix, member in members
+            for key, info in member.tensors.items()
+        },
+        scales={prefix + key: info for prefix, member in members for key, info in member.scales.items()},
         files={prefix + key: path for prefix, member in members for key, path in member.files.items()},
         data_starts={path: start for _, member in members for path, start in member.data_starts.items()},
         metadata={key: value for _, member in members for key, value in member.metadata.items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
 from typing import cast
@@ -18,6 +19,7 @@ from nativesd.weights.files.source import Member
 from nativesd.weights.formats.blocks import dequantise
 from nativesd.weights.formats.gguf import BLOCKS
 from nativesd.weights.formats.header import TensorInfo
+from nativesd.weights.formats.scaled import FLOAT8, SCALED
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -25,7 +27,7 @@ NAMES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 """The format's names of torch's dtypes."""
-DTYPES = {name: dtype for dtype, name in NAMES.items()} | dict.fromkeys(BLOCKS, torch.float32)
+DTYPES = {name: dtype for dtype, name in NAMES.items()} | dict.fromkeys((*BLOCKS, *SCALED), torch.float32)
 """What reading gives, by the dtype's name in a header."""
 
 PIECE = 4 << 20  # bytes: many enough for the calls, few enough for the cache
@@ -62,7 +64,15 @@ def read_into(memory: Tensor, member: Member, key: str, file: BufferedReader) ->
     _read_bytes(raw, member, key, file)
     if info.dtype in BLOCKS:
         return dequantise(raw, info.dtype).reshape(info.shape)
+    if info.scale:
+        numbers = raw.view(DTYPES[FLOAT8[SCALED.index(info.dtype)]]).reshape(info.shape).float()
+        return numbers.mul_(_read_scale(member, info.scale).reshape(-1, *[1] * (len(info.shape) - 1)))
     return _shaped(raw.view(kind), info)
+
+
+def _read_scale(member: Member, key: str) -> Tensor:
+    """What a tensor is multiplied with, in float32."""
+    return read_tensor(replace(member, tensors=member.scales), key).float()
 
 
 def read_as(dtype: torch.dtype, memory: Tensor, member: Member, key: str, file: BufferedReader) -> Tensor:
@@ -94,7 +104,7 @@ def flow_tensor(member: Member, key: str, count: int, part: int = 0, parts: int 
 
 def flows(info: TensorInfo) -> bool:
     """Whether a tensor's numbers lie in the file one after the other, each by itself."""
-    return info.strides is None and info.dtype not in BLOCKS
+    return info.strides is None and info.dtype not in BLOCKS and not info.scale
 
 
 def _pieces(

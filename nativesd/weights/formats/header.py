@@ -63,6 +63,8 @@ class TensorInfo:
     end: int
     strides: tuple[int, ...] | None = None
     """How many elements apart the numbers of each dimension lie, where the tensor is not contiguous"""
+    scale: str = ""
+    """The tensor that it is to be multiplied with (`scaled.fold`)"""
 
     @property
     def elements(self) -> int:
