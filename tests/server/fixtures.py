@@ -21,9 +21,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import nativesd
+from nativesd.config import VisionEncoderConfig
 from nativesd.server.context import Context
 from nativesd.server.serve import bind, make_server
 from nativesd.server.settings import Settings
+from oracles import adapter_of, drawn_adapter, save_adapter, vision_pair
 
 PROMPT = "a strawberry on a yellow background"
 
@@ -92,6 +94,36 @@ def lora_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "style.safetensors",
     )
     return folder
+
+
+BASE, PLUS = "ip-adapter_sd15", "ip-adapter-plus_sd15"
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """A folder of ControlNets, as A1111 has them: IP-Adapters among them; and one of image encoders."""
+
+    models: Path
+    encoders: Path
+
+    def adapter(self, name: str) -> Path:
+        return self.models / f"{name}.safetensors"
+
+    @property
+    def encoder(self) -> Path:
+        return self.encoders / "clip"
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory, pipe: nativesd.Pipeline) -> Adapters:
+    """For the embedded model, with random weights; "other" is an image encoder of another width."""
+    out = Adapters(tmp_path_factory.mktemp("adapters"), tmp_path_factory.mktemp("encoders"))
+    save_adapter(drawn_adapter(adapter_of(pipe.config.unet, "base"), 0)[1], out.adapter(BASE))
+    save_adapter(drawn_adapter(adapter_of(pipe.config.unet, "plus"), 1)[1], out.adapter(PLUS))
+    for name, width in (("clip", 40), ("other", 56)):
+        config = VisionEncoderConfig(width, 2, 1, 64, "gelu", projection=width, image=42)
+        vision_pair(config)[1].save_pretrained(out.encoders / name)
+    return out
 
 
 @pytest.fixture(scope="session")

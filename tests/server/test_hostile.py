@@ -94,6 +94,13 @@ HOSTILE: dict[str, Ask] = {
         TEXT, prompt=PROMPT,
         alwayson_scripts={"controlnet": {"args": [{"model": "../../x", "image": PICTURE}]}},
     ),
+    "a path for an IP-Adapter": posts("/jobs", prompt=PROMPT, image_prompts=[{"adapter": "/x", "picture": PICTURE}]),
+    "a hub's IP-Adapter": posts("/jobs", prompt=PROMPT, image_prompts=[{"adapter": "a/b/c.bin", "picture": PICTURE}]),
+    "a path for an image encoder": posts("/jobs", prompt=PROMPT, image_encoder="/etc/passwd"),
+    "a path for an IP-Adapter's unit": posts(
+        TEXT, prompt=PROMPT,
+        alwayson_scripts={"controlnet": {"args": [{"module": "ip-adapter-auto", "model": "../x", "image": PICTURE}]}},
+    ),
     "a path for the audit": gets("/audit?file=/etc/passwd"),
     "a path up for the audit": gets("/audit?file=../../etc/passwd"),
     "a path for a view": gets("/view?filename=../../../etc/passwd"),

@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from attacks.values import VALUES, deeply_changed, spoiled
 from nativesd.server.settings import Limits
-from server.fixtures import PROMPT, Running, encoded, file_of, serving, until
+from server.fixtures import BASE, PROMPT, Adapters, Running, encoded, file_of, serving, until
 from server.test_comfy import link, node, workflow
 
 
@@ -55,10 +55,12 @@ PLACED = {"sampler": "euler a", "schedule": "karras", "guidance_scale": 4, "mode
 UNIT = {"model": "tiny", "image": PICTURE, "module": "canny", "weight": 0.8, "guidance_start": 0.1, "guidance_end": 0.9,
         "control_mode": 0, "resize_mode": 1, "pixel_perfect": True, "threshold_a": 100, "threshold_b": 200,
         "enabled": True}  # fmt: skip
+SHOWN = {"module": "ip-adapter-auto", "model": BASE, "image": [{"image": PICTURE}], "weight": 0.8, "hr_option": "Both",
+         "guidance_start": 0.1, "effective_region_mask": MASK, "advanced_weighting": None}  # fmt: skip
 A1111 = {**HERE, "cfg_scale": 4.0, "sampler_name": "Euler a", "scheduler": "Karras", "n_iter": 1, "batch_size": 1,
          "subseed": 4, "subseed_strength": 0.2, "seed_resize_from_w": 0, "seed_resize_from_h": 0, "eta": 0.5,
          "denoising_strength": 0.6, "override_settings": {"CLIP_stop_at_last_layers": 1, "sd_model_checkpoint": "tiny",
-         "randn_source": "CPU", "eta_noise_seed_delta": 0}, "alwayson_scripts": {"controlnet": {"args": [UNIT]}},
+         "randn_source": "CPU", "eta_noise_seed_delta": 0}, "alwayson_scripts": {"controlnet": {"args": [UNIT, SHOWN]}},
          "force_task_id": "", "styles": [], "send_images": True, "script_name": "", "script_args": [],
          "refiner_checkpoint": "", "refiner_switch_at": 0.8}  # fmt: skip
 GRAPH = {
@@ -70,7 +72,14 @@ GRAPH = {
     "14": node("ControlNetApplyAdvanced", positive=link(6), negative=link(7), control_net=link(13), image=link(10),
                strength=0.9, start_percent=0.0, end_percent=1.0),
     "15": node("LatentUpscale", samples=link(11), upscale_method="bilinear", width=64, height=64, crop="disabled"),
-    "16": node("KSamplerAdvanced", model=link(12), positive=link(14), negative=link(14, 1), latent_image=link(15),
+    "30": node("IPAdapterModelLoader", ipadapter_file=BASE),
+    "31": node("CLIPVisionLoader", clip_name="clip"),
+    "32": node("PrepImageForClipVision", image=link(10), interpolation="LANCZOS", crop_position="pad", sharpening=0.0),
+    "33": node("LoadImageMask", image="x.png", channel="red"),
+    "34": node("IPAdapterAdvanced", model=link(12), ipadapter=link(30), image=link(32), clip_vision=link(31),
+               attn_mask=link(33), weight=0.8, weight_type="weak input", combine_embeds="concat", start_at=0.0,
+               end_at=0.9, embeds_scaling="V only"),
+    "16": node("KSamplerAdvanced", model=link(34), positive=link(14), negative=link(14, 1), latent_image=link(15),
                add_noise="enable", noise_seed=1, steps=2, cfg=4.0, sampler_name="euler", scheduler="normal",
                start_at_step=1, end_at_step=10000, return_with_leftover_noise="disable"),
     "17": node("VAEDecode", samples=link(16), vae=link(4, 2)),
@@ -80,7 +89,10 @@ JSON: Mapping[str, dict[str, Any]] = {
     "/jobs": {**HERE, **PLACED, "num_images": 1, "loras": [["style", 0.5, 0.4], "style"],
               "variation": {"seed": 5, "strength": 0.2, "ensd": 0}, "clip_skip": 2, "eta": 0.5,
               "hires": {"scale": 1.5, "strength": 0.6, "steps": 1, "upscaler": "latent"},
-              "control": [{"model": "tiny", "image": PICTURE, "scale": 0.8, "preprocess": "canny"}]},
+              "control": [{"model": "tiny", "image": PICTURE, "scale": 0.8, "preprocess": "canny"}],
+              "image_prompts": [{"adapter": BASE, "picture": PICTURE, "scale": 0.8, "layers": {"0": 1.0}, "mask": MASK,
+                                 "weight_type": "ease in", "crop": "top", "identity": None}],
+              "image_encoder": "clip"},
     "/jobs (a picture)": {**HERE, "steps": 2, "image": PICTURE, "mask": MASK, "strength": 0.6, "mask_blur": 2,
                           "mask_fill": "noise", "only_masked": 8, "resize": "crop"},
     "/recipe": {"image": WRITTEN},
@@ -137,10 +149,11 @@ RANDOMS = st.randoms(use_true_random=True)
 
 
 @pytest.fixture(scope="module")
-def small(lora_dir: Any) -> Iterator[Running]:
+def small(lora_dir: Any, adapters: Adapters) -> Iterator[Running]:
     """A server whose jobs are small whatever is asked for, with a picture uploaded."""
     limits = Limits(side=96, batch=2, steps=3, pixels=100_000, body=1 << 20)
-    with serving(lora_dirs=(lora_dir,), queue=8, limits=limits) as running:
+    shown = {"image_adapter_dirs": (adapters.models,), "image_encoder_dirs": (adapters.encoders,)}
+    with serving(lora_dirs=(lora_dir,), queue=8, limits=limits, **shown) as running:
         running.post("/upload/image", files={"image": ("x.png", file_of(SMALL))})
         yield running
 

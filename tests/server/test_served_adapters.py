@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,49 +15,17 @@ from PIL import Image
 
 import nativesd
 from nativesd import ImagePrompt
-from nativesd.config import VisionEncoderConfig
 from nativesd.errors import UsageError
 from nativesd.server.apis.comfy.adapters import ADVANCED, channel, image_prompt, preset_name, square
 from nativesd.server.apis.sd.controlnet import _layers
-from oracles import adapter_of, drawn_adapter, save_adapter, vision_pair
-from server.fixtures import PROMPT, Running, encoded, file_of, pixels, serving
+from server.fixtures import BASE, PLUS, PROMPT, Adapters, Running, encoded, file_of, pixels, serving
 from server.test_comfy import OURS, link, made, node, same, workflow
 from server.test_served_stream import OPTIONS, Pictures, connected, frames, jpeg_pixels
 
-BASE, PLUS = "ip-adapter_sd15", "ip-adapter-plus_sd15"
-
-
-@dataclass(frozen=True)
-class Files:
-    """A folder of ControlNets, as A1111 has them: IP-Adapters among them; and image encoders."""
-
-    root: Path
-
-    def adapter(self, name: str) -> Path:
-        return self.root / "models" / f"{name}.safetensors"
-
-    @property
-    def encoder(self) -> Path:
-        return self.root / "encoders" / "clip"
-
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory, pipe: nativesd.Pipeline) -> Files:
-    root = tmp_path_factory.mktemp("pictures")
-    (root / "models").mkdir()
-    (root / "encoders" / "other").mkdir(parents=True)
-    out = Files(root)
-    save_adapter(drawn_adapter(adapter_of(pipe.config.unet, "base"), 0)[1], out.adapter(BASE))
-    save_adapter(drawn_adapter(adapter_of(pipe.config.unet, "plus"), 1)[1], out.adapter(PLUS))
-    for name, width in (("clip", 40), ("other", 56)):
-        config = VisionEncoderConfig(width, 2, 1, 64, "gelu", projection=width, image=42)
-        vision_pair(config)[1].save_pretrained(root / "encoders" / name)
-    return out
-
-
-@pytest.fixture(scope="module")
-def server(files: Files) -> Iterator[Running]:
-    with serving(control_dirs=(files.root / "models",), image_encoder_dirs=(files.root / "encoders",)) as running:
+def server(adapters: Adapters) -> Iterator[Running]:
+    with serving(control_dirs=(adapters.models,), image_encoder_dirs=(adapters.encoders,)) as running:
         yield running
 
 
@@ -72,7 +38,7 @@ def text2img(server: Running, *units: dict[str, Any]) -> requests.Response:
 
 
 def test_units_of_a1111(
-    server: Running, files: Files, pipe: nativesd.Pipeline, picture: Image.Image, mask: Image.Image
+    server: Running, adapters: Adapters, pipe: nativesd.Pipeline, picture: Image.Image, mask: Image.Image
 ) -> None:
     """As webuiapi sends one, and two at once by hand: beside a ControlNet, with a region, and weights by layer."""
     api = webuiapi.WebUIApi(port=server.port)
@@ -83,9 +49,9 @@ def test_units_of_a1111(
     unit = webuiapi.ControlNetUnit(image=picture, module="ip-adapter_clip_sd15", model=f"{BASE} [6a3f6166]", weight=0.7,
                                    guidance_end=0.6)  # fmt: skip
     found = api.txt2img(**HERE, controlnet_units=[unit])
-    prompt = ImagePrompt(files.adapter(BASE), picture, 0.7, end=0.6)
+    prompt = ImagePrompt(adapters.adapter(BASE), picture, 0.7, end=0.6)
     usual = {**MINE, "sampler": "Euler a"}  # which webuiapi says
-    wanted = pipe(PROMPT, **usual, image_prompts=prompt, image_encoder=files.encoder)
+    wanted = pipe(PROMPT, **usual, image_prompts=prompt, image_encoder=adapters.encoder)
     np.testing.assert_array_equal(pixels(found.image), pixels(wanted.images[0]))
     assert (pixels(found.image) != pixels(pipe(PROMPT, **usual).images[0])).any()
 
@@ -98,8 +64,8 @@ def test_units_of_a1111(
     answer = text2img(server, *units).json()
     assert json.loads(answer["info"])["notes"] == []
     wanted = pipe(
-        PROMPT, **MINE, image_prompts=ImagePrompt(files.adapter(PLUS), picture, 0.5, mask=mask),
-        image_encoder=files.encoder, control=nativesd.Control("tiny", edges),
+        PROMPT, **MINE, image_prompts=ImagePrompt(adapters.adapter(PLUS), picture, 0.5, mask=mask),
+        image_encoder=adapters.encoder, control=nativesd.Control("tiny", edges),
     )  # fmt: skip
     np.testing.assert_array_equal(pixels(answer["images"][0]), pixels(wanted.images[0]))
 
@@ -144,7 +110,9 @@ def test_what_of_a_unit_is_not_heeded_is_named(server: Running, picture: Image.I
         assert words in notes
 
 
-def test_jobs_and_the_catalogue(server: Running, files: Files, pipe: nativesd.Pipeline, picture: Image.Image) -> None:
+def test_jobs_and_the_catalogue(
+    server: Running, adapters: Adapters, pipe: nativesd.Pipeline, picture: Image.Image
+) -> None:
     told = server.get("/catalogue").json()
     assert (told["image_adapters"], told["image_encoders"], told["controls"]) == (
         [PLUS, BASE], ["clip", "other"], ["tiny"]
@@ -152,15 +120,15 @@ def test_jobs_and_the_catalogue(server: Running, files: Files, pipe: nativesd.Pi
     said = {"adapter": BASE, "picture": [encoded(picture)] * 2, "scale": 0.8, "layers": {"0": 1, "2": 0.5}}
     body = {"prompt": PROMPT, **MINE, "image_prompts": [said], "image_encoder": "clip"}
     job = server.finished(server.post("/jobs", body).json()["poll_url"])
-    prompt = ImagePrompt(files.adapter(BASE), [picture, picture], 0.8, layers={0: 1.0, 2: 0.5})
-    wanted = pipe(PROMPT, **MINE, image_prompts=prompt, image_encoder=files.encoder)
+    prompt = ImagePrompt(adapters.adapter(BASE), [picture, picture], 0.8, layers={0: 1.0, 2: 0.5})
+    wanted = pipe(PROMPT, **MINE, image_prompts=prompt, image_encoder=adapters.encoder)
     np.testing.assert_array_equal(pixels(server.get(job["pictures"][0]["url"]).content), pixels(wanted.images[0]))
     job = server.finished(server.post("/jobs", {**body, "image_encoder": "other"}).json()["poll_url"])
     assert "takes an embedding 40 wide" in job["error"]["message"]
     assert "gives an embedding 56 wide" in job["error"]["message"]
     for change, words in (
         ({"image_encoder": "/etc"}, "there is no image encoder"),
-        ({"image_prompts": [{"adapter": str(files.adapter(BASE)), "picture": encoded(picture)}]}, "no IP-Adapter"),
+        ({"image_prompts": [{"adapter": str(adapters.adapter(BASE)), "picture": encoded(picture)}]}, "no IP-Adapter"),
         ({"image_prompts": [{"adapter": "org/name/x.bin", "picture": encoded(picture)}]}, "no IP-Adapter"),
         ({"image_prompts": [{"adapter": BASE, "picture": "told.safetensors"}]}, "is not base64"),
         ({"image_prompts": [{"adapter": BASE, "picture": encoded(picture), "mask": "m.png"}]}, "is not base64"),
@@ -183,7 +151,7 @@ def uploaded(server: Running, picture: Image.Image, mask: Image.Image) -> dict[s
 
 
 def test_nodes_of_comfyui(
-    server: Running, files: Files, pipe: nativesd.Pipeline, picture: Image.Image, mask: Image.Image,
+    server: Running, adapters: Adapters, pipe: nativesd.Pipeline, picture: Image.Image, mask: Image.Image,
     uploaded: dict[str, str],
 ) -> None:  # fmt: skip
     graph = workflow(steps=2)
@@ -202,18 +170,18 @@ def test_nodes_of_comfyui(
     }  # fmt: skip
     graph["3"]["inputs"]["model"] = link(26)
     (found,) = made(server, graph)
-    first = ImagePrompt(files.adapter(BASE), picture, 0.7, end=0.8, mask=mask, weight_type="weak input")
+    first = ImagePrompt(adapters.adapter(BASE), picture, 0.7, end=0.8, mask=mask, weight_type="weak input")
     cut = square(picture, "top", "LANCZOS")
     assert cut.size == (224, 224)
-    second = ImagePrompt(files.adapter(PLUS), cut, 0.4, weight_type="ease out")
+    second = ImagePrompt(adapters.adapter(PLUS), cut, 0.4, weight_type="ease out")
     options = {**OURS, "steps": 2, "width": 48, "height": 80}
-    same(found, pipe(PROMPT, **options, image_prompts=[first, second], image_encoder=files.encoder))
+    same(found, pipe(PROMPT, **options, image_prompts=[first, second], image_encoder=adapters.encoder))
 
     graph["27"] = node("CLIPVisionLoader", clip_name="clip")
     graph["3"]["inputs"]["model"] = link(23)
     graph["23"]["inputs"] |= {"clip_vision": link(27)}
     (found,) = made(server, graph)
-    same(found, pipe(PROMPT, **options, image_prompts=first, image_encoder=files.encoder))
+    same(found, pipe(PROMPT, **options, image_prompts=first, image_encoder=adapters.encoder))
     assert server.get("/models/ipadapter").json() == [PLUS, BASE]
     assert server.get("/models/clip_vision").json() == ["clip", "other"]
 
@@ -270,12 +238,12 @@ def test_squares_and_channels() -> None:
 
 
 def test_a_stream_is_shown_pictures(
-    server: Running, files: Files, pipe: nativesd.Pipeline, picture: Image.Image
+    server: Running, adapters: Adapters, pipe: nativesd.Pipeline, picture: Image.Image
 ) -> None:
     """From its first frame on, and another scale on the way."""
     said = {"adapter": BASE, "picture": encoded(picture), "scale": 0.9}
-    ours = [ImagePrompt(files.adapter(BASE), picture, scale) for scale in (0.9, 0.2)]
-    stream = pipe.stream(loras=["tiny-lcm"], image_prompts=ours[0], image_encoder=files.encoder, **OPTIONS)
+    ours = [ImagePrompt(adapters.adapter(BASE), picture, scale) for scale in (0.9, 0.2)]
+    stream = pipe.stream(loras=["tiny-lcm"], image_prompts=ours[0], image_encoder=adapters.encoder, **OPTIONS)
     with connected(server) as client:
         shown = Pictures(client)
         for number, file in enumerate(frames(4)):
