@@ -6,6 +6,7 @@ import base64
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import requests
 from PIL import Image
 
 import nativesd
-from server.fixtures import PROMPT, SLOW, Running, encoded, pixels, serving, until
+from server.fixtures import BASE, PROMPT, SLOW, Adapters, Running, encoded, pixels, serving, until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DROP = """
@@ -68,8 +69,9 @@ def browser() -> Iterator[Any]:
         found.close()
 
 
-@pytest.fixture
-def page(browser: Any, server: Running) -> Iterator[Any]:
+@contextmanager
+def opened(browser: Any, server: Running) -> Iterator[Any]:
+    """A server's page, which makes no fault."""
     context = browser.new_context(viewport={"width": 1000, "height": 900})
     page = context.new_page()
     faults: list[str] = []
@@ -80,6 +82,12 @@ def page(browser: Any, server: Running) -> Iterator[Any]:
     yield page
     context.close()
     assert faults == []
+
+
+@pytest.fixture
+def page(browser: Any, server: Running) -> Iterator[Any]:
+    with opened(browser, server) as page:
+        yield page
 
 
 def open_streams(server: Running) -> int:
@@ -174,6 +182,24 @@ def test_steering_and_loras(
     wanted = pipe(PROMPT, steps=3, seed=7, control=nativesd.Control("tiny", picture, preprocess="canny"),
                   loras=lora_dir / "style.safetensors")  # fmt: skip
     np.testing.assert_array_equal(pixels(done(page)), pixels(wanted.images[0]))
+
+
+def test_a_picture_is_a_prompt(
+    browser: Any, pipe: nativesd.Pipeline, picture: Image.Image, adapters: Adapters, tmp_path: Path
+) -> None:
+    file = tmp_path / "shown.png"
+    picture.save(file)
+    folders = {"image_adapter_dirs": (adapters.models,), "image_encoder_dirs": (adapters.encoders,)}
+    with serving(**folders) as server, opened(browser, server) as page:
+        page.click("#shown-part summary")
+        page.select_option("#shown", BASE)
+        page.set_input_files("#shown-file", file)
+        page.wait_for_selector("#shown-image")
+        page.fill("#shown-scale", "0.8")
+        paint(page, prompt=PROMPT, steps=2, seed=7)
+        prompt = nativesd.ImagePrompt(adapters.adapter(BASE), picture, 0.8)
+        wanted = pipe(PROMPT, steps=2, seed=7, image_prompts=prompt, image_encoder=adapters.encoder)
+        np.testing.assert_array_equal(pixels(done(page)), pixels(wanted.images[0]))
 
 
 def test_a_model_is_explained_by_the_keyboard(page: Any) -> None:
