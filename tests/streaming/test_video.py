@@ -10,11 +10,15 @@ from time import sleep
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import nativesd
 from conftest import Run
+from nativesd import ImageEmbeddings, ImagePrompt
 from nativesd.errors import SourceError, UsageError
 from nativesd.streaming.video import Latest, Source, open_sink, open_source
+from oracles import adapter_of, drawn_adapter, save_adapter
 from streaming.clips import clip
 
 av = pytest.importorskip("av", reason='needs pip install ".[stream]"')
@@ -128,6 +132,27 @@ def test_the_command(run: Run, tmp_path: Path) -> None:
         refused = run("stream", "a fox", *options)
         assert refused.returncode in (2, 3)
         assert words in refused.stderr
+
+
+def test_pictures_as_prompts(run: Run, tmp_path: Path) -> None:
+    """On the command line and in StreamDiffusion's settings: the frame is the library's."""
+    unet = nativesd.load("tiny", device="cpu").config.unet
+    adapter = save_adapter(drawn_adapter(adapter_of(unet, "base"))[1], tmp_path / "base.safetensors")
+    told = ImageEmbeddings(torch.ones(1, 40)).save(tmp_path / "told.safetensors")
+    with nativesd.stream("a fox", device="cpu", image_prompts=ImagePrompt(adapter, told, 0.5)) as stream:
+        frame = stream.flush() if (first := stream()) is None else [first]
+    written = f"ipadapters: [{{ipadapter_model_path: {adapter}, style_image: told.safetensors, scale: 0.5}}]\n"
+    (tmp_path / "config.yaml").write_text(f"model_id: tiny\nuse_lcm_lora: true\n{written}")
+    for out, options in (
+        ("given", ("--image-prompt", str(adapter), str(told), "--image-prompt-scale", "0.5")),
+        ("settings", ("--config", "config.yaml")),
+    ):
+        done = run("stream", "a fox", "--frames", "1", "--output", out, "--device", "cpu", *options)
+        assert done.returncode == 0, done.stderr
+        with Image.open(tmp_path / out / "frame-000000.png") as found:
+            np.testing.assert_array_equal(np.asarray(found), np.asarray(frame[0].image))
+    refused = run("stream", "a fox", "--frames", "1", "--image-prompt-scale", "0.5")
+    assert "1 --image-prompt-scale for 0 --image-prompt" in refused.stderr
 
 
 def test_a_pipe_in_and_out(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
