@@ -39,6 +39,7 @@ FOLDER = click.Path(path_type=Path)
     ),
     click.option("--image-encoder-dir", "image_encoder_dirs", type=FOLDER, multiple=True, help="Of CLIP's."),
     click.option("--embedding-dir", "embedding_dirs", type=FOLDER, multiple=True, help="Folder of embeddings."),
+    click.option("--upscaler-dir", "upscaler_dirs", type=FOLDER, multiple=True, help="Of ESRGAN and its kin."),
 )
 @section(
     "Bounds",

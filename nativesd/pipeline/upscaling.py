@@ -150,7 +150,16 @@ def is_upscaler_file(value: str) -> bool:
 def resized(picture: Image.Image, model: UpscaleModel, scale: float) -> Image.Image:
     """A picture `scale` times as large: the model as often as it takes, and then down to size."""
     size = round(picture.width * scale), round(picture.height * scale)
-    larger = picture
-    while model.scale > 1 and (larger.width < size[0] or larger.height < size[1]):
-        larger = model(larger)
+    larger = enlarged(picture, model, *size)
     return larger if larger.size == size else larger.resize(size, Image.Resampling.LANCZOS)
+
+
+def enlarged(
+    picture: Image.Image, model: UpscaleModel, width: int, height: int, most: int | None = None
+) -> Image.Image:
+    """A picture of at least a size: the model as often as it takes, while no side comes over `most` pixels."""
+    while model.scale > 1 and (picture.width < width or picture.height < height):
+        if most is not None and max(picture.size) * model.scale > most:
+            break
+        picture = model(picture)
+    return picture

@@ -61,6 +61,7 @@ class Settings:
     image_adapter_dirs: tuple[Path, ...] = ()
     image_encoder_dirs: tuple[Path, ...] = ()
     embedding_dirs: tuple[Path, ...] = ()
+    upscaler_dirs: tuple[Path, ...] = ()
     queue: int = 32
     limits: Limits = field(default_factory=Limits)
     log_prompts: bool = False
@@ -70,7 +71,7 @@ class Settings:
             raise UsageError("there is no model: name one, or a folder with --model-dir")
         for folder in (
             *self.model_dirs, *self.lora_dirs, *self.control_dirs, *self.image_adapter_dirs, *self.image_encoder_dirs,
-            *self.embedding_dirs,
+            *self.embedding_dirs, *self.upscaler_dirs,
         ):  # fmt: skip
             if not folder.is_dir():
                 raise UsageError(f"{folder} is no folder")

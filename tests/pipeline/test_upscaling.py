@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,22 +22,14 @@ from nativesd.errors import SourceError, UsageError
 from nativesd.models.layers import CachedContext
 from nativesd.pictures.embedded import read_texts
 from nativesd.pipeline.upscaling import load_upscaler, resized
+from upscalers import esrgan, spandrel_alone
 
 OPTIONS: dict[str, Any] = {"steps": 3, "seed": 5, "sampler": "Euler", "guidance_scale": 6.0}
 
 
 @pytest.fixture(autouse=True)
 def without_torchvision() -> Iterator[None]:
-    """spandrel imports torchvision for two architectures that are not looked at here; it is large, and not needed."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "spandrel" not in sys.modules:
-            functional = ModuleType("torchvision.transforms.functional")
-            for name in ("InterpolationMode", "rotate", "normalize"):
-                setattr(functional, name, None)
-            for name in ("torchvision", "torchvision.transforms"):
-                patch.setitem(sys.modules, name, ModuleType(name))
-            patch.setitem(sys.modules, functional.__name__, functional)
-        pytest.importorskip("spandrel")
+    with spandrel_alone():
         yield
 
 
@@ -48,14 +38,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("upscaling") / "sd15"
     save_model("sd15", folder)
     return folder
-
-
-def esrgan() -> dict[str, Tensor]:
-    """A small RRDBNet that doubles, in the names of ESRGAN's files."""
-    rrdb = importlib.import_module("spandrel.architectures.ESRGAN.__arch.RRDB")
-    torch.manual_seed(0)
-    network = rrdb.RRDBNet(in_nc=3, out_nc=3, num_filters=4, num_blocks=1, scale=2)
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
 def picture(width: int = 70, height: int = 50) -> Image.Image:

@@ -167,6 +167,37 @@ def test_prompts_weigh_as_in_comfyui(server: Running, pipe: nativesd.Pipeline) -
     same(found, pipe(prompt, **OURS, width=48, height=80, emphasis="comfyui"))
 
 
+def test_sizes_layers_and_a_lora_of_the_unet(server: Running, pipe: nativesd.Pipeline, lora_dir: Path) -> None:
+    graph = workflow()
+    graph["20"] = node("LoraLoaderModelOnly", model=link(4), lora_name="style.safetensors", strength_model=0.8)
+    graph["21"] = node("CLIPSetLastLayer", clip=link(4, 1), stop_at_clip_layer=-2)
+    graph["3"]["inputs"]["model"] = link(20)
+    for text in ("6", "7"):
+        graph[text]["inputs"]["clip"] = link(21)
+    (found,) = made(server, graph)
+    wanted = pipe(PROMPT, **OURS, width=48, height=80, loras=(lora_dir / "style.safetensors", 0.8, 0.0), clip_skip=2)
+    same(found, wanted)
+
+    plain = pipe(PROMPT, **OURS, width=48, height=80).images[0]
+    for method, filter_ in (("lanczos", Image.Resampling.LANCZOS), ("nearest-exact", Image.Resampling.NEAREST)):
+        graph = workflow()
+        graph["30"] = node("ImageScale", image=link(8), upscale_method=method, width=96, height=0, crop="disabled")
+        graph["31"] = node("ImageScaleBy", image=link(30), upscale_method=method, scale_by=0.5)
+        graph["9"]["inputs"]["images"] = link(30)
+        graph["10"] = node("PreviewImage", images=link(31))
+        by_size = {pixels(each).shape: pixels(each) for each in made(server, graph)}
+        np.testing.assert_array_equal(by_size[160, 96, 3], np.asarray(plain.resize((96, 160), filter_)))
+        assert (80, 48, 3) in by_size
+
+    graph = workflow()
+    graph["30"] = node("LatentUpscaleBy", samples=link(3), upscale_method="bilinear", scale_by=1.5)
+    graph["31"] = copy.deepcopy(graph["3"])
+    graph["31"]["inputs"] |= {"latent_image": link(30), "denoise": 0.5}
+    graph["8"]["inputs"]["samples"] = link(31)
+    (found,) = made(server, graph)
+    same(found, pipe(PROMPT, **OURS, width=48, height=80, hires=nativesd.Hires(1.5, 0.5, upscaler="latent")))
+
+
 def test_a_later_start_and_a_batch(server: Running, pipe: nativesd.Pipeline) -> None:
     graph = workflow()
     inputs = graph["3"]["inputs"]

@@ -89,7 +89,7 @@ def test_hires_and_settings(api: webuiapi.WebUIApi, pipe: nativesd.Pipeline) -> 
 )
 def test_the_schedule_of_a_second_pass(first: dict[str, Any], second: dict[str, Any], schedule: str | None) -> None:
     """As modules/processing.py and modules/sd_samplers_kdiffusion.py of A1111 choose it; None: the library does."""
-    assert _hires({**first, **second}).schedule == schedule
+    assert _hires({**first, **second}, "latent").schedule == schedule
 
 
 def test_variations(api: webuiapi.WebUIApi, pipe: nativesd.Pipeline) -> None:

@@ -84,8 +84,8 @@ def read_order(body: Mapping[str, Any], context: Context) -> Order:
             given[name] = intake.picture(name, given[name])
     if isinstance(given.get("hires"), dict):
         given["hires"] = record_of(Hires, "hires", given["hires"])
-        if str(given["hires"].upscaler).lower() not in UPSCALERS:  # no files of this machine
-            raise UsageError(f"hires.upscaler must be {', '.join(UPSCALERS)}")
+        upscaler = catalogue.upscaler(text("hires.upscaler", given["hires"].upscaler), UPSCALERS)
+        given["hires"] = replace(given["hires"], upscaler=upscaler)
     if isinstance(given.get("tiles"), dict):
         given["tiles"] = record_of(Tiles, "tiles", given["tiles"])
     if "variation" in given:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from nativesd.diffusion.images.prompts import ImageAdapter
 from nativesd.errors import NativesdError, UsageError
 from nativesd.loading.image_prompts import find_image_encoder
 from nativesd.pipeline.pipeline import Pipeline
+from nativesd.pipeline.upscaling import SUFFIXES, UpscaleModel, load_upscaler
 from nativesd.server.jobs.line import Line
 from nativesd.server.settings import Settings
 from nativesd.shipped import TINY
@@ -48,6 +49,7 @@ class Catalogue:
             raise UsageError(f"there is no model in {s.model_dirs[0]}")
         self.loras = {file.stem: str(file) for folder in s.lora_dirs for file in _files(folder, (".safetensors",))}
         self.embeddings = {file.stem: str(file) for folder in s.embedding_dirs for file in _files(folder, PARTS)}
+        self.upscalers = {file.stem: str(file) for folder in s.upscaler_dirs for file in _files(folder, SUFFIXES)}
         controls = {file.stem: str(file) for folder in s.control_dirs for file in _files(folder, PARTS)}
         for folder in s.control_dirs:
             controls |= {file.parent.name: str(file.parent) for file in folder.rglob("config.json")}
@@ -79,6 +81,11 @@ class Catalogue:
         """A LoRA's file by its name. Raises UsageError."""
         return self.loras[_named("LoRA", name, self.loras)]
 
+    def upscaler(self, name: str, plain: Sequence[str]) -> str:
+        """How pictures are enlarged: one of `plain`, or a model's file by its name. Raises UsageError."""
+        there = {**{each: each for each in plain}, **self.upscalers}
+        return there[_named("upscaler", name, there)]
+
     def control(self, name: str) -> str:
         """A ControlNet's or T2I-Adapter's source by its name. Raises UsageError."""
         return self.controls[_named("ControlNet", name, self.controls)]
@@ -98,6 +105,7 @@ class Shelf:
     def __init__(self, catalogue: Catalogue, settings: Settings, device: str | None) -> None:
         self.catalogue = catalogue
         self.log_prompts = settings.log_prompts
+        self.limits = settings.limits
         self.device = device
         self.line = Line()
         """Held by who works with the models."""
@@ -108,6 +116,7 @@ class Shelf:
         self._settings = settings
         self._pipeline: Pipeline | None = None
         self._refiner: tuple[str, Pipeline] | None = None
+        self._upscaler: tuple[str, UpscaleModel] | None = None
         self._lock = threading.Lock()
 
     @property
@@ -137,6 +146,14 @@ class Shelf:
                 self._refiner = None
                 self._refiner = (name, self._load(name))
             return self._refiner[1]
+
+    def upscaler(self, file: str) -> UpscaleModel:
+        """A model that enlarges pictures, by its file; the last one stays loaded. Raises what `load_upscaler` does."""
+        with self._lock:
+            if self._upscaler is None or self._upscaler[0] != file:
+                self._upscaler = None
+                self._upscaler = (file, load_upscaler(file, device=self.device))
+            return self._upscaler[1]
 
     def _load(self, name: str) -> Pipeline:
         log.info("loading %s", name)

@@ -156,7 +156,8 @@ def _offered(name: str, value: str, offered: list[str]) -> bool:
     except UsageError:
         return False
     stem = value.rpartition(".")[0]
-    return name in ("ckpt_name", "lora_name", "control_net_name", "ipadapter_file", "clip_name") and stem in offered
+    files = ("ckpt_name", "lora_name", "control_net_name", "ipadapter_file", "clip_name", "model_name")
+    return name in files and stem in offered
 
 
 def _check_advanced(graph: Graph, number: str, report: _Report) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 from nativesd.sampling.table import SAMPLERS, SCHEDULES
 from nativesd.server.apis.comfy import adapters
+from nativesd.server.apis.comfy.enlarging import METHODS, PICTURE_METHODS
 from nativesd.server.jobs.shelf import Catalogue
 from nativesd.server.settings import Limits
 
 BIG = (1 << 64) - 1
-METHODS = ("nearest-exact", "bilinear", "area", "bicubic")
 SCHEDULERS = tuple(schedule.name.replace(" ", "_") for schedule in SCHEDULES)
 
 
@@ -164,6 +164,46 @@ NODES: Mapping[str, Node] = {
         },
         ("IMAGE",), "A square of a picture, as image encoders see it.", "ipadapter/utils",
     ),
+    "LoraLoaderModelOnly": Node(
+        {
+            "model": Input("MODEL"), "lora_name": Input("COMBO", names="loras"),
+            "strength_model": Input("FLOAT", 1.0, -100, 100),
+        },
+        ("MODEL",), "A LoRA for the UNet alone.", "loaders",
+    ),
+    "CLIPSetLastLayer": Node(
+        {"clip": Input("CLIP"), "stop_at_clip_layer": Input("INT", -1, -24, -1)}, ("CLIP",),
+        "The layer whose states the prompt's are.", "conditioning",
+    ),
+    "UpscaleModelLoader": Node(
+        {"model_name": Input("COMBO", names="upscalers")}, ("UPSCALE_MODEL",), "A model such as ESRGAN.", "loaders"
+    ),
+    "ImageUpscaleWithModel": Node(
+        {"upscale_model": Input("UPSCALE_MODEL"), "image": Input("IMAGE")}, ("IMAGE",),
+        "Pictures made larger by a model.", "image/upscaling",
+    ),
+    "ImageScale": Node(
+        {
+            "image": Input("IMAGE"), "upscale_method": Input("COMBO", names="picture_methods"),
+            "width": Input("INT", 512, 0, 16384), "height": Input("INT", 512, 0, 16384),
+            "crop": Input("COMBO", "disabled", names="crops"),
+        },
+        ("IMAGE",), "Pictures of a size.", "image/upscaling",
+    ),
+    "ImageScaleBy": Node(
+        {
+            "image": Input("IMAGE"), "upscale_method": Input("COMBO", names="picture_methods"),
+            "scale_by": Input("FLOAT", 1.0, 0.01, 8),
+        },
+        ("IMAGE",), "Pictures so many times as large.", "image/upscaling",
+    ),
+    "LatentUpscaleBy": Node(
+        {
+            "samples": Input("LATENT"), "upscale_method": Input("COMBO", names="methods"),
+            "scale_by": Input("FLOAT", 1.5, 0.01, 8),
+        },
+        ("LATENT",), "Latents so many times as large.", "latent",
+    ),
     "LatentUpscale": Node(
         {
             "samples": Input("LATENT"), "upscale_method": Input("COMBO", names="methods"),
@@ -180,7 +220,8 @@ def choices(catalogue: Catalogue, uploads: Sequence[str]) -> dict[str, list[str]
     return {
         "models": list(catalogue.models), "loras": list(catalogue.loras), "controls": list(catalogue.controls),
         "uploads": list(uploads), "samplers": list(sampler_names()), "schedulers": list(SCHEDULERS),
-        "methods": list(METHODS), "crops": ["disabled", "center"], "switch": ["enable", "disable"],
+        "methods": list(METHODS), "picture_methods": list(PICTURE_METHODS), "upscalers": list(catalogue.upscalers),
+        "crops": ["disabled", "center"], "switch": ["enable", "disable"],
         "image_adapters": list(catalogue.image_adapters), "image_encoders": list(catalogue.image_encoders),
         "presets": list(adapters.PRESETS), "weight_types": list(adapters.ADVANCED),
         "simple_weight_types": list(adapters.SIMPLE), "combined": list(adapters.COMBINED),

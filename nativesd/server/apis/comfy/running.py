@@ -8,65 +8,23 @@ from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from nativesd.config import SDXL_UNET
 from nativesd.diffusion.control import Control
-from nativesd.diffusion.images.prompts import ImagePrompt
 from nativesd.errors import UsageError
 from nativesd.server.apis.comfy import adapters
+from nativesd.server.apis.comfy.carried import Conditioning, Latents, ModelRef, Picture
 from nativesd.server.apis.comfy.checking import Checked
+from nativesd.server.apis.comfy.enlarging import by_factor, by_model, interpolated, to_size
 from nativesd.server.apis.comfy.files import Files
 from nativesd.server.apis.comfy.nodes import NODES
 from nativesd.server.jobs.job import Made
 from nativesd.server.jobs.turn import PNG_LEVEL, Turn
 
 if TYPE_CHECKING:
-    from nativesd.pictures.result import Result
     from nativesd.pipeline.pipeline import Pipeline
-
-
-@dataclass(frozen=True)
-class ModelRef:
-    """A model, its text encoders or its VAE, with LoRAs: file to scale; and image prompts, each with the image encoder
-    that was named for it."""
-
-    name: str
-    loras: Mapping[str, float] = field(default_factory=dict)
-    image_prompts: tuple[tuple[ImagePrompt, str | None], ...] = ()
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """A prompt, and what steers it."""
-
-    text: str
-    clip: ModelRef
-    controls: tuple[Control, ...] = ()
-
-
-@dataclass(frozen=True)
-class Latents:
-    """A size in pixels and a number of pictures; maybe latents (B, C, h, w), a picture, or what a sampler made."""
-
-    width: int
-    height: int
-    count: int = 1
-    tensor: Tensor | None = None
-    picture: Image.Image | None = None
-    result: Result | None = None
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture, and the text of how it was made."""
-
-    image: Image.Image
-    infotext: str = ""
-    seed: int = 0
 
 
 @dataclass
@@ -130,6 +88,9 @@ class _Run:
             replace(model, loras={**model.loras, file: strength_model}),
             replace(clip, loras={**clip.loras, file: strength_clip}),
         )
+
+    def lora_of_model(self, model: ModelRef, lora_name: str, strength_model: float) -> Sequence[Any]:
+        return self.lora(model, model, lora_name, strength_model, 0.0)[:1]
 
     def control(self, control_net_name: str) -> Sequence[Any]:
         return (self.turn.shelf.catalogue.control(control_net_name),)
@@ -232,7 +193,7 @@ class _Run:
         options: dict[str, Any] = {
             "negative_prompt": negative.text, "seed": seed, "num_images": latents.count, "steps": steps,
             "guidance_scale": cfg, "sampler": sampler, "schedule": scheduler, "noise": "comfyui",
-            "emphasis": "comfyui",
+            "emphasis": "comfyui", "clip_skip": positive.clip.clip_skip,
             "loras": [(file, scale, positive.clip.loras.get(file, 0.0)) for file, scale in model.loras.items()],
             "control": list(positive.controls), "lora_dirs": list(self.prompt.files.lora_dirs),
             **adapters.options_of(pipeline, model.image_prompts),
@@ -289,13 +250,30 @@ class _Run:
             tensor = self._pipeline(None).encode_tensor(to_tensor([samples.picture]))[0]
         rows, columns = tensor.shape[2:]
         cells = (height * rows // samples.height, width * columns // samples.width)
-        if crop == "center":
-            old, new = columns / rows, cells[1] / cells[0]
-            x = round((columns - columns * (new / old)) / 2) if old > new else 0
-            y = round((rows - rows * (old / new)) / 2) if old < new else 0
-            tensor = tensor[:, :, y : rows - y, x : columns - x]
-        larger = F.interpolate(tensor, size=cells, mode=upscale_method)
+        larger = interpolated(tensor, cells, upscale_method, crop)
         return (Latents(width, height, len(larger), larger),)
+
+    def upscale_by(self, samples: Latents, upscale_method: str, scale_by: float) -> Sequence[Any]:
+        width, height = (max(round(side * scale_by), 1) for side in (samples.width, samples.height))
+        largest, most = max(width, height), self.turn.shelf.limits.side
+        if largest > most:
+            raise UsageError(f"scale_by must give at most {most} pixels a side on this server, not {largest}")
+        return self.upscale(samples, upscale_method, width, height, "disabled")
+
+    def upscaler(self, model_name: str) -> Sequence[Any]:
+        return (self.turn.shelf.catalogue.upscaler(model_name, ()),)
+
+    def enlarge(self, upscale_model: str, image: Sequence[Picture]) -> Sequence[Any]:
+        return (by_model(self.turn, upscale_model, image),)
+
+    def scale(self, image: Sequence[Picture], upscale_method: str, width: int, height: int, crop: str) -> Sequence[Any]:
+        return (to_size(image, upscale_method, width, height, crop),)
+
+    def scale_by(self, image: Sequence[Picture], upscale_method: str, scale_by: float) -> Sequence[Any]:
+        return (by_factor(self.turn, image, upscale_method, scale_by),)
+
+    def skip(self, clip: ModelRef, stop_at_clip_layer: int) -> Sequence[Any]:
+        return (replace(clip, clip_skip=-stop_at_clip_layer),)
 
     def _pipeline(self, ref: ModelRef | None) -> Pipeline:
         return self.turn.load(None if ref is None else ref.name)
@@ -333,4 +311,7 @@ RUN: Mapping[str, Callable[..., Sequence[Any]]] = {
     "LatentUpscale": _Run.upscale, "LoadImageMask": _Run.mask, "CLIPVisionLoader": _Run.encoder,
     "IPAdapterModelLoader": _Run.adapter, "IPAdapterUnifiedLoader": _Run.preset, "IPAdapter": _Run.show,
     "IPAdapterAdvanced": _Run.show_advanced, "PrepImageForClipVision": _Run.cut,
+    "LatentUpscaleBy": _Run.upscale_by, "UpscaleModelLoader": _Run.upscaler,
+    "ImageUpscaleWithModel": _Run.enlarge, "ImageScale": _Run.scale, "ImageScaleBy": _Run.scale_by,
+    "CLIPSetLastLayer": _Run.skip, "LoraLoaderModelOnly": _Run.lora_of_model,
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -18,12 +18,15 @@ from nativesd.pictures.images import fit, read_image
 from nativesd.pictures.infotext import parse_infotext
 from nativesd.pipeline.asked.hires import PIXELS
 from nativesd.pipeline.asked.readers import flag, real, whole
+from nativesd.pipeline.upscaling import UpscaleModel, enlarged
 from nativesd.server.apis.sd.style import answered
 from nativesd.server.context import context_of
+from nativesd.server.jobs.job import Job
 from nativesd.server.settings import Limits
-from nativesd.server.wire.answers import answering, json_answer
+from nativesd.server.wire.answers import answering, json_answer, require_done
 from nativesd.server.wire.bodies import Intake, data_of, read_object
 from nativesd.server.wire.fields import listed, mapping, words
+from nativesd.server.wire.waiting import wait_for
 
 FACES = ("gfpgan_visibility", "codeformer_visibility", "extras_upscaler_2_visibility")
 
@@ -57,9 +60,7 @@ async def png_info(request: Request) -> Response:
 async def extra_single_image(request: Request) -> Response:
     """A picture made larger."""
     body, context = await read_object(request), context_of(request)
-    made, note = await run_in_threadpool(
-        _enlarged, body, "image", body.get("image"), context.intake(), context.settings.limits
-    )
+    [made], note = await _enlarged(request, body, [body.get("image")], "image", context.intake())
     return json_answer({"html_info": note, "image": made})
 
 
@@ -67,21 +68,44 @@ async def extra_single_image(request: Request) -> Response:
 async def extra_batch_images(request: Request) -> Response:
     """The same for several."""
     body, context = await read_object(request), context_of(request)
-    intake, limits = context.intake(), context.settings.limits
+    limits = context.settings.limits
     given = [mapping("imageList", each).get("data") for each in listed("imageList", body.get("imageList", []))]
     if len(given) > limits.batch:
         raise UsageError(f"imageList must have at most {limits.batch} pictures on this server")
-    made = await run_in_threadpool(lambda: [_enlarged(body, "imageList", each, intake, limits) for each in given])
-    return json_answer({"html_info": made[0][1] if made else "", "images": [image for image, _ in made]})
+    made, note = await _enlarged(request, body, given, "imageList", context.intake())
+    return json_answer({"html_info": note, "images": made})
 
 
-def _enlarged(body: Mapping[str, Any], name: str, value: Any, intake: Intake, limits: Limits) -> tuple[str, str]:
-    """A picture in base64, enlarged, and what of the request was not heeded."""
+async def _enlarged(
+    request: Request, body: Mapping[str, Any], values: Sequence[Any], name: str, intake: Intake
+) -> tuple[list[str], str]:
+    """Pictures in base64, enlarged, and what of the request was not heeded. A model enlarges them in a job's turn."""
+    context = context_of(request)
     said = {each: content for each, content in body.items() if content is not None}
-    upscaler = words("upscaler_1", said.get("upscaler_1", "None"))
-    if upscaler.lower() not in PIXELS:
-        raise UsageError(f"upscaler_1 must be one of {', '.join(each.title() for each in PIXELS)}, not {upscaler!r}")
-    picture = read_image(intake.picture(name, value))
+    upscaler = context.catalogue.upscaler(words("upscaler_1", said.get("upscaler_1", "None")), tuple(PIXELS))
+    ignored = [each for each in FACES if real(0, 1)(each, said.get(each, 0))]
+    note = f"not used: {', '.join(ignored)}" if ignored else ""
+
+    def made(model: UpscaleModel | None) -> list[str]:
+        limits = context.settings.limits
+        method = Image.Resampling.LANCZOS if model is not None else PIXELS[upscaler]
+        return [_larger(said, read_image(intake.picture(name, value)), model, method, limits) for value in values]
+
+    if upscaler in PIXELS:
+        return await run_in_threadpool(made, None), note
+    job = Job("sd", lambda turn: made(turn.shelf.upscaler(upscaler)), private=True)
+    await wait_for(request, context.desk, job)
+    require_done(job)
+    return job.value, note
+
+
+def _larger(
+    said: Mapping[str, Any],
+    picture: Image.Image,
+    model: UpscaleModel | None,
+    method: Image.Resampling,
+    limits: Limits,
+) -> str:
     if whole(0, 1)("resize_mode", said.get("resize_mode", 0)) == 0:
         scale = real(0, 16, above=True)("upscaling_resize", said.get("upscaling_resize", 2))
         size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
@@ -91,12 +115,14 @@ def _enlarged(body: Mapping[str, Any], name: str, value: Any, intake: Intake, li
     if max(size) > 4 * limits.side:
         raise UsageError(f"upscaling_resize must give at most {4 * limits.side} pixels a side, not {max(size)}")
     crop = flag("upscaling_crop", said.get("upscaling_crop", True)) and said.get("resize_mode", 0) == 1
-    larger = fit(picture, *size, "crop").image if crop else picture.resize(size, PIXELS[upscaler.lower()])
-    ignored = [each for each in FACES if real(0, 1)(each, said.get(each, 0))]
-    return _png(larger), f"not used: {', '.join(ignored)}" if ignored else ""
-
-
-def _png(picture: Image.Image) -> str:
+    if model is not None:
+        most = 4 * limits.side
+        if max(picture.size) * model.scale > most:
+            raise UsageError(
+                f"image must have at most {most // model.scale} pixels a side for {model.name} on this server"
+            )
+        picture = enlarged(picture, model, *size, most=most)
+    larger = fit(picture, *size, "crop").image if crop else picture.resize(size, method)
     data = BytesIO()
-    picture.save(data, format="PNG")
+    larger.save(data, format="PNG")
     return data_of(data.getvalue())

@@ -111,7 +111,8 @@ def read_request(body: Mapping[str, Any], context: Context, *, from_text: bool) 
     intake = context.intake()
     if from_text:
         if fields.get("enable_hr"):
-            options["hires"] = _hires(fields)
+            upscaler = context.catalogue.upscaler(fields.get("hr_upscaler") or "Latent", UPSCALERS)
+            options["hires"] = _hires(fields, upscaler)
     else:
         options |= _picture(fields, intake, unheeded)
     refiner = fields.get("refiner_checkpoint", "")
@@ -230,16 +231,13 @@ def _seeds(seed: int, varied: Variation, before: int) -> dict[str, Any]:
     return {"seed": seed, "variation": dataclasses.replace(varied, seed=(varied.seed or 0) + before)}
 
 
-def _hires(fields: Mapping[str, Any]) -> Hires:
-    """The second pass. Raises UsageError for an upscaler that is not here.
+def _hires(fields: Mapping[str, Any], upscaler: str) -> Hires:
+    """The second pass.
 
     "Use same scheduler", and none, is what the first pass was asked for; where that is "Automatic", every sampler has
     its own (`hr_scheduler` in modules/processing.py, get_sigmas in modules/sd_samplers_kdiffusion.py).
     """
     first = fields.get("sampler_name") or fields.get("sampler_index") or ""
-    upscaler = fields.get("hr_upscaler") or "Latent"
-    if upscaler.lower() not in UPSCALERS:
-        raise UsageError(f"hr_upscaler must be one of {', '.join(UPSCALERS)}, not {upscaler!r}")
     sampler, schedule = fields.get("hr_sampler_name") or None, fields.get("hr_scheduler") or None
     if sampler == "Use same sampler":
         sampler = None
@@ -255,7 +253,7 @@ def _hires(fields: Mapping[str, Any]) -> Hires:
         scale=fields.get("hr_scale", 2.0),
         strength=fields.get("denoising_strength", 0.75),
         steps=fields.get("hr_second_pass_steps") or None,
-        upscaler=upscaler.lower(),
+        upscaler=upscaler,
         width=fields.get("hr_resize_x") or None,
         height=fields.get("hr_resize_y") or None,
         sampler=sampler,

@@ -34,7 +34,9 @@ def routes() -> list[Route]:
         "cmd-flags": lambda context: {"api": True, "lora_dir": [str(d) for d in context.settings.lora_dirs]},
         "samplers": lambda _: _samplers(),
         "schedulers": lambda _: _schedulers(),
-        "upscalers": lambda _: [_upscaler(name.title()) for name in PIXELS],
+        "upscalers": lambda context: [
+            _upscaler(name) for name in (*map(str.title, PIXELS), *context.catalogue.upscalers)
+        ],
         "latent-upscale-modes": lambda _: [{"name": name.capitalize()} for name in LATENT],
         "sd-models": _models,
         "sd-vae": lambda _: [],
