@@ -1,9 +1,10 @@
 """What inputs for image prompts cost in a step of SD1.5's UNet: idle, and filled, against none; in turns.
 
-    python tools/bench_image_prompts.py [--cells 32] [--rows 2] [--turns 3] [--onnx]
+    python tools/bench_image_prompts.py [--cells 32] [--rows 2] [--turns 3] [--onnx] [--tiny]
 
 Random weights, float32, one thread; the least of the turns of each case. Prints seconds and what they are of the first.
-With --onnx ONNX Runtime runs two exported graphs, one with these inputs: that takes minutes and 12 GB of disk.
+With --tiny the UNet has the embedded model's form, whose short steps want more turns.
+With --onnx ONNX Runtime runs two exported graphs, one with these inputs: of SD1.5's, minutes and 12 GB of disk.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from nativesd.config import SD15_UNET
+from nativesd.config import SD15_UNET, UNetConfig
 from nativesd.export.graphs import FILE, graph_of, image_inputs
 from nativesd.export.onnx import export_onnx
 from nativesd.export.sessions import OnnxRunner
+from nativesd.loading.load import load
 from nativesd.models.build import build
 from nativesd.models.unet import ImageContext, UNet
 from nativesd.tuning.tune import tune
@@ -28,10 +30,10 @@ from nativesd.tuning.tune import tune
 Step = Callable[[], object]
 
 
-def filled(rows: int, groups: int, tokens: int, value: float = 1.0) -> ImageContext:
+def filled(config: UNetConfig, rows: int, groups: int, tokens: int, value: float = 1.0) -> ImageContext:
     """Image prompts of so many tokens; with a value of 0 they are idle."""
     counts: dict[int, int] = {}
-    for place in SD15_UNET.cross_attentions:
+    for place in config.cross_attentions:
         counts[place.width] = counts.get(place.width, 0) + 1
     keys = {width: torch.randn(count, rows, groups, tokens, width) * value for width, count in counts.items()}
     return ImageContext(keys, dict(keys))
@@ -48,7 +50,7 @@ def table(cases: dict[str, Step], turns: int) -> None:
                 least[name] = min(least[name], time.process_time() - began)
     first = next(iter(least.values()))
     for name, seconds in least.items():
-        print(f"| {name} | {seconds:.2f} s | {seconds / first:.3f} |", flush=True)
+        print(f"| {name} | {seconds:.3f} s | {seconds / first:.3f} |", flush=True)
 
 
 @torch.inference_mode()
@@ -59,18 +61,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--onnx", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    unet = build(SD15_UNET).to_empty(device="cpu").eval().requires_grad_(False)
+    config = load("tiny", device="cpu").config.unet if options.tiny else SD15_UNET
+    unet = build(config).to_empty(device="cpu").eval().requires_grad_(False)
     assert isinstance(unet, UNet)
     for parameter in unet.parameters():
         parameter.normal_(0, 0.02)
     rows, cells = options.rows, options.cells
-    latents, context = torch.randn(rows, 4, cells, cells), torch.randn(rows, 77, 768)
+    latents, context = torch.randn(rows, 4, cells, cells), torch.randn(rows, 77, config.context)
     shown = {
-        "idle": filled(rows, 1, 1, 0.0), "4 tokens": filled(rows, 1, 4), "16 tokens": filled(rows, 1, 16),
-        "257 tokens": filled(rows, 1, 257), "two of 16": filled(rows, 2, 16),
+        "idle": filled(config, rows, 1, 1, 0.0), "4 tokens": filled(config, rows, 1, 4),
+        "16 tokens": filled(config, rows, 1, 16), "257 tokens": filled(config, rows, 1, 257),
+        "two of 16": filled(config, rows, 2, 16),
     }  # fmt: skip
     if options.onnx:
         plain, slots = graph_of(unet, "unet", images=False), graph_of(unet, "unet")

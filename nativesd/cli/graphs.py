@@ -16,12 +16,10 @@ from nativesd.pipeline.asked.readers import lora_use
 
 if TYPE_CHECKING:
     from nativesd.checkpoints.export import Exported
+    from nativesd.export.kept.entries import Entry
 
 COMPONENTS = ["text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder", "image_encoder", "ip_adapter"]
 NAMES = ["nativesd", "comfyui", "streamdiffusion"]
-COLUMNS = [
-    "component", "family", "weights", "backend", "for", "precision", "profiles", "control", "size", "state"
-]  # fmt: skip
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -82,6 +80,8 @@ def export_onnx(
 
     told = {"batch": batch, "chunks": chunks, "groups": groups, "image_tokens": image_tokens}
     counts = {name: number for name, number in told.items() if number is not None}
+    if given["image_prompts"] is False and (groups or image_tokens):
+        raise click.UsageError("--groups and --image-tokens are of image prompts: leave out --no-image-prompts")
     if counts and static is None:
         raise click.UsageError(f"--{next(iter(counts)).replace('_', '-')} is of one size: pass --static too")
     size = None if static is None else Static(*static, **counts)
@@ -169,7 +169,7 @@ def _show(root: Path | None, *, deep: bool) -> None:
 
     store = _store(root)
     table = Table(
-        "component", "model", "weights", "backend", "for", "precision", "profiles", "control", "size", "state",
+        "component", "model", "weights", "backend", "for", "precision", "profiles", "takes", "size", "state",
         box=None, pad_edge=False,
     )  # fmt: skip
     sound = True
@@ -181,11 +181,19 @@ def _show(root: Path | None, *, deep: bool) -> None:
             if key is None
             else [key.component, str(entry.details.get("source") or key.family), key.weights[:8],
                   f"{key.backend} {key.version}", key.device, key.precision,
-                  ", ".join(key.profiles), "slots" if key.control else ""]
+                  ", ".join(key.profiles), _takes(entry)]
         )  # fmt: skip
         table.add_row(*what, size_text(entry.size), problem or "sound")
     print_tables(table)
     sys.exit(0 if sound else 1)
+
+
+def _takes(entry: Entry) -> str:
+    """What a graph has inputs for, beside those of its kind."""
+    inputs = entry.details.get("inputs")
+    slots = [each for each in inputs if isinstance(each, dict)] if isinstance(inputs, list) else []
+    words = {"control": "without_control", "image prompts": "without_image_prompts"}
+    return ", ".join(what for what, mark in words.items() if any(mark in slot for slot in slots))
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:

@@ -212,6 +212,15 @@ def test_an_accelerated_pipeline(adapters: dict[str, Path], tiny_store: Path) ->
     ):  # fmt: skip
         expected, found = (each("a strawberry", image_prompts=prompts, **options) for each in (pipe, fast))
         assert (expected.latents - found.latents).abs().max() < 1e-3
+    listed = CliRunner().invoke(main, ["engines", "list", "--engines", str(tiny_store)], env={"COLUMNS": "250"})
+    assert "control, image prompts" in next(row for row in listed.output.splitlines() if row.startswith("unet"))
+
+
+def test_of_image_prompts_that_are_left_out_nothing_is_asked(tmp_path: Path) -> None:
+    command = ["export", "onnx", "tiny", str(tmp_path / "no"), "--static", "64x64", "--groups", "2"]
+    refused = CliRunner().invoke(main, [*command, "--no-image-prompts"])
+    assert refused.exit_code == 2
+    assert "leave out --no-image-prompts" in refused.output
 
 
 def test_without_inputs_for_them_pytorch_answers() -> None:
