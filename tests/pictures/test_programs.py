@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,32 @@ def test_comfyui_graphs(tmp_path: Path) -> None:
     exif[0x0110] = f"prompt:{json.dumps(GRAPH)}"
     Image.new("RGB", (8, 8)).save(tmp_path / "c.webp", exif=exif)
     assert nativesd.options_from(tmp_path / "c.webp") == (options, unheeded)
+
+
+def test_what_acts_by_a_picture_in_a_graph_is_told_as_options(tmp_path: Path) -> None:
+    graph: dict[str, Any] = copy.deepcopy(GRAPH)
+    graph["7"]["inputs"] |= {"model": ["12", 0], "positive": ["14", 0], "negative": ["14", 1]}
+    graph |= {
+        "10": {"class_type": "IPAdapterUnifiedLoader", "inputs": {"model": ["2", 0], "preset": "PLUS (high strength)"}},
+        "11": {"class_type": "IPAdapterAdvanced", "inputs": {
+            "model": ["10", 0], "ipadapter": ["10", 1], "weight": 0.5, "weight_type": "style transfer", "end_at": 0.8,
+            "start_at": 0.0, "attn_mask": ["20", 1]}},
+        "12": {"class_type": "IPAdapter", "inputs": {
+            "model": ["11", 0], "ipadapter": ["13", 0], "weight": 1, "weight_type": "standard"}},
+        "13": {"class_type": "IPAdapterModelLoader", "inputs": {"ipadapter_file": "ip-adapter_sd15.bin"}},
+        "14": {"class_type": "ControlNetApplyAdvanced", "inputs": {
+            "positive": ["4", 0], "negative": ["5", 0], "control_net": ["15", 0], "strength": 0.7,
+            "start_percent": 0.0, "end_percent": 0.6}},
+        "15": {"class_type": "ControlNetLoader", "inputs": {"control_net_name": "canny.safetensors"}},
+    }  # fmt: skip
+    _, unheeded = nativesd.options_from(png(tmp_path / "a.png", {"prompt": json.dumps(graph)}))
+    assert sorted(unheeded) == [
+        "ControlNetApplyAdvanced: pass it again: --control canny.safetensors PICTURE --control-scale 0.7 "
+        "--control-end 0.6",
+        "IPAdapter: pass it again: --image-prompt ip-adapter_sd15.bin PICTURE",
+        'IPAdapterAdvanced: pass it again: --image-prompt "PLUS (high strength)" PICTURE --image-prompt-scale 0.5 '
+        '--image-prompt-end 0.8 --image-prompt-layers "style transfer" --image-prompt-mask MASK',
+    ]
 
 
 A1111 = "a cat\nNegative prompt: dog\nSteps: 20, Sampler: {sampler}, CFG scale: 7, Seed: 1, Size: 64x64, Model: m"

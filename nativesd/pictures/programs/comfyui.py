@@ -7,11 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nativesd.pictures.embedded import Texts
+from nativesd.pictures.infotext import IMAGE_MODULE, write_unit
+from nativesd.pictures.programs.parts import unit
 from nativesd.pictures.programs.recipe import Recipe, integer, json_object, lora_tag, real
 
 SAMPLERS = ("KSampler", "KSamplerAdvanced")
 CHECKPOINTS = ("CheckpointLoaderSimple", "CheckpointLoader", "unCLIPCheckpointLoader", "ImageOnlyCheckpointLoader")
-PASSED = ("VAEDecode", "VAEDecodeTiled", "Reroute", "SaveImage", "PreviewImage", "EmptyLatentImage", "VAELoader")
+PASSED = (
+    "VAEDecode", "VAEDecodeTiled", "Reroute", "SaveImage", "PreviewImage", "EmptyLatentImage", "VAELoader",
+    "IPAdapterUnifiedLoader",
+)  # fmt: skip
+LAYERS = ("style transfer", "composition", "style and composition")
+WEIGHT_TYPES = {"standard": None, "linear": None, "None": None, "prompt is more important": "ease out"}
+"""Of cubiq/ComfyUI_IPAdapter_plus: weight types that say where a picture acts, and such as have other names here."""
 UPSCALES = {"nearest-exact": "latent (nearest-exact)", "bilinear": "latent", "bicubic": "latent (bicubic)"}
 
 
@@ -132,7 +140,7 @@ def _read_model(graph: Graph, number: str, recipe: Recipe) -> None:
             text = graph.value(source, "strength_clip") if kind == "LoraLoader" else 0
             tags.append(lora_tag(graph.value(source, "lora_name"), unet, text))
         elif kind not in PASSED:
-            graph.strange.append(kind)
+            graph.strange.append(_named(graph, source))
         source = graph.link(source, "model")
     recipe.prompt = " ".join([recipe.prompt, *reversed(tags)])
     for each in graph.above(graph.link(number, "positive")):
@@ -150,9 +158,44 @@ def _text(graph: Graph, number: str) -> str:
             name = "text" if kind == "CLIPTextEncode" else "text_g"
             found.append(str(graph.value(current, name) or "").strip())
         elif current:
-            graph.strange.append(kind)
+            graph.strange.append(_named(graph, current))
             waiting += [graph.link(current, name) for name in graph.inputs(current) if "condition" in name]
     return found[0] if found else ""
+
+
+def _named(graph: Graph, number: str) -> str:
+    """A node by its class, with the options that do what it does where it acts by a picture."""
+    kind = graph.kind(number)
+    fields: dict[str, object] = {}
+    if kind in ("IPAdapter", "IPAdapterAdvanced"):
+        source = graph.link(number, "ipadapter")
+        named = str(graph.value(number, "weight_type"))
+        layers = named if named in LAYERS else None
+        fields = {
+            "Module": IMAGE_MODULE,
+            "Model": graph.value(source, "ipadapter_file") or graph.value(source, "preset"),
+            "Weight": _short(graph.value(number, "weight")),
+            "Guidance Start": _short(graph.value(number, "start_at")),
+            "Guidance End": _short(graph.value(number, "end_at")),
+            "Layers": layers,
+            "Weight Type": None if layers else WEIGHT_TYPES.get(named, named),
+            "Masks": 1 if graph.link(number, "attn_mask") else None,
+        }
+    elif kind in ("ControlNetApply", "ControlNetApplyAdvanced"):
+        fields = {
+            "Module": "none",
+            "Model": graph.value(graph.link(number, "control_net"), "control_net_name"),
+            "Weight": _short(graph.value(number, "strength")),
+            "Guidance Start": _short(graph.value(number, "start_percent")),
+            "Guidance End": _short(graph.value(number, "end_percent")),
+        }
+    words = unit(write_unit(fields))
+    return f"{kind}: {words}" if words else kind
+
+
+def _short(value: Any) -> str | None:
+    """A number in few digits; None where it is none."""
+    return f"{value:g}" if isinstance(value, int | float) else None
 
 
 def _read_second(graph: Graph, number: str, recipe: Recipe) -> None:

@@ -35,10 +35,10 @@ def unit(value: str) -> str:
     module = fields.get("module", "none")
     shown = "ip-adapter" in module.lower() or "ipadapter" in module.lower()
     of = "--image-prompt" if shown else "--control"
-    words = [of, model, "PICTURE"]
+    words = [of, _quoted(model), "PICTURE"]
     for name, (option, usual) in _SETTINGS.items():
         if name in fields and fields[name] != (None if usual is None else f"{usual:g}"):
-            words += [f"{of}-{option}", f'"{fields[name]}"' if " " in fields[name] else fields[name]]
+            words += [f"{of}-{option}", _quoted(fields[name])]
     if not shown and module != "none":
         words += [f"{of}-preprocess", module]
     if fields.get("control mode") == GUESS:
@@ -48,6 +48,11 @@ def unit(value: str) -> str:
     more += [f"{name.replace(' ', '_')}={fields[name]}" for name in ("lora scale",) if name in fields]
     more += ["the identity"] if fields.get("identity") == "True" else []
     return f"pass it again: {' '.join(words)}" + (f" (and in Python {', '.join(more)})" if more else "")
+
+
+def _quoted(value: str) -> str:
+    """As a shell takes it."""
+    return f'"{value}"' if " " in value else value
 
 
 def tiling(name: str, value: str) -> str:
