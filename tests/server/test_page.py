@@ -17,6 +17,7 @@ import requests
 from PIL import Image
 
 import nativesd
+from nativesd.pictures.embedded import texts_of
 from server.fixtures import BASE, PROMPT, SLOW, Adapters, Running, encoded, pixels, serving, until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -164,6 +165,9 @@ def test_a_mask_is_painted(page: Any, server: Running, picture: Image.Image, tmp
     assert changed[28:36, 22:42].mean() > 0.5
     assert not changed[:8].any()
     assert not changed[-8:].any()
+    page.check("#soft")
+    paint(page, prompt=PROMPT, steps=3, seed=2)
+    assert "Soft inpainting enabled: True" in texts_of(Image.open(BytesIO(done(page))), "the picture").parameters
 
 
 def test_steering_and_loras(

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures import PROMPT, Running, file_of, pixels, serving
 from PIL import Image
 from safetensors.torch import save_file
-from test_comfy import link, made, node, workflow
 
 import nativesd
+from server.fixtures import PROMPT, Running, encoded, pixels, serving
+from server.test_comfy import link, made, node, workflow
 from upscalers import esrgan, spandrel_alone
 
 OURS = {"seed": 7, "steps": 2, "width": 48, "height": 48}
@@ -33,10 +33,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def upscaling(file: Path) -> Iterator[Running]:
     with serving(models={"tiny": "tiny"}, upscaler_dirs=(file.parent,)) as running:
         yield running
-
-
-def data_of(picture: Image.Image) -> str:
-    return base64.b64encode(file_of(picture)).decode()
 
 
 def opened(data: str) -> Image.Image:
@@ -61,7 +57,7 @@ def test_hires_of_a1111(upscaling: Running, pipe: nativesd.Pipeline, file: Path)
 def test_extras_of_a1111(upscaling: Running, picture: Image.Image, file: Path) -> None:
     model = nativesd.load_upscaler(file, device="cpu")
     for scale, times in ((2, 1), (3, 2)):
-        body = {"image": data_of(picture), "upscaler_1": "2x-Small", "upscaling_resize": scale}
+        body = {"image": encoded(picture), "upscaler_1": "2x-Small", "upscaling_resize": scale}
         answer = upscaling.post("/sdapi/v1/extra-single-image", body)
         assert answer.status_code == 200, answer.text
         larger = picture.convert("RGB")
@@ -69,9 +65,9 @@ def test_extras_of_a1111(upscaling: Running, picture: Image.Image, file: Path) -
             larger = model(larger)
         wanted = larger.resize((picture.width * scale, picture.height * scale), Image.Resampling.LANCZOS)
         np.testing.assert_array_equal(np.asarray(opened(answer.json()["image"])), np.asarray(wanted))
-    body = {"imageList": [{"data": data_of(picture), "name": "a"}] * 2, "upscaler_1": "2x-Small"}
+    body = {"imageList": [{"data": encoded(picture), "name": "a"}] * 2, "upscaler_1": "2x-Small"}
     assert len(upscaling.post("/sdapi/v1/extra-batch-images", body).json()["images"]) == 2
-    body = {"image": data_of(Image.new("RGB", (5000, 10))), "upscaler_1": "2x-Small", "upscaling_resize": 1}
+    body = {"image": encoded(Image.new("RGB", (5000, 10))), "upscaler_1": "2x-Small", "upscaling_resize": 1}
     answer = upscaling.post("/sdapi/v1/extra-single-image", body)
     assert answer.status_code == 422
     assert "image must have at most 4096 pixels a side for 2x-Small" in answer.text
