@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -146,7 +146,7 @@ def export_onnx(
             file = folder / part.name / FILE
             file.parent.mkdir(parents=True)
             details = write_onnx(
-                part.graph(control=slots), file, static=request, opset=opset,
+                part.graph(control=slots), file, static=_asked(part, request), opset=opset,
                 names=names if part.component == "unet" else "nativesd", check=check, tolerance=tolerance,
                 metadata={"family": part.family, "source": part.source},
             )  # fmt: skip
@@ -233,6 +233,11 @@ def _turns(parts: Sequence[Part], on_part: OnPart | None) -> Iterator[Part]:
         if on_part is not None:
             on_part(part.name, number, len(parts))
         yield part
+
+
+def _asked(part: Part, request: Request | None) -> Request | None:
+    """The one request of a part: image prompts are asked of the UNet alone."""
+    return request if request is None or part.component == "unet" else replace(request, groups=1, image_tokens=1)
 
 
 def _load(source: str | Path, dtype: str | torch.dtype, maps: str | Path | None) -> Pipeline:

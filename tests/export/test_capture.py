@@ -6,6 +6,7 @@ The work reads and writes the very tensors of the recording, so a stale one give
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,11 +22,12 @@ from torch import Tensor
 import nativesd
 from nativesd.errors import UsageError
 from nativesd.export.capture import GRAPHS, CapturedRunner
-from nativesd.export.graphs import graph_of
+from nativesd.export.check import difference
+from nativesd.export.graphs import graph_of, image_inputs
 from nativesd.export.slots import Request
 from nativesd.machine import bench
 from nativesd.models.controlnet import ControlNet
-from nativesd.models.unet import UNet
+from nativesd.models.unet import ImageContext, UNet
 from nativesd.models.vae import VAE
 from nativesd.pipeline import acceleration
 
@@ -117,6 +119,21 @@ def test_sizes_prompts_and_control_have_graphs_of_their_own(plain: nativesd.Pipe
         found = runner.run(given | dict(zip(names, residuals, strict=True)))["out_sample"]
         assert torch.equal(found, expected)
     assert (queue.recorded, queue.launches) == (4, 8)
+
+
+@torch.inference_mode()
+def test_image_prompts_have_graphs_of_their_own(plain: nativesd.Pipeline, queue: Recorder) -> None:
+    """What is not shown is not in the graph."""
+    runner = CapturedRunner(graph_of(plain.unet, "unet"), queue)
+    given, like = unet_inputs(plain.unet, 2, 9, 7), torch.zeros(2, 4, 9, 7)
+    counts = Counter(place.width for place in plain.unet.config.cross_attentions)
+    keys = {width: torch.randn(count, 2, 1, 4, width) for width, count in counts.items()}
+    images = ImageContext(keys, keys)
+    for _ in range(3):
+        assert torch.equal(runner.run(given)["out_sample"], direct(plain.unet, given))
+        found = runner.run(given | image_inputs(images, like, runner.schema))["out_sample"]
+        assert difference(found, plain.unet(*given.values(), images=images)) <= 1e-5
+    assert (queue.recorded, queue.launches) == (2, 4)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -41,6 +41,7 @@ from nativesd.export.tensorrt.profiles import check_profiles, ready_profile, wit
 from nativesd.models.clip_vision import VisionEncoder
 from nativesd.models.unet import ImageContext, UNet
 from oracles import adapter_of, draw, drawn_adapter, save_adapter, vision_pair
+from streaming.clips import clip
 
 CPU = torch.device("cpu")
 
@@ -199,7 +200,7 @@ def told(seed: int) -> ImageEmbeddings:
 
 
 def test_an_accelerated_pipeline(adapters: dict[str, Path], tiny_store: Path) -> None:
-    """One graph for every adapter, scale, layer and part of the steps."""
+    """One graph for every adapter, scale, layer and part of the steps, and for a stream."""
     pipe = nativesd.load("tiny", device="cpu", fast=False)
     fast = pipe.accelerate("onnx", engines=tiny_store, components=["unet"])
     base, plus = (ImagePrompt(adapters[kind], told(number)) for number, kind in enumerate(("base", "plus")))
@@ -212,6 +213,12 @@ def test_an_accelerated_pipeline(adapters: dict[str, Path], tiny_store: Path) ->
     ):  # fmt: skip
         expected, found = (each("a strawberry", image_prompts=prompts, **options) for each in (pipe, fast))
         assert (expected.latents - found.latents).abs().max() < 1e-3
+    streams = [each.stream("a strawberry", image_prompts=[base, plus], output="tensor") for each in (pipe, fast)]
+    for frame in clip(2):
+        one, other = (stream(frame) for stream in streams)
+    assert one is not None
+    assert other is not None
+    assert difference(cast("Tensor", other.image), cast("Tensor", one.image)) <= 1e-3
     listed = CliRunner().invoke(main, ["engines", "list", "--engines", str(tiny_store)], env={"COLUMNS": "250"})
     assert "control, image prompts" in next(row for row in listed.output.splitlines() if row.startswith("unet"))
 
