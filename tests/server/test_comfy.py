@@ -18,6 +18,7 @@ from comfy_api_simplified import ComfyApiWrapper, ComfyWorkflowWrapper
 from PIL import Image
 
 import nativesd
+from nativesd.pictures.images import read_image
 from server.fixtures import PROMPT, Running, file_of, pixels, until
 
 
@@ -196,6 +197,34 @@ def test_sizes_layers_and_a_lora_of_the_unet(server: Running, pipe: nativesd.Pip
     graph["8"]["inputs"]["samples"] = link(31)
     (found,) = made(server, graph)
     same(found, pipe(PROMPT, **OURS, width=48, height=80, hires=nativesd.Hires(1.5, 0.5, upscaler="latent")))
+
+
+@pytest.mark.parametrize("way", ["mask", "hole", "model"])
+def test_inpainting(server: Running, pipe: nativesd.Pipeline, picture: Image.Image, way: str) -> None:
+    masked = picture.convert("RGBA")
+    masked.putalpha(Image.new("L", picture.size, 255))
+    masked.paste((0, 0, 0, 0), (16, 16, 48, 48))
+    mask = Image.new("L", picture.size)
+    mask.paste(255, (16, 16, 48, 48))
+    answer = requests.post(f"{server.url}/upload/image", files={"image": ("holed.png", file_of(masked))}, timeout=60)
+    graph = workflow(denoise=0.8)
+    graph["10"] = node("LoadImage", image=answer.json()["name"])
+    image = {"pixels": link(10), "vae": link(4, 2)}
+    wanted: dict[str, Any] = {"image": read_image(masked), "mask": mask}
+    match way:
+        case "mask":
+            graph["20"] = node("VAEEncode", **image)
+            graph["5"] = node("SetLatentNoiseMask", samples=link(20), mask=link(10, 1))
+        case "hole":
+            graph["5"] = node("VAEEncodeForInpaint", **image, mask=link(10, 1), grow_mask_by=7)
+            mask.paste(255, (13, 13, 51, 51))
+            wanted["image"].paste((128, 128, 128), (16, 16, 48, 48))
+        case "model":
+            graph["5"] = node("InpaintModelConditioning", positive=link(6), negative=link(7), **image, mask=link(10, 1),
+                              noise_mask=True)  # fmt: skip
+            graph["3"]["inputs"] |= {"positive": link(5, 0), "negative": link(5, 1), "latent_image": link(5, 2)}
+    (found,) = made(server, graph)
+    same(found, pipe(PROMPT, **OURS, **wanted, strength=0.8, steps_as="all", noise="comfyui"))
 
 
 def test_a_later_start_and_a_batch(server: Running, pipe: nativesd.Pipeline) -> None:

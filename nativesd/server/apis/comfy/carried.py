@@ -47,11 +47,13 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Latents:
-    """A size in pixels and a number of pictures; maybe latents (B, C, h, w), a picture, or what a sampler made."""
+    """A size in pixels and a number of pictures; maybe latents (B, C, h, w), a picture, a mask of what
+    of it is painted anew, or what a sampler made."""
 
     width: int
     height: int
     count: int = 1
     tensor: Tensor | None = None
     picture: Image.Image | None = None
+    mask: Image.Image | None = None
     result: Result | None = None

@@ -124,6 +124,9 @@ def _check_value(
         case "STRING":
             if not isinstance(value, str):
                 report.add(number, "invalid_input_type", f"{name} must be a text", name, name)
+        case "BOOLEAN":
+            if not isinstance(value, bool):
+                report.add(number, "invalid_input_type", f"{name} must be true or false", name, name)
         case "COMBO":
             if not isinstance(value, str) or not _offered(name, value, lists[each.names]):
                 report.add(number, "value_not_in_list", "Value not in list",

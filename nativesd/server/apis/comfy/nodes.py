@@ -26,7 +26,7 @@ def sampler_names() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Input:
-    """An input: `kind` is INT, FLOAT, STRING, COMBO, or what links carry; `names` is what a COMBO offers."""
+    """An input: `kind` is INT, FLOAT, STRING, BOOLEAN, COMBO, or what links carry; `names` is what a COMBO offers."""
 
     kind: str
     default: Any = None
@@ -39,7 +39,7 @@ class Input:
     @property
     def linked(self) -> bool:
         """Whether it comes from another node always."""
-        return self.kind not in ("INT", "FLOAT", "STRING", "COMBO")
+        return self.kind not in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,25 @@ NODES: Mapping[str, Node] = {
             "crop_position": Input("COMBO", "center", names="clip_crops"), "sharpening": Input("FLOAT", 0.0, 0, 0),
         },
         ("IMAGE",), "A square of a picture, as image encoders see it.", "ipadapter/utils",
+    ),
+    "VAEEncodeForInpaint": Node(
+        {
+            "pixels": Input("IMAGE"), "vae": Input("VAE"), "mask": Input("MASK"),
+            "grow_mask_by": Input("INT", 6, 0, 64),
+        },
+        ("LATENT",), "Latents of a picture with a hole, which is painted.", "latent/inpaint",
+    ),
+    "SetLatentNoiseMask": Node(
+        {"samples": Input("LATENT"), "mask": Input("MASK")}, ("LATENT",),
+        "A mask of what of a picture is painted anew.", "latent/inpaint",
+    ),
+    "InpaintModelConditioning": Node(
+        {
+            "positive": Input("CONDITIONING"), "negative": Input("CONDITIONING"), "vae": Input("VAE"),
+            "pixels": Input("IMAGE"), "mask": Input("MASK"), "noise_mask": Input("BOOLEAN", True, required=False),
+        },
+        ("CONDITIONING", "CONDITIONING", "LATENT"), "A picture and its mask, for models that inpaint.", "conditioning",
+        output_names=("positive", "negative", "latent"),
     ),
     "LoraLoaderModelOnly": Node(
         {

@@ -19,6 +19,7 @@ from nativesd.server.apis.comfy.carried import Conditioning, Latents, ModelRef, 
 from nativesd.server.apis.comfy.checking import Checked
 from nativesd.server.apis.comfy.enlarging import by_factor, by_model, interpolated, to_size
 from nativesd.server.apis.comfy.files import Files
+from nativesd.server.apis.comfy.masking import grown, holed
 from nativesd.server.apis.comfy.nodes import NODES
 from nativesd.server.jobs.job import Made
 from nativesd.server.jobs.turn import PNG_LEVEL, Turn
@@ -202,13 +203,14 @@ class _Run:
             options |= {"latents": latents.tensor, **start}
         elif latents.picture is not None:
             options |= {"image": latents.picture, **start}
+            options |= {} if latents.mask is None else {"mask": latents.mask}
         else:
             factor = pipeline.config.vae.factor
             options |= {"width": latents.width // factor * factor, "height": latents.height // factor * factor}
         result = self.turn.make(pipeline, positive.text, **options)
         self.turn.job.notes += result.parameters["notes"]
         size = result.images[0].size
-        return (Latents(*size, len(result.images), result.latents, None, result),)
+        return (Latents(*size, len(result.images), result.latents, result=result),)
 
     def decode(self, samples: Latents, vae: ModelRef) -> Sequence[Any]:
         result = samples.result
@@ -223,7 +225,27 @@ class _Run:
 
     def encode(self, pixels: Sequence[Picture], vae: ModelRef) -> Sequence[Any]:
         image = pixels[0].image.convert("RGB")
-        return (Latents(*image.size, 1, None, image),)
+        return (Latents(*image.size, picture=image),)
+
+    def encode_holed(
+        self, pixels: Sequence[Picture], vae: ModelRef, mask: Image.Image, grow_mask_by: int
+    ) -> Sequence[Any]:
+        image = pixels[0].image.convert("RGB")
+        return (Latents(*image.size, picture=holed(image, mask), mask=grown(mask, image.size, grow_mask_by)),)
+
+    def set_mask(self, samples: Latents, mask: Image.Image) -> Sequence[Any]:
+        if samples.picture is None:
+            raise UsageError("samples must be of VAEEncode where they have a mask")
+        return (replace(samples, mask=mask.resize(samples.picture.size, Image.Resampling.BILINEAR)),)
+
+    def inpaint(
+        self, positive: Conditioning, negative: Conditioning, vae: ModelRef, pixels: Sequence[Picture],
+        mask: Image.Image, noise_mask: bool = True,
+    ) -> Sequence[Any]:  # fmt: skip
+        if not noise_mask:
+            raise UsageError("noise_mask must be true here: what the mask leaves is kept")
+        image = pixels[0].image.convert("RGB")
+        return positive, negative, Latents(*image.size, picture=image, mask=grown(mask, image.size, 0))
 
     def load(self, image: str) -> Sequence[Any]:
         from nativesd.pictures.images import read_image
@@ -313,5 +335,6 @@ RUN: Mapping[str, Callable[..., Sequence[Any]]] = {
     "IPAdapterAdvanced": _Run.show_advanced, "PrepImageForClipVision": _Run.cut,
     "LatentUpscaleBy": _Run.upscale_by, "UpscaleModelLoader": _Run.upscaler,
     "ImageUpscaleWithModel": _Run.enlarge, "ImageScale": _Run.scale, "ImageScaleBy": _Run.scale_by,
-    "CLIPSetLastLayer": _Run.skip, "LoraLoaderModelOnly": _Run.lora_of_model,
+    "VAEEncodeForInpaint": _Run.encode_holed, "SetLatentNoiseMask": _Run.set_mask,
+    "InpaintModelConditioning": _Run.inpaint, "CLIPSetLastLayer": _Run.skip, "LoraLoaderModelOnly": _Run.lora_of_model,
 }  # fmt: skip
