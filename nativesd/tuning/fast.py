@@ -54,13 +54,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     return out
 
 
-def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, exact: bool = True) -> Tensor:
     """softmax(q k^T) v by blocks of queries, each with all keys: (B, T, C), (B, S, C), (B, S, C) -> (B, T, C).
 
     The queries are scaled already. The exponentials are computed in the matrix product's own epilogue, on its float32
     sums: as sigmoid(s - c) for logits s far below c, which is exp(s - c). Only differences count in a softmax, so any c
     will do that is large enough and not much too large: a query's largest logit for some of the keys, and `SHIFT`. It
     is one more component of the query. The few queries for which the guess was wrong are computed once more.
+
+    exact  round once, as torch's attention does, and not the weighted sums and their quotients each
     """
     width = q.shape[2] // heads
     block = max(BLOCK_BYTES[k.dtype] // (k.shape[1] * k.element_size()), 1)
@@ -68,11 +70,11 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     for i in range(q.shape[0]):
         for head in range(heads):
             part = slice(head * width, (head + 1) * width)
-            _attend_head(q[i, :, part], k[i, :, part], v[i, :, part], out[i, :, part], block)
+            _attend_head(q[i, :, part], k[i, :, part], v[i, :, part], out[i, :, part], block, exact=exact)
     return out
 
 
-def _attend_head(q: Tensor, k: Tensor, v: Tensor, out: Tensor, block: int) -> None:
+def _attend_head(q: Tensor, k: Tensor, v: Tensor, out: Tensor, block: int, *, exact: bool) -> None:
     """One head of one picture: (T, D), (S, D), (S, D) into `out` (T, D)."""
     sample = k[:: min(max(k.shape[0] // SAMPLE, 1), 16)]
     shifts = (q @ sample.T).amax(dim=1, keepdim=True) + SHIFT
@@ -82,7 +84,7 @@ def _attend_head(q: Tensor, k: Tensor, v: Tensor, out: Tensor, block: int) -> No
     for queries, result in zip(torch.split(q, block), torch.split(out, block), strict=True):
         weights = linear(queries, k, activation="sigmoid")  # (block, D + 1), (S, D + 1) -> (block, S)
         total = weights.sum(dim=1, keepdim=True, dtype=torch.float32)
-        torch.div(_weighted(weights, v), total, out=result)
+        torch.div(_weighted(weights, v) if exact else linear(weights, v), total, out=result)
         if not total.max().item() < MOST[q.dtype]:  # so it is where something is not finite
             wrong = (~(total < MOST[q.dtype])).flatten().nonzero().flatten()
             logits = queries[wrong].float() @ k.float().T
@@ -115,10 +117,13 @@ def attend(module: Attention, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attend_queries(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """`attend` for queries that are projected already, (B, T, C), (B, S, C), (B, S, C) -> (B, T, C)."""
+    """`attend` for projections by products of 8 bits, (B, T, C), (B, S, C), (B, S, C) -> (B, T, C).
+
+    Beside what those round, another rounding of the sums is nothing, and so their third product is left out.
+    """
     if min(q.shape[1], k.shape[1]) < FEWEST:
         return attention(q, k, v, heads)
-    return blockwise_attention(q * (q.shape[2] // heads) ** -0.5, k, v, heads)
+    return blockwise_attention(q * (q.shape[2] // heads) ** -0.5, k, v, heads, exact=False)
 
 
 def _attend(x: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
