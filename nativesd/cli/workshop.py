@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -174,9 +175,17 @@ def _said(given: Mapping[str, Any]) -> dict[str, Any]:
 @_with(*WRITTEN)
 def extract(tuned: str, base: str, dest: Path, unet_only: bool, **given: Any) -> None:
     """See the command's help."""
+    from tqdm import tqdm
+
     from nativesd.checkpoints.loras.extract import extract_lora
 
-    done = extract_lora(tuned, base, dest, text_encoders=not unet_only, **_said(given))
+    with tqdm(file=sys.stderr, leave=False, disable=None, unit="parameter") as bar:
+
+        def show(done: int, count: int) -> None:
+            bar.total = count
+            bar.update(done - bar.n)
+
+        done = extract_lora(tuned, base, dest, text_encoders=not unet_only, on_progress=show, **_said(given))
     unlike = [name for name, largest in done.left_out.items() if math.isinf(largest)]
     if differing := {name: largest for name, largest in done.left_out.items() if name not in unlike}:
         tell(f"left out {some(list(differing))}, which differ by {max(differing.values()):.3g} at most")

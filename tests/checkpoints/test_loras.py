@@ -214,19 +214,44 @@ def test_a_whole_fine_tune_is_extracted(run: Run, tmp_path: Path) -> None:
 # --- ranks
 
 
+def tail(values: Tensor, rank: int) -> Tensor:
+    return values[rank:].norm() / values.norm()
+
+
 def test_the_error_is_the_tail_of_the_singular_values() -> None:
     matrix = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(matrix)
     for rank in (1, 5, 39):
-        up, down, found = split(matrix, Rule(rank))
-        assert torch.allclose(found, values, rtol=1e-4)
-        error = torch.linalg.matrix_norm(matrix - up @ down)
-        assert torch.allclose(error, values[rank:].norm(), rtol=1e-3)
+        up, down, error = split(matrix, Rule(rank))
+        assert torch.allclose(up.norm(dim=0), values[:rank], rtol=1e-4)
+        assert torch.isclose(torch.tensor(error), tail(values, rank), rtol=1e-3)
+        assert torch.allclose(torch.linalg.matrix_norm(matrix - up @ down), values[rank:].norm(), rtol=1e-3)
     left, right = torch.randn(300, 8), torch.randn(8, 200)
-    up, down, found = shrink(left, right, Rule(5))
+    up, down, error = shrink(left, right, Rule(5))
     wanted = torch.linalg.svdvals(left @ right)
-    assert torch.allclose(found, wanted[:8], rtol=1e-3)
+    assert torch.isclose(torch.tensor(error), tail(wanted, 5), rtol=1e-3)
     assert torch.allclose(torch.linalg.matrix_norm(left @ right - up @ down), wanted[5:8].norm(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(320, 320), (1280, 320), (320, 2880)])
+@pytest.mark.parametrize(("noise", "more"), [(1.0, 5e-3), (0.01, 1e-5), (0.0, 1e-5)])
+def test_the_largest_singular_values_alone_are_those_of_all(shape: tuple[int, int], noise: float, more: float) -> None:
+    """What is lost is the tail of the spectrum: of a matrix whose values fall, and nearly so of mere noise."""
+    generator = torch.Generator().manual_seed(1)
+    left, right, rest = (torch.randn(each, generator=generator) for each in ((shape[0], 64), (64, shape[1]), shape))
+    matrix = (1 - noise) * (left * torch.logspace(0, -2, 64)) @ right + noise * rest
+    values = torch.linalg.svdvals(matrix.double())
+    state = torch.get_rng_state()
+    up, down, error = split(matrix, Rule(32))
+    assert torch.equal(torch.get_rng_state(), state)
+    wanted = float(tail(values, 32))
+    assert wanted * (1 - 1e-4) <= error <= wanted * (1 + more)
+    assert float(torch.linalg.matrix_norm(matrix.double() - up.double() @ down.double()) / values.norm()) <= (
+        wanted * (1 + more) + 1e-7
+    )
+    again = split(matrix, Rule(32))
+    assert torch.equal(up, again[0])
+    assert torch.equal(down, again[1])
 
 
 @pytest.mark.parametrize(

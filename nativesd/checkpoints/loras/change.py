@@ -98,8 +98,8 @@ def resize_lora(
                 resized.append(piece)
                 continue
             up, down = (_matrix(piece.parts[part]) for part in ("up", "down"))
-            left, right, values = shrink(up, down, rule)
-            errors.append(lost(values, right.shape[0]))
+            left, right, error = shrink(up, down, rule)
+            errors.append(error)
             resized.append(_resized(piece, left, right, piece.scale * right.shape[0], DTYPES.get(dtype or "")))
         named = name_pieces(resized, known, layout)
         keep_words(named, [file], layout)
@@ -149,8 +149,8 @@ def join_loras(
             up = torch.cat([_matrix(piece.parts["up"]) * (piece.scale * weight) for piece, weight in each], 1)
             down = torch.cat([_matrix(piece.parts["down"]) for piece, _ in each])
             if rule is not None:
-                up, down, values = shrink(up, down, rule)
-                errors.append(lost(values, down.shape[0]))
+                up, down, error = shrink(up, down, rule)
+                errors.append(error)
             joined.append(_resized(first, up, down, float(down.shape[0]), DTYPES.get(dtype or "")))
         named = name_pieces(joined, known, layout)
         keep_words(named, files, layout)
@@ -197,12 +197,6 @@ def _resized(piece: Piece, up: Tensor, down: Tensor, alpha: float, dtype: torch.
         for part in ("up", "down")
     }
     return Piece(piece.component, piece.parameter, parts, alpha)
-
-
-def lost(values: Tensor, kept: int) -> float:
-    """The part of a matrix that is not in its first singular values, in the Frobenius norm."""
-    whole = float(torch.linalg.vector_norm(values.double()))
-    return float(torch.linalg.vector_norm(values[kept:].double())) / whole if whole else 0.0
 
 
 def summary(dest: str | Path, named: Named, pieces: Sequence[Piece]) -> Written:

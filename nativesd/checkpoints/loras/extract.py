@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nativesd.checkpoints.layouts import DTYPES
-from nativesd.checkpoints.loras.change import Written, check_lora, is_folder, lost, summary
+from nativesd.checkpoints.loras.change import Written, check_lora, is_folder, summary
 from nativesd.checkpoints.loras.naming import Base, Piece, name_pieces
 from nativesd.checkpoints.loras.ranks import Rule, clamp, split
 from nativesd.checkpoints.loras.writing import network_metadata, write_lora
@@ -56,6 +56,7 @@ def extract_lora(
     clamp_quantile: float | None = None,
     layout: str = "kohya",
     dtype: str = "f16",
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Extracted:
     """Write the difference of a tuned model from its base as a LoRA, layer by layer, whatever their layouts.
 
@@ -64,6 +65,7 @@ def extract_lora(
     text_encoders   whether their layers are extracted too
     clamp_quantile  keep both matrices within this quantile of their numbers, as kohya's script does with 0.99 [not]
     dtype           "f16", "bf16" or "f32"
+    on_progress     called with how many parameters are done, and how many there are
 
     Layers that do not differ are not in it. What differs and has no place in a LoRA is in `left_out`: norms, biases,
     embeddings, the first and the last convolution, and what has another shape. Raises UsageError, SourceError,
@@ -91,14 +93,14 @@ def extract_lora(
         for component in wanted:
             unlike = _unlike(one, other, component)
             left_out |= dict.fromkeys((f"{component}.{name}" for name in unlike), math.inf)
-        for component, name, difference in _differences(one, other, wanted):
+        for component, name, difference in _differences(one, other, wanted, on_progress):
             kernel = difference.ndim == 4 and difference.shape[2:] != (1, 1)
             if difference.ndim < 2 or not LAYERS.fullmatch(name) or (kernel and conv_rank == 0):
-                left_out[f"{component}.{name}"] = float(difference.abs().max())
+                left_out[f"{component}.{name}"] = float(torch.linalg.vector_norm(difference, math.inf))
                 continue
             own = replace(rule, rank=conv_rank) if kernel and conv_rank else rule
-            up, down, values = split(difference.flatten(1), own)
-            errors.append(lost(values, len(down)))
+            up, down, error = split(difference.flatten(1), own)
+            errors.append(error)
             if clamp_quantile is not None:
                 up, down = clamp(up, down, clamp_quantile)
             ending = (1, 1) if difference.ndim == 4 else ()
@@ -122,16 +124,23 @@ def _unlike(tuned: Side, base: Side, component: str) -> list[str]:
     return sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
 
 
-def _differences(tuned: Side, base: Side, components: list[str]) -> Iterator[tuple[str, str, Tensor]]:
+def _differences(
+    tuned: Side, base: Side, components: list[str], on_progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, str, Tensor]]:
     """What differs, parameter by parameter, in float32. Raises WeightsError where it is not finite."""
-    for component in components:
-        one, other = (side.parameters(component) for side in (tuned, base))
-        for name in sorted(one.keys() & other.keys()):
-            if one[name].shape != other[name].shape:
-                continue  # `_unlike` has it
-            difference = one[name].make().float() - other[name].make().float()
-            largest = difference.abs().max()
-            if not largest.isfinite():
-                raise WeightsError(f"{component}.{name} of {tuned.name} or {base.name} is not finite")
-            if largest > 0:
-                yield component, name, difference
+    sides = {component: (tuned.parameters(component), base.parameters(component)) for component in components}
+    pairs = [
+        (component, name, one[name], other[name])
+        for component, (one, other) in sides.items()
+        for name in sorted(one.keys() & other.keys())
+        if one[name].shape == other[name].shape  # `_unlike` has the others
+    ]
+    for number, (component, name, one, other) in enumerate(pairs):
+        if on_progress is not None:
+            on_progress(number, len(pairs))
+        difference = one.make().float().sub_(other.make())
+        low, high = difference.aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            raise WeightsError(f"{component}.{name} of {tuned.name} or {base.name} is not finite")
+        if low < 0 or high > 0:
+            yield component, name, difference
