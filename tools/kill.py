@@ -40,12 +40,14 @@ from safetensors.torch import save_file
 import nativesd
 from nativesd import cli
 from nativesd.checkpoints import convert, export  # noqa: F401
-from nativesd.checkpoints.loras import merge  # noqa: F401
+from nativesd.checkpoints.loras import extract, merge  # noqa: F401
 from nativesd.checkpoints.merging import merge as merging  # noqa: F401
 from nativesd.destination import leftovers, remove
 from nativesd.diffusion import model  # noqa: F401
 from nativesd.export.kept.entries import verify
 from nativesd.export.kept.store import Store
+from nativesd.weights.lora.file import read_lora
+from nativesd.weights.lora.resolve import Use
 
 OPERATIONS = {
     "open", "os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.scandir",
@@ -74,6 +76,8 @@ KINDS = {
     "merge folder": Kind("lora merge tiny ../inputs/lora.safetensors out", ("out",)),
     "merge file": Kind("lora merge ../inputs/tiny.safetensors ../inputs/lora.safetensors out.safetensors",
                        ("out.safetensors",)),
+    "adapters": Kind("convert ../inputs/lora.safetensors out --layout peft --base tiny", ("out",)),
+    "extract": Kind("lora extract ../inputs/tuned.safetensors tiny out.safetensors --rank 2", ("out.safetensors",)),
     "merge models": Kind("merge ../inputs/tiny.safetensors tiny out.safetensors", ("out.safetensors",)),
     "export": Kind("export onnx tiny out --component text_encoder", ("out",)),
     "picture": Kind("generate x --seed 1 --steps 2 -o out.png --preview preview.png", ("out.png", "preview.png")),
@@ -93,6 +97,8 @@ def prepare(inputs: Path) -> None:
     module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     parts = {"lora_up.weight": torch.full((224, 2), 0.01), "lora_down.weight": torch.full((2, 224), 0.01)}
     save_file({f"{module}.{part}": tensor for part, tensor in parts.items()}, inputs / "lora.safetensors")
+    uses = [Use(read_lora(inputs / "lora.safetensors"))]
+    merge.merge_checkpoint(inputs / "tiny.safetensors", uses, inputs / "tuned.safetensors")
 
 
 def bystanders(folder: Path) -> None:

@@ -63,8 +63,11 @@ TEXT_TABLES = {
 """family -> text encoder -> its table and prefix in a single file."""
 
 
-OF_BYTES = ("modelspec.hash_sha256", "sshs_")
-"""Metadata of the tensors' bytes, which another layout has in another order (github.com/Stability-AI/ModelSpec)."""
+OF_BYTES = (
+    "modelspec.hash_sha256", "sshs_", "general.architecture", "general.file_type", "general.quantization_version",
+)  # fmt: skip
+"""Metadata of the tensors' bytes, which another file has in another order or kind (github.com/Stability-AI/ModelSpec;
+GGUF's own, which every such file has)."""
 OF_ONE = (
     "modelspec.title", "modelspec.author", "modelspec.date", "modelspec.description", "modelspec.thumbnail", "ss_",
 )  # fmt: skip

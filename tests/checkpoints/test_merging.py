@@ -514,6 +514,18 @@ def test_options_that_cannot_be(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_quantised_model_is_merged_into_one(folder: Path, tmp_path: Path) -> None:
+    """What its file says of itself is said anew."""
+    nativesd.convert(folder / "a.safetensors", tmp_path / "a.gguf", layout="ldm", dtype="q8_0")
+    mixed = merged(folder, tmp_path / "plain.safetensors", tmp_path / "a.gguf", "b", dtype="f32")
+    assert not any(key.startswith("general.") for key in read_header(tmp_path / "plain.safetensors").metadata)
+    done = nativesd.merge([tmp_path / "a.gguf", folder / "b"], tmp_path / "out.gguf", dtype="f32")
+    assert nativesd.diff(done.path, tmp_path / "plain.safetensors", values=True).ok
+    assert len(mixed) == done.tensors
+    nativesd.convert(done.path, tmp_path / "half.gguf", layout="ldm", dtype="f16")
+    assert nativesd.audit(tmp_path / "half.gguf").ok
+
+
 def test_a_pickle_is_not_written(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a \.safetensors or \.gguf file, or a folder: .*out\.ckpt is neither"):
         nativesd.merge([folder / "b"] * 2, tmp_path / "out.ckpt")

@@ -24,6 +24,8 @@ WRITERS = {
     "merge": ("lora", "merge", "tiny", "lora.safetensors", "DEST"),
     "merge models": ("merge", "tiny", "tiny", "DEST"),
     "resize": ("lora", "resize", "lora.safetensors", "DEST.safetensors", "--rank", "1", "--base", "tiny"),
+    "join": ("lora", "join", "lora.safetensors", "lora.safetensors:2", "DEST.safetensors", "--base", "tiny"),
+    "adapters": ("convert", "lora.safetensors", "DEST", "--layout", "peft", "--base", "tiny"),
     "export": ("export", "onnx", "tiny", "DEST", "--component", "text_encoder", "--no-check"),
     "generate": ("generate", "a red house", "--steps", "1", "--seed", "1", "-o", "DEST.png"),
 }
