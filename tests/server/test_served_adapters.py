@@ -255,6 +255,7 @@ def test_a_stream_is_shown_pictures(
                 np.testing.assert_array_equal(pixels(shown.next()), jpeg_pixels(wanted))
             client.until_asked()
     with connected(server) as client:
-        Pictures(client)
+        reader = Pictures(client)  # without one no frame is taken
         client.send({**OPTIONS, "image_prompts": [said], "image_encoder": "/etc"}, frames(1)[0])
         assert "there is no image encoder" in client.ended()
+        reader.answer.close()

@@ -183,7 +183,10 @@ def _image_prompt(
         pictures.append(intake.picture(f"{where}.image", each))
     if len(pictures) > 1:
         unheeded.append(f"{where}.image (taken: {len(pictures)} pictures together, not their mean)")
-    unheeded += [f"{where}.{name}" for name in ("mask", "mask_image") if fields.get(name)]
+    masked = any(isinstance(each, dict) and each.get("mask") for each in several)
+    unheeded += [
+        f"{where}.{name}" for name in ("mask", "mask_image") if fields.get(name) or (masked and name == "mask")
+    ]
     _note_hires(fields, where, unheeded)
     mask = fields.get("effective_region_mask")
     scale, start, end = _strength(fields, where)
