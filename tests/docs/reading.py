@@ -1,7 +1,8 @@
 """The README and the pages of docs/ as the tests read them: blocks of code, links, headings, and code in sentences.
 
 A fenced block names its language first. Blocks of `sh`, `console`, `python` and `pycon` (doctests) are run, unless the
-rest of that line says "not run: REASON", which the source shows; "exits with N" says how the last command ends.
+rest of that line says "not run: REASON", which the source shows; "exits with N" or "exits with N or M" says how the
+last command ends.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Block:
     text: str
     skipped: str | None
     """Why it is not run."""
-    exit_code: int
+    exit_codes: tuple[int, ...]
+    """How the last command may end."""
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}, line {self.line}"
@@ -51,11 +53,12 @@ def blocks(page: Path) -> Iterator[Block]:
         if token.type == "fence":
             language, _, rest = token.info.partition(" ")
             skipped = rest.removeprefix("not run: ") if rest.startswith("not run: ") else None
-            ends = re.fullmatch(r"exits with (\d)", rest)
+            ends = re.fullmatch(r"exits with (\d)(?: or (\d))?", rest)
             if rest and skipped is None and ends is None:
                 raise AssertionError(f"{page}: {token.info!r} is neither 'not run: REASON' nor 'exits with N'")
             assert token.map is not None
-            yield Block(page, token.map[0] + 1, language, token.content, skipped, int(ends[1]) if ends else 0)
+            codes = (0,) if ends is None else tuple(int(code) for code in ends.groups() if code)
+            yield Block(page, token.map[0] + 1, language, token.content, skipped, codes)
 
 
 def commands_of(block: Block) -> Iterator[tuple[str, str]]:
