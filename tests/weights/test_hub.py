@@ -243,8 +243,10 @@ def test_an_ip_adapter_brings_the_image_encoder_of_its_repository(
     assert load_image_encoder("org/name/models/image_encoder", device="cpu").module.config.projection == 40
     with pytest.raises(NetworkError, match="HF_HUB_OFFLINE"):
         load_image_adapter("org/name/models/other.safetensors", device="cpu")
-    with pytest.raises(SourceError, match=r"does not exist: name a file, a folder, or on the hub org/name or"):
-        load_image_adapter("models/other.safetensors", device="cpu")
+    monkeypatch.chdir(tmp_path)
+    for named in ("here/other.safetensors", "models/below/it/other.safetensors"):  # there is a folder models
+        with pytest.raises(SourceError, match=r"does not exist: name a file, a folder, or on the hub org/name or"):
+            load_image_adapter(named, device="cpu")
 
 
 def test_an_ip_adapter_whose_image_encoder_is_elsewhere(

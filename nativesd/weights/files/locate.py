@@ -134,4 +134,4 @@ def _on_hub(source: str | Path, form: re.Pattern[str] = HUB_ID) -> bool:
 def is_missing_file(source: str) -> bool:
     """Whether a name that is nothing here means a local file, though it looks like one on the hub: `org/name` with a
     file's suffix is no repository, and what would lie in a folder that is here is no file of one."""
-    return source.endswith((*SUFFIXES, ".json")) and (source.count("/") == 1 or os.path.isdir(Path(source).parent))
+    return source.endswith((*SUFFIXES, ".json")) and (source.count("/") == 1 or os.path.isdir(source.partition("/")[0]))
