@@ -16,7 +16,7 @@ import kill_batch
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the commands are forks")
 def test_what_killed_commands_write_is_whole_or_absent() -> None:
     """In a process of its own, since threads do not survive a fork."""
-    command = [sys.executable, str(Path(kill.__file__)), "--moments", "8"]
+    command = [sys.executable, str(Path(kill.__file__)), "--moments", "10"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "merge folder" in done.stdout
