@@ -15,7 +15,7 @@ from typing import Any
 from nativesd.shipped import TABLES
 from nativesd.weights.maps.keymap import SIGNATURES
 from nativesd.weights.maps.rules import Shape
-from nativesd.weights.maps.templates import TableError
+from nativesd.weights.maps.templates import LONGEST, TableError
 
 
 @dataclass(frozen=True)
@@ -81,5 +81,5 @@ def _parts(names: Iterable[str]) -> tuple[str, ...]:
 
 def recognise(shapes: Mapping[str, Shape]) -> Signature | None:
     """What that is not supported a checkpoint is, by its names and shapes."""
-    text = "\n" + "\n".join(shapes) + "\n"
+    text = "\n" + "\n".join(name for name in shapes if len(name) <= LONGEST) + "\n"
     return next((signature for signature in load_signatures() if signature.fits(text, shapes)), None)

@@ -15,6 +15,7 @@ from nativesd.weights.identity.evidence import Evidence
 from nativesd.weights.maps.keymap import KeyMap
 from nativesd.weights.maps.plan import INTEGERS
 from nativesd.weights.maps.rules import Shape
+from nativesd.weights.maps.templates import LONGEST
 
 TABLE = "textual_inversion"
 BUNDLED = "bundle_emb."
@@ -80,6 +81,8 @@ def find_words(shapes: Mapping[str, Shape], table: KeyMap, dtypes: Mapping[str, 
 
 
 def _match(table: KeyMap, key: str) -> re.Match[str] | None:
+    if len(key) > LONGEST:
+        return None
     return next((match for pattern in table.names if (match := re.fullmatch(pattern, key))), None)
 
 
