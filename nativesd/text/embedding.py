@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from nativesd.config import SDXL_BIGG, SDXL_CLIP_L
 from nativesd.errors import SourceError, UsageError
 from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.files.tensors import read_tensor
@@ -55,6 +57,8 @@ class Embedding:
 def read_embeddings(source: str | Path | Sequence[str | Path], name: str | None = None) -> tuple[Embedding, ...]:
     """The learnt words of a file, or of two, which are SDXL's: one for each text encoder. A LoRA's file may bring some.
 
+    Of two files whose names say that they belong together (`PAIRS`), either stands for both.
+
     A word's name is what the file says (diffusers' `<cat>`, `string_to_param` of A1111's .pt files with a name), else
     the file's stem; `name` overrides it, where there is one word. What a file may hold is in `weights.identity.words`.
     Raises SourceError for a file that is not that, UsageError for a name that cannot be.
@@ -63,6 +67,8 @@ def read_embeddings(source: str | Path | Sequence[str | Path], name: str | None 
     if name is not None and not name.strip():
         raise UsageError(f"the embedding {_listed(paths)} needs a name to be invoked by")
     files = [_read(path) for path in paths]
+    if len(files) == 1 and (pair := _pair(paths[0], files[0])) is not None:
+        paths, files = pair
     words = _joined(paths, files) if len(files) > 1 else files[0]
     if name is None:
         return words
@@ -70,6 +76,38 @@ def read_embeddings(source: str | Path | Sequence[str | Path], name: str | None 
         called = ", ".join(word.name for word in words)
         raise UsageError(f"{_listed(paths)} holds {len(words)} words, which have names of their own: {called}")
     return (replace(words[0], name=name.strip()),)
+
+
+PAIRS = ((r"(.+)[-_. ]clip[-_]?l", r"(.+)[-_. ]clip[-_]?g"), (r"(.+)", r"(.+)_2"))
+"""The stems of SDXL's two files, for the first and the second text encoder; what they have in common is the word. The
+last are those of diffusers' textual_inversion_sdxl.py."""
+HALVES = ([SDXL_CLIP_L.width], [SDXL_BIGG.width])
+
+
+def _pair(path: Path, words: tuple[Embedding, ...]) -> tuple[list[Path], list[tuple[Embedding, ...]]] | None:
+    """A half of SDXL's embedding with the other half beside it, where one is there."""
+    own = next((i for i, width in enumerate(HALVES) if all(word.widths == width for word in words)), None)
+    if own is None:
+        return None
+    for names in PAIRS:
+        match = re.fullmatch(names[own], path.stem, re.IGNORECASE)
+        for beside in sorted(path.parent.glob(f"*{path.suffix}")) if match is not None else []:
+            other = re.fullmatch(names[1 - own], beside.stem, re.IGNORECASE)
+            if match is None or other is None or other[1] != match[1] or beside == path:
+                continue
+            try:
+                partner = _read(beside)
+            except SourceError:  # what it is called by is no fault of this one
+                continue
+            if all(word.widths == HALVES[1 - own] for word in partner):
+                found = [path, beside], [_called(match[1], path, words), _called(match[1], beside, partner)]
+                return found if own == 0 else (found[0][::-1], found[1][::-1])
+    return None
+
+
+def _called(name: str, path: Path, words: tuple[Embedding, ...]) -> tuple[Embedding, ...]:
+    """Words that are called as their file by what its name has in common with the other half's."""
+    return tuple(replace(word, name=name) if word.name == path.stem else word for word in words)
 
 
 def _read(path: Path) -> tuple[Embedding, ...]:

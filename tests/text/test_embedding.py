@@ -140,6 +140,29 @@ def test_the_two_files_of_sdxl(tmp_path: Path) -> None:
         read_embeddings([first, second, first])
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "name"),
+    [("cat_clip_l", "cat_clip_g", "cat"), ("Cat-CLIP-L", "Cat-clipG", "Cat"), ("learned", "learned_2", "learned")],
+)
+def test_either_of_two_files_stands_for_both(first: str, second: str, name: str, tmp_path: Path) -> None:
+    """Where their names belong together, and what is in them."""
+    paths = [tmp_path / f"{each}.safetensors" for each in (first, second)]
+    for path, rows in zip(paths, (ROWS, WIDE), strict=True):
+        save_file({"emb_params": rows}, path)
+    save_file({"emb_params": WIDE}, tmp_path / "dog_clip_g.safetensors")
+    for path in paths:
+        [word] = read_embeddings(path)
+        assert word.name == name
+        assert all(map(torch.equal, word.vectors, (ROWS, WIDE)))
+    assert read_embeddings(paths[1], "mine")[0].name == "mine"
+    assert read_embeddings(tmp_path / "dog_clip_g.safetensors")[0].widths == [1280]
+    save_file({"emb_params": ROWS + 1}, paths[1])  # of SD1.x, another version
+    assert [read_embeddings(path)[0].widths for path in paths] == [[768], [768]]
+    save_file({"<cat>": WIDE}, paths[1])
+    save_file({"<cat>": ROWS}, paths[0])
+    assert [read_embeddings(path)[0].name for path in paths] == ["<cat>", "<cat>"]
+
+
 def test_learnt_words_fit_by_width() -> None:
     sd1, sd2, sdxl = learnt("a", 1, 768), learnt("b", 1, 1024), learnt("c", 1, 768, 1280)
     assert sd1.fit([768]) == sd1.vectors
