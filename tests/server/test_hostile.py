@@ -166,7 +166,7 @@ HOSTILE: dict[str, Ask] = {
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_requests_are_refused(server: Running, what: str, caplog: pytest.LogCaptureFixture) -> None:
     desk = server.context.desk
-    until(lambda: not desk.waiting() and not desk.running())  # what other tests left
+    until(lambda: not desk.waiting and not desk.running)  # what other tests left
     painted = desk.counts["done"]
     with caplog.at_level(logging.INFO):
         answer = HOSTILE[what](server)
