@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,11 @@ from test_loras import equal, every_kind, with_loras
 import nativesd
 from conftest import Run
 from nativesd.checkpoints.loras.change import convert_lora, join_loras, resize_lora
+from nativesd.checkpoints.loras.extract import extract_lora
+from nativesd.checkpoints.loras.merge import merge_checkpoint
 from nativesd.errors import SourceError, UsageError, WeightsError
+from nativesd.weights.lora.file import read_lora
+from nativesd.weights.lora.resolve import Use
 from pipeline.test_pipeline import save_model
 from weights import test_lora as loras
 
@@ -203,3 +209,41 @@ def test_magnitudes_along_the_inputs_are_kohyas_alone(layout: str, folders: dict
     assert equal(
         load_file(convert_lora(path, tmp_path / "k.safetensors", layout="kohya", base=model.folder).path), lora
     )
+
+
+@pytest.mark.parametrize("form", ["sd15", "sdxl"])
+def test_diffusers_and_peft_read_what_is_made(form: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Extracted, resized and joined, under the names of every layout, with the merge that is ours."""
+    model = loras.load_model(form, folders)
+    lora = [loras.factors(model, every_kind(model), seed, ranks=(4,)) for seed in (1, 2)]
+    files = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
+    for file, factors in zip(files, lora, strict=True):
+        loras.write(loras.in_kohya(model, factors, ldm=form == "sdxl"), file)
+    merge_checkpoint(model.folder, [Use(read_lora(files[0]))], tmp_path / "tuned")
+    base = {"base": model.folder}
+    makers: dict[str, Callable[..., Any]] = {
+        "extracted": lambda out, **how: extract_lora(tmp_path / "tuned", model.folder, out, rank=3, dtype="f32", **how),
+        "resized": lambda out, **how: resize_lora(files[0], out, rank=2, **base, **how),
+        "of several ranks": lambda out, **how: resize_lora(files[0], out, ratio=1.5, **base, **how),
+        "joined": lambda out, **how: join_loras([(files[0], 0.5), (files[1], -1)], out, **base, **how),
+    }
+    parts = {name: getattr(model.theirs, name) for name in model.ours.hosts}
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+    for made, maker in makers.items():
+        for layout in ("kohya", "diffusers", "peft"):
+            if layout == "kohya" and made == "of several ranks":
+                continue  # diffusers 0.42 loses alphas that differ from layer to layer, with peft 0.21
+            out = tmp_path / f"{made}-{layout}.safetensors"
+            maker(out, layout=layout)
+            wanted = with_loras(model, (out, 0.5))
+            model.theirs.load_lora_weights(out)
+            model.theirs.fuse_lora(lora_scale=0.5)
+            model.theirs.unload_lora_weights()
+            loras.same(model.reference(), wanted)
+            for name, part in parts.items():
+                part.load_state_dict(before[name])
+        maker(tmp_path / made, layout="peft")
+        wanted = with_loras(model, (tmp_path / made, 1.0))
+        loras.same(merged_by_peft(model, {name: tmp_path / made / name for name in parts}), wanted)
+        for name, part in parts.items():
+            part.load_state_dict(before[name])
