@@ -15,7 +15,7 @@ from nativesd.errors import WeightsError
 from nativesd.weights.checkpoint import apply, revert
 from nativesd.weights.files.source import Member
 from nativesd.weights.files.tensors import DTYPES, NAMES, flow_tensor, flows, read_tensor
-from nativesd.weights.formats.blocks import INSTEAD, quantise
+from nativesd.weights.formats.blocks import INSTEAD, dequantise, quantise
 from nativesd.weights.formats.gguf import ALIGNMENT, BLOCKS, MAX_NAME, gguf_bytes, gguf_header
 from nativesd.weights.formats.header import header_bytes
 from nativesd.weights.formats.scaled import MARK, SCALE, WEIGHT
@@ -175,32 +175,50 @@ def cast_finite(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     return out
 
 
+def to_quantise(entry: Entry, key: str) -> Tensor:
+    """A tensor that becomes few bits. Raises WeightsError for numbers that are not finite: integers have no such, and a
+    scale made of them spoils or hides all that share it."""
+    tensor = entry.make()
+    if not is_finite(tensor):
+        raise WeightsError(
+            f"{key} has numbers that are not finite (NaN or infinite), of which nothing can be quantised: nothing is "
+            "written; get the file again, or take another"
+        )
+    return tensor
+
+
 def in_scaled_float8(tensors: Mapping[str, Entry], part: str) -> dict[str, Entry]:
     """What a file has whose matrices below the prefix `part` are in float8 (e4m3fn), as ComfyUI writes it.
 
     Each has a scale beside it, by which its largest number becomes float8's largest, and the part has its mark, which
     asks for products in full precision. Other tensors of more than one dimension are float16, vectors as they are.
+    Making one raises WeightsError for numbers that are not finite.
     """
     out: dict[str, Entry] = {}
     for key, entry in tensors.items():
         if not entry.dtype.is_floating_point or len(entry.shape) < 2:
             out[key] = entry
         elif len(entry.shape) == 2 and key.startswith(part) and key.endswith(WEIGHT):
-            out[key] = Entry(torch.float8_e4m3fn, entry.shape, partial(_scaled, entry))
-            out[key.removesuffix(WEIGHT) + SCALE] = Entry(torch.float32, (), partial(_scale, entry))
+            out[key] = Entry(torch.float8_e4m3fn, entry.shape, partial(_scaled, entry, key))
+            out[key.removesuffix(WEIGHT) + SCALE] = Entry(torch.float32, (), partial(_scale, entry, key))
         else:
             out[key] = Entry(torch.float16, entry.shape, partial(_halved, entry, key))
     out[part + MARK] = Entry(torch.float8_e4m3fn, (2,), partial(torch.zeros, 2, dtype=torch.float8_e4m3fn))
     return out
 
 
-def _scale(entry: Entry) -> Tensor:
-    largest = entry.make().abs().amax().float()
+def _scale(entry: Entry, key: str) -> Tensor:
+    return _scale_of(to_quantise(entry, key))
+
+
+def _scaled(entry: Entry, key: str) -> Tensor:
+    tensor = to_quantise(entry, key)
+    return (tensor.float() / _scale_of(tensor)).to(torch.float8_e4m3fn)
+
+
+def _scale_of(tensor: Tensor) -> Tensor:
+    largest = tensor.abs().amax().float()
     return torch.where(largest == 0, 1.0, largest / torch.finfo(torch.float8_e4m3fn).max)
-
-
-def _scaled(entry: Entry) -> Tensor:
-    return (entry.make().float() / _scale(entry)).to(torch.float8_e4m3fn)
 
 
 def _halved(entry: Entry, key: str) -> Tensor:
@@ -247,6 +265,7 @@ def _made(entries: Iterable[Entry]) -> Iterator[memoryview]:
 
 PLAIN_KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """The dtypes that are written into GGUF files as they are; others become float32."""
+HALF = torch.finfo(torch.float16).max
 ROWS = 1 << 17  # numbers that are quantised at once: their copies stay in the processor's caches
 
 
@@ -255,6 +274,8 @@ def write_gguf(path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, 
 
     kind  one of `blocks.WRITERS`, for matrices whose rows are whole blocks, or by `blocks.INSTEAD`. Other tensors of
           more than one dimension are float16 then; vectors stay as they are, as all do for None
+
+    Raises WeightsError for numbers that are not finite, or more than their dtype can hold.
     """
     placed, at = list[tuple[str, str, Entry, int]](), 0
     for name, entry in tensors.items():
@@ -264,8 +285,8 @@ def write_gguf(path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, 
     texts = {key: value for key, value in metadata.items() if len(value) <= MAX_NAME}
     head = gguf_header(texts, [(name, own, entry.shape, start) for name, own, entry, start in placed])
     made = (
-        Entry(torch.uint8, (gguf_bytes(own, entry.shape),), partial(_in_kind, entry, own))
-        for _, own, entry, _ in placed
+        Entry(torch.uint8, (gguf_bytes(own, entry.shape),), partial(_in_kind, entry, own, name))
+        for name, own, entry, _ in placed
     )
     with path.open("wb") as file:
         file.write(head + bytes(-len(head) % ALIGNMENT))
@@ -282,10 +303,17 @@ def _kind(entry: Entry, kind: str | None) -> str:
     return next(fitting, "F16") if len(entry.shape) == 2 else "F16"
 
 
-def _in_kind(entry: Entry, kind: str) -> Tensor:
-    """A tensor's bytes (n,) uint8 in a dtype of GGUF's."""
-    tensor = entry.make()
+def _in_kind(entry: Entry, kind: str, key: str) -> Tensor:
+    """A tensor's bytes (n,) uint8 in a dtype of GGUF's. Raises WeightsError for numbers that it cannot hold."""
     if kind in BLOCKS:
-        return torch.cat([quantise(piece.float(), kind) for piece in torch.split(tensor.flatten(), ROWS)])
+        tensor = to_quantise(entry, key)
+        out = [quantise(piece.float(), kind) for piece in torch.split(tensor.flatten(), ROWS)]
+        largest = float(tensor.abs().amax()) if tensor.numel() else 0.0
+        if largest > HALF and not all(is_finite(dequantise(raw, kind)) for raw in out):  # its scales are float16
+            raise WeightsError(
+                f"{key} has numbers up to {largest:.3g}, which {kind} cannot hold: nothing is written; choose another "
+                "dtype"
+            )
+        return torch.cat(out)
     dtype = next(dtype for dtype, name in PLAIN_KINDS.items() if name == kind)
-    return cast_finite(tensor, dtype, "a tensor").contiguous().flatten().view(torch.uint8)
+    return cast_finite(entry.make(), dtype, key).contiguous().flatten().view(torch.uint8)

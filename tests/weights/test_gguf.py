@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from io import BytesIO
@@ -15,14 +16,14 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_convert import single
 from torch import Tensor
 
 import nativesd
 from nativesd.checkpoints.convert import convert
 from nativesd.checkpoints.layouts import QUANTISED
-from nativesd.errors import SourceError, UsageError
+from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.weights.files.source import open_source
 from nativesd.weights.files.tensors import read_tensor
 from nativesd.weights.formats.blocks import INSTEAD, WRITERS, dequantise, quantise
@@ -267,6 +268,33 @@ def test_rows_that_are_no_whole_blocks(tmp_path: Path) -> None:
         write_gguf(tmp_path / kind, entries, {}, kind)
         found = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / kind).tensors}
         assert found == {"k": kind, "smaller": instead, "none": "F16", "vector": "F32", "conv": "F16"}
+
+
+BLOCK = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0"
+NOT_FINITE = r"^x.weight has numbers that are not finite \(NaN or infinite\), of which nothing can be quantised"
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_numbers_that_no_block_can_hold(kind: str, tmp_path: Path) -> None:
+    for bad in (math.nan, math.inf, -math.inf, 1e9):
+        numbers = torch.ones(2, 256)
+        numbers[1, 3] = bad
+        words = f"^x.weight has numbers up to 1e\\+09, which {kind} cannot hold" if bad == 1e9 else NOT_FINITE
+        with pytest.raises(WeightsError, match=words):
+            write_gguf(tmp_path / "x", {"x.weight": Entry(torch.float32, (2, 256), numbers.clone)}, {}, kind)
+
+
+@pytest.mark.filterwarnings("ignore:.* of no published form", "ignore:.* will not say ")
+@pytest.mark.parametrize("dtype", ["q6_k", "q8_0", "fp8"])
+def test_a_model_with_a_weight_that_is_not_finite(dtype: str, tmp_path: Path) -> None:
+    source, key = single("sd1", tmp_path / "model.safetensors"), f"{BLOCK}.ff.net.2.weight"
+    tensors = load_file(source)
+    tensors[key][0, 0] = math.nan
+    save_file(tensors, source)
+    out = tmp_path / ("out.safetensors" if dtype == "fp8" else "out.gguf")
+    with pytest.raises(WeightsError, match=f"^{key} has numbers that are not finite"):
+        convert(source, out, layout="ldm", dtype=dtype)
+    assert [file.name for file in tmp_path.iterdir()] == [source.name]
 
 
 @pytest.mark.filterwarnings("ignore:.* of no published form", "ignore:.* will not say ")
