@@ -26,6 +26,8 @@ Fit = Literal["resize", "crop", "fill"]
 Fill = Literal["edge", "noise", "gray"]
 
 LANCZOS = Image.Resampling.LANCZOS
+MOST_SCALED = 1 << 26
+"""Pixels of a whole picture that is scaled before it is cropped, as A1111 does; of more, the middle alone is."""
 FEATHER = 40  # default of ComfyUI's ImagePadForOutpaint (nodes.py), in pixels
 
 
@@ -92,11 +94,20 @@ def fit(
     follow_width = wider if mode == "crop" else not wider
     inner = (width, own_height * width // own_width) if follow_width else (own_width * height // own_height, height)
     inner = (max(inner[0], 1), max(inner[1], 1))
-    scaled = image.resize(inner, LANCZOS)
     left, top = width // 2 - inner[0] // 2, height // 2 - inner[1] // 2
+    if mode == "crop" and inner[0] * inner[1] > MOST_SCALED:
+        return Fitted(image.resize((width, height), LANCZOS, middle(image.size, (width, height))), note)
+    scaled = image.resize(inner, LANCZOS)
     if mode == "crop":
         return Fitted(scaled.crop((-left, -top, width - left, height - top)), note)
     return Fitted(_extend(scaled, left, width - inner[0] - left, top, height - inner[1] - top), note)
+
+
+def middle(size: tuple[int, int], shape: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The box (left, top, right, bottom) around the middle of a size that is as large as it can be and of a shape."""
+    scale = min(size[0] / shape[0], size[1] / shape[1])
+    left, top = (size[0] - shape[0] * scale) / 2, (size[1] - shape[1] * scale) / 2
+    return left, top, size[0] - left, size[1] - top
 
 
 def fitted_size(image: Image.Image, width: int | None, height: int | None, factor: int) -> tuple[int, int]:

@@ -152,10 +152,12 @@ class Result:
         own = {name: self.parameters[name] for name in ("prompt", "negative_prompt")}
         own = {name: given if isinstance(given, str) else given[index] for name, given in own.items()}
         variation: Mapping[str, Any] = self.parameters.get("variation") or {}
-        if variation.get("seed") is not None:
+        batched = self.parameters.get("noise") == "comfyui"  # it comes again with those before it
+        if variation.get("seed") is not None and not batched:
             own["variation"] = {**variation, "seed": (variation["seed"] + index) % (1 << 64)}
-        if self.parameters.get("noise") == "comfyui":
-            own["batch"] = (index, len(self.seeds))
+        if batched:
+            seed = self.seeds[index]
+            own["batch"] = (self.seeds[:index].count(seed), self.seeds.count(seed))
         return {**self.parameters, **own, "seed": self.seeds[index]}
 
     def save(self, path: str | Path) -> list[Path]:

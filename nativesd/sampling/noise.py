@@ -221,7 +221,7 @@ _torchsde_lock = threading.Lock()
 def _normals_of(kind: NoiseKind) -> Iterator[None]:
     """torchsde draws normals of `kind` meanwhile. It has no option for it, so its function is replaced, as A1111 does.
 
-    Locked for both kinds: no other thread may draw from the replaced function.
+    Locked for all kinds: no other thread may draw from the replaced function.
     """
     interval: Any = importlib.import_module("torchsde._brownian.brownian_interval")
     with _torchsde_lock:

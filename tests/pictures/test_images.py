@@ -319,6 +319,15 @@ def test_fit_is_that_of_diffusers(mode: images.Fit, size: tuple[int, int]) -> No
     assert (note is None) == (size == picture.size)
 
 
+def test_a_narrow_picture_is_not_scaled_as_a_whole() -> None:
+    """That would be 134 thousand million pixels."""
+    picture = Image.new("RGB", (1, 2000), (255, 0, 0))
+    picture.paste((0, 0, 255), (0, 990, 1, 1010))
+    fitted = images.fit(picture, 8192, 8, "crop").image
+    assert fitted.size == (8192, 8)
+    assert set(fitted.getdata()) == {(0, 0, 255)}
+
+
 def test_fit_says_what_it_did() -> None:
     picture = photo(1023, 770)
     assert images.fit(picture) == (images.fit(picture)[0], "1023x770 resized to 1016x768")

@@ -227,6 +227,44 @@ def test_inpainting(server: Running, pipe: nativesd.Pipeline, picture: Image.Ima
     same(found, pipe(PROMPT, **OURS, **wanted, strength=0.8, steps_as="all", noise="comfyui"))
 
 
+def failed(server: Running, graph: dict[str, Any]) -> str:
+    """What is said of a graph that fails while it runs."""
+    answer = server.post("/prompt", {"prompt": graph})
+    assert answer.status_code == 200, answer.text
+    told = until(lambda: server.get(f"/history/{answer.json()['prompt_id']}").json().get(answer.json()["prompt_id"]))
+    assert told["status"]["status_str"] == "error", told
+    return str(told["status"]["messages"])
+
+
+def test_what_is_lost_or_too_large_is_refused(server: Running) -> None:
+    narrow = file_of(Image.new("RGB", (1, 512)))
+    answer = requests.post(f"{server.url}/upload/image", files={"image": ("narrow.png", narrow)}, timeout=60)
+    graph = workflow()
+    graph["10"] = node("LoadImage", image=answer.json()["name"])
+    for method in ("lanczos", "bilinear"):
+        graph["30"] = node("ImageScale", image=link(10), upscale_method=method, width=2048, height=0, crop="disabled")
+        graph["9"]["inputs"]["images"] = link(30)
+        assert "at most 8192 pixels a side on this server, not 2048x1048576" in failed(server, graph)
+    graph["30"] = node("ImageScale", image=link(10), upscale_method="bilinear", width=64, height=1, crop="center")
+    assert [pixels(each).shape for each in made(server, graph)] == [(1, 64, 3)]
+
+    graph = workflow(denoise=0.5)
+    graph["10"] = node("LoadImage", image=answer.json()["name"])
+    graph["20"] = node("VAEEncode", pixels=link(8), vae=link(4, 2))
+    graph["21"] = node("SetLatentNoiseMask", samples=link(20), mask=link(10, 1))
+    graph["30"] = node("LatentUpscaleBy", samples=link(21), upscale_method="bilinear", scale_by=1.5)
+    graph["31"] = copy.deepcopy(graph["3"])
+    graph["31"]["inputs"]["latent_image"] = link(30)
+    graph["32"] = node("VAEDecode", samples=link(31), vae=link(4, 2))
+    graph["9"]["inputs"]["images"] = link(32)
+    assert "latent_image must be of VAEEncode where it has a mask" in failed(server, graph)
+
+    graph = workflow()
+    graph["20"] = node("CLIPSetLastLayer", clip=link(4, 1), stop_at_clip_layer=-2)
+    graph["7"]["inputs"]["clip"] = link(20)
+    assert "positive and negative must come of one CLIP here" in failed(server, graph)
+
+
 def test_a_later_start_and_a_batch(server: Running, pipe: nativesd.Pipeline) -> None:
     graph = workflow()
     inputs = graph["3"]["inputs"]

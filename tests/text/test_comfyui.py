@@ -139,11 +139,27 @@ def test_a_batch_of_comfyui_is_repeated_picture_by_picture(tmp_path: Path) -> No
     file = made.save(tmp_path / "made.png")[2]
     options, unheeded = nativesd.options_from(file)
     assert options["num_images"] == 3
-    assert unheeded == ["Batch pos 2 (taken: the 3 first of the batch, of which it is the last)"]
+    assert unheeded == ["Batch pos 2 (taken: the 2 before it too, as the noise is one for all)"]
     again = pipe(options.pop("prompt"), **{name: value for name, value in options.items() if name != "model"})
     assert torch.equal(again.latents, made.latents)
     two = pipe("a fox", noise="comfyui", num_images=2, sampler="Euler a", **OPTIONS)  # type: ignore[arg-type]
     assert torch.allclose(two.latents, made.latents[:2], atol=1e-4)
+
+
+def test_a_picture_has_its_place_among_those_of_its_seed(tmp_path: Path) -> None:
+    pipe = nativesd.load()
+    for given in ({"seed": [1, 2, 1]}, {"seed": 5, "num_images": 2, "variation": nativesd.Variation(3, 0.5)}):
+        made = pipe("a fox", noise="comfyui", sampler="Euler a", **{**OPTIONS, **given})  # type: ignore[arg-type]
+        for index, file in enumerate(made.save(tmp_path / "made.png")):
+            options, _ = nativesd.options_from(file)
+            again = pipe(options.pop("prompt"), **{name: value for name, value in options.items() if name != "model"})
+            assert torch.allclose(again.latents[-1], made.latents[index], atol=1e-4), (given, index)
+    text = made.infotext(1).replace("Batch pos: 1", "Batch pos: {}")
+    for place, left in (("x", "Batch pos x"), ("9999", "10000 pictures of a batch (taken: 1)")):
+        (tmp_path / "made.txt").write_text(text.replace("{}", place))
+        options, unheeded = nativesd.options_from(tmp_path / "made.txt")
+        assert "num_images" not in options
+        assert left in unheeded
 
 
 def test_another_emphasis_is_refused() -> None:

@@ -239,9 +239,13 @@ def generation_options(info: Infotext) -> tuple[dict[str, Any], list[str]]:
         options["schedule"] = schedule
     if maker != "other":
         options.setdefault("noise", {"a1111": "cuda", "comfyui": "comfyui"}.get(maker, "cpu"))
-    if options.get("noise") == "comfyui" and (place := integer(*fields.get("batch pos", ("Batch pos", "0")))) > 0:
-        options["num_images"] = place + 1  # one noise for all, of which the first are the same for fewer
-        unheeded.append(f"Batch pos {place} (taken: the {place + 1} first of the batch, of which it is the last)")
+    place = fields.get("batch pos", ("", "0"))[1]
+    if options.get("noise") == "comfyui" and place != "0":
+        if place.isdecimal() and len(place) < 5:
+            options["num_images"] = int(place) + 1  # one noise for all, of which the first are the same for fewer
+            unheeded.append(f"Batch pos {place} (taken: the {place} before it too, as the noise is one for all)")
+        else:
+            unheeded.append(f"Batch pos {place}")
     return options, unheeded
 
 

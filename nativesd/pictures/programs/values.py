@@ -20,7 +20,7 @@ def noise(name: str, value: str) -> str:
     """Whose noise: "cpu", "cuda" or "comfyui"."""
     source = {"cpu": "cpu", "nv": "cuda", "gpu": "cuda", "cuda": "cuda", "comfyui": "comfyui"}.get(value.lower())
     if source is None:
-        raise UsageError(f"{name}: {value!r} is not a source of noise: CPU, GPU or NV")
+        raise UsageError(f"{name}: {value!r} is not a source of noise: CPU, GPU, NV or ComfyUI")
     return source
 
 

@@ -47,7 +47,7 @@ from nativesd.pictures.images import Fit, ImageSource
 from nativesd.pictures.soft import SoftInpaint
 from nativesd.pipeline.asked.elsewhere import ELSEWHERE
 from nativesd.pipeline.asked.hires import Hires
-from nativesd.pipeline.asked.readers import Reader, flag, is_list, one_of, read_emphasis, real, text, whole
+from nativesd.pipeline.asked.readers import Reader, flag, folded, is_list, one_of, read_emphasis, real, text, whole
 from nativesd.pipeline.asked.records import (
     MOST_BLUR,
     MOST_GUIDANCE,
@@ -313,7 +313,7 @@ class Checked:
     literal: Annotated[bool, flag] = False
     force: Annotated[bool, flag] = False
     sdxl: Annotated[SDXL | None, read_sdxl] = None
-    noise: Annotated[NoiseKind, one_of(*get_args(NoiseKind))] = "cpu"
+    noise: Annotated[NoiseKind, folded(*get_args(NoiseKind))] = "cpu"
     variation: Annotated[Variation | None, read_variation] = None
     on_step: Annotated[Callable[[Step], object] | None, read_callable] = None
 

@@ -56,9 +56,14 @@ def one_of(*words: str) -> Reader:
     return read
 
 
-def read_emphasis(name: str, value: Any) -> str:
-    """How prompts weigh their words, in any case."""
-    return str(one_of(*get_args(Emphasis))(name, value.lower() if isinstance(value, str) else value))
+def folded(*words: str) -> Reader:
+    """One of several words, in any case."""
+    read = one_of(*words)
+    return lambda name, value: read(name, value.lower() if isinstance(value, str) else value)
+
+
+read_emphasis = folded(*get_args(Emphasis))
+"""How prompts weigh their words."""
 
 
 def shown(value: object) -> str:

@@ -13,6 +13,7 @@ from nativesd.pictures.programs.find import read_recipe
 from nativesd.pictures.programs.recipe import Recipe
 from nativesd.pictures.soft import SoftInpaint
 from nativesd.pipeline.asked.hires import UPSCALERS, Hires
+from nativesd.pipeline.asked.records import MOST_PICTURES
 from nativesd.pipeline.asked.worded import read_guidance, read_savings
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.options import Sampling
@@ -48,6 +49,9 @@ def options_of(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
             except UsageError as error:
                 del options[name]
                 unheeded.append(f"{error} (taken: none)")
+    if (pictures := options.get("num_images", 1)) > MOST_PICTURES:
+        del options["num_images"]
+        unheeded.append(f"{pictures} pictures of a batch (taken: 1)")
     _name_unknown(options, unheeded, "")
     hires: Any = options.pop("hires", None)
     if hires is not None:

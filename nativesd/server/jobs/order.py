@@ -10,6 +10,7 @@ from PIL import Image
 
 from nativesd.errors import UsageError
 from nativesd.pipeline.asked.arguments import Checked, check
+from nativesd.pipeline.upscaling import UpscaleModel
 from nativesd.server.jobs.job import Made
 from nativesd.server.jobs.turn import Turn
 from nativesd.server.settings import Limits
@@ -82,6 +83,13 @@ def require_bounded(order: Order, limits: Limits, size: int | None, names: Mappi
                 raise UsageError(f"{says[name]} must be at most {limits.side} pixels on this server, not {side}")
     if pictures > limits.batch:
         raise UsageError(f"{says['num_images']} must be at most {limits.batch} on this server, not {pictures}")
+
+
+def require_enlarging(model: UpscaleModel, picture: Image.Image, limits: Limits) -> None:
+    """Raise UsageError for a picture that a model would make larger than this server makes any."""
+    most = 4 * limits.side
+    if max(picture.size) * model.scale > most:
+        raise UsageError(f"image must have at most {most // model.scale} pixels a side for {model.name} on this server")
 
 
 def _sides(asked: Checked, default: int) -> tuple[int, int]:

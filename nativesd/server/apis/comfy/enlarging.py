@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from nativesd.errors import UsageError
 from nativesd.server.apis.comfy.carried import Picture
+from nativesd.server.jobs.order import require_enlarging
 
 if TYPE_CHECKING:
     from nativesd.server.jobs.turn import Turn
@@ -25,8 +27,8 @@ def margins(old: tuple[int, int], new: tuple[int, int], crop: str) -> tuple[int,
     if crop != "center":
         return 0, 0
     if width / height > ratio:
-        return round((width - height * ratio) / 2), 0
-    return 0, round((height - width / ratio) / 2)
+        return min(round((width - height * ratio) / 2), (width - 1) // 2), 0
+    return 0, min(round((height - width / ratio) / 2), (height - 1) // 2)
 
 
 def interpolated(tensor: Tensor, size: tuple[int, int], method: str, crop: str) -> Tensor:
@@ -36,43 +38,41 @@ def interpolated(tensor: Tensor, size: tuple[int, int], method: str, crop: str) 
     return F.interpolate(tensor[:, :, y : rows - y, x : columns - x], size=size, mode=method)
 
 
+def followed(size: tuple[int, int], width: int, height: int, least: int) -> tuple[int, int]:
+    """A width and a height, of which one may be 0: it follows from the other by the shape of `size`."""
+    width = width or max(least, round(size[0] * height / size[1]))
+    return width, height or max(least, round(size[1] * width / size[0]))
+
+
+def times(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    """A size so many times as large."""
+    return max(round(size[0] * factor), 1), max(round(size[1] * factor), 1)
+
+
+def require_within(size: tuple[int, int], most: int) -> None:
+    """Raise UsageError for a size with a side of more pixels."""
+    if max(size) > most:
+        raise UsageError(f"what is made must have at most {most} pixels a side on this server, not {size[0]}x{size[1]}")
+
+
 def by_model(turn: Turn, upscale_model: str, image: Sequence[Picture]) -> list[Picture]:
     """Pictures enlarged by a model. Raises UsageError where they would be larger than the server makes them."""
-    model, most = turn.shelf.upscaler(upscale_model), 4 * turn.shelf.limits.side
+    model = turn.shelf.upscaler(upscale_model)
     for each in image:
-        if max(each.image.size) * model.scale > most:
-            side = most // model.scale
-            raise UsageError(f"image must have at most {side} pixels a side for {model.name} on this server")
-    return [Picture(model(each.image.convert("RGB")), each.infotext, each.seed) for each in image]
+        require_enlarging(model, each.image, turn.shelf.limits)
+    return [replace(each, image=model(each.image.convert("RGB"))) for each in image]
 
 
-def to_size(image: Sequence[Picture], method: str, width: int, height: int, crop: str) -> list[Picture]:
-    """Pictures of a size; a side of 0 follows the other, and both are none at all."""
-    if not width and not height:
-        return list(image)
-    return [Picture(_resized(each.image, method, width, height, crop), each.infotext, each.seed) for each in image]
-
-
-def by_factor(turn: Turn, image: Sequence[Picture], method: str, factor: float) -> list[Picture]:
-    """Pictures `factor` times as large. Raises UsageError where they would be larger than the server makes them."""
-    made, most = [], 4 * turn.shelf.limits.side
-    for each in image:
-        width, height = (max(round(side * factor), 1) for side in each.image.size)
-        if max(width, height) > most:
-            raise UsageError(f"scale_by must give at most {most} pixels a side, not {max(width, height)}")
-        made.append(Picture(_resized(each.image, method, width, height, "disabled"), each.infotext, each.seed))
-    return made
-
-
-def _resized(image: Image.Image, method: str, width: int, height: int, crop: str) -> Image.Image:
+def resized(turn: Turn, picture: Picture, method: str, size: tuple[int, int], crop: str) -> Picture:
+    """A picture of a size. Raises UsageError for one that is larger than the server makes them."""
     from nativesd.pictures.images import to_pictures, to_tensor
 
-    image = image.convert("RGB")
-    width = width or max(1, round(image.width * height / image.height))
-    height = height or max(1, round(image.height * width / image.width))
+    require_within(size, 4 * turn.shelf.limits.side)
+    image = picture.image.convert("RGB")
     if method != "lanczos":
         pixels = to_tensor([image]) / 2 + 0.5  # (1, 3, H, W) in [0, 1]
-        return to_pictures(interpolated(pixels, (height, width), method, crop).clamp(0, 1))[0]
-    left, top = margins(image.size, (width, height), crop)
+        made = to_pictures(interpolated(pixels, (size[1], size[0]), method, crop).clamp(0, 1))[0]
+        return replace(picture, image=made)
+    left, top = margins(image.size, size, crop)
     box = (left, top, image.width - left, image.height - top)
-    return image.resize((width, height), Image.Resampling.LANCZOS, box)
+    return replace(picture, image=image.resize(size, Image.Resampling.LANCZOS, box))

@@ -17,7 +17,7 @@ from nativesd.errors import UsageError
 from nativesd.server.apis.comfy import adapters
 from nativesd.server.apis.comfy.carried import Conditioning, Latents, ModelRef, Picture
 from nativesd.server.apis.comfy.checking import Checked
-from nativesd.server.apis.comfy.enlarging import by_factor, by_model, interpolated, to_size
+from nativesd.server.apis.comfy.enlarging import by_model, followed, interpolated, require_within, resized, times
 from nativesd.server.apis.comfy.files import Files
 from nativesd.server.apis.comfy.masking import grown, holed
 from nativesd.server.apis.comfy.nodes import NODES
@@ -190,6 +190,10 @@ class _Run:
         self, model: ModelRef, seed: int, steps: int, cfg: float, sampler: str, scheduler: str,
         positive: Conditioning, negative: Conditioning, latents: Latents, start: dict[str, Any],
     ) -> Sequence[Any]:  # fmt: skip
+        if replace(positive.clip, image_prompts=()) != replace(negative.clip, image_prompts=()):
+            raise UsageError("positive and negative must come of one CLIP here, with the same LoRAs and last layer")
+        if latents.tensor is not None and latents.mask is not None:
+            raise UsageError("latent_image must be of VAEEncode where it has a mask, not of a sampler or larger")
         pipeline = self.turn.load(model.name)
         options: dict[str, Any] = {
             "negative_prompt": negative.text, "seed": seed, "num_images": latents.count, "steps": steps,
@@ -210,7 +214,7 @@ class _Run:
         result = self.turn.make(pipeline, positive.text, **options)
         self.turn.job.notes += result.parameters["notes"]
         size = result.images[0].size
-        return (Latents(*size, len(result.images), result.latents, result=result),)
+        return (Latents(*size, len(result.images), result.latents, mask=latents.mask, result=result),)
 
     def decode(self, samples: Latents, vae: ModelRef) -> Sequence[Any]:
         result = samples.result
@@ -260,8 +264,8 @@ class _Run:
         """As ComfyUI's nodes.py (LatentUpscale) and comfy/utils.py (common_upscale)."""
         if not width and not height:
             return (samples,)
-        width = width or max(64, round(samples.width * height / samples.height))
-        height = height or max(64, round(samples.height * width / samples.width))
+        width, height = followed((samples.width, samples.height), width, height, 64)
+        require_within((width, height), self.turn.shelf.limits.side)
         if samples.tensor is None and samples.picture is None:
             return (replace(samples, width=width, height=height),)
         tensor = samples.tensor
@@ -271,16 +275,12 @@ class _Run:
             assert samples.picture is not None
             tensor = self._pipeline(None).encode_tensor(to_tensor([samples.picture]))[0]
         rows, columns = tensor.shape[2:]
-        cells = (height * rows // samples.height, width * columns // samples.width)
+        cells = (max(height * rows // samples.height, 1), max(width * columns // samples.width, 1))
         larger = interpolated(tensor, cells, upscale_method, crop)
-        return (Latents(width, height, len(larger), larger),)
+        return (Latents(width, height, len(larger), larger, mask=samples.mask),)
 
     def upscale_by(self, samples: Latents, upscale_method: str, scale_by: float) -> Sequence[Any]:
-        width, height = (max(round(side * scale_by), 1) for side in (samples.width, samples.height))
-        largest, most = max(width, height), self.turn.shelf.limits.side
-        if largest > most:
-            raise UsageError(f"scale_by must give at most {most} pixels a side on this server, not {largest}")
-        return self.upscale(samples, upscale_method, width, height, "disabled")
+        return self.upscale(samples, upscale_method, *times((samples.width, samples.height), scale_by), "disabled")
 
     def upscaler(self, model_name: str) -> Sequence[Any]:
         return (self.turn.shelf.catalogue.upscaler(model_name, ()),)
@@ -289,10 +289,17 @@ class _Run:
         return (by_model(self.turn, upscale_model, image),)
 
     def scale(self, image: Sequence[Picture], upscale_method: str, width: int, height: int, crop: str) -> Sequence[Any]:
-        return (to_size(image, upscale_method, width, height, crop),)
+        if not width and not height:
+            return (image,)
+        sizes = [followed(each.image.size, width, height, 1) for each in image]
+        return (
+            [resized(self.turn, each, upscale_method, size, crop) for each, size in zip(image, sizes, strict=True)],
+        )
 
     def scale_by(self, image: Sequence[Picture], upscale_method: str, scale_by: float) -> Sequence[Any]:
-        return (by_factor(self.turn, image, upscale_method, scale_by),)
+        return (
+            [resized(self.turn, each, upscale_method, times(each.image.size, scale_by), "disabled") for each in image],
+        )
 
     def skip(self, clip: ModelRef, stop_at_clip_layer: int) -> Sequence[Any]:
         return (replace(clip, clip_skip=-stop_at_clip_layer),)

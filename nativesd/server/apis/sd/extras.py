@@ -22,6 +22,7 @@ from nativesd.pipeline.upscaling import UpscaleModel, enlarged
 from nativesd.server.apis.sd.style import answered
 from nativesd.server.context import context_of
 from nativesd.server.jobs.job import Job
+from nativesd.server.jobs.order import require_enlarging
 from nativesd.server.settings import Limits
 from nativesd.server.wire.answers import answering, json_answer, require_done
 from nativesd.server.wire.bodies import Intake, data_of, read_object
@@ -116,12 +117,8 @@ def _larger(
         raise UsageError(f"upscaling_resize must give at most {4 * limits.side} pixels a side, not {max(size)}")
     crop = flag("upscaling_crop", said.get("upscaling_crop", True)) and said.get("resize_mode", 0) == 1
     if model is not None:
-        most = 4 * limits.side
-        if max(picture.size) * model.scale > most:
-            raise UsageError(
-                f"image must have at most {most // model.scale} pixels a side for {model.name} on this server"
-            )
-        picture = enlarged(picture, model, *size, most=most)
+        require_enlarging(model, picture, limits)
+        picture = enlarged(picture, model, *size, most=4 * limits.side)
     larger = fit(picture, *size, "crop").image if crop else picture.resize(size, method)
     data = BytesIO()
     larger.save(data, format="PNG")
