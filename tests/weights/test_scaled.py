@@ -123,7 +123,7 @@ def test_float8_without_scales_is_read_as_it_is(plain: Path, tmp_path: Path) -> 
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "a scale is missing": (
         lambda tensors: tensors.pop(f"{NAME}.scale_weight"),
-        f"unexpected {NAME}.weight: in float8 without its scale_weight, which the file's mark (scaled_fp8) says",
+        f"unexpected {NAME}.weight: in float8 without a scale that fits it, which this file has for such weights",
     ),
     "a scale of another shape": (
         lambda tensors: tensors.update({f"{NAME}.scale_weight": torch.ones(3)}), f"unexpected {NAME}.scale_weight: no"
@@ -136,6 +136,53 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
         lambda tensors: tensors.update({f"{NAME}.weight": tensors[f"{NAME}.weight"].half()}),
         f"unexpected {NAME}.scale_weight: no",
     ),
+}  # fmt: skip
+
+
+def planted(**tensors: Tensor | None) -> Callable[[dict[str, Tensor]], object]:
+    """Puts tensors beside the weight of a layer in the newer form, or takes them away."""
+
+    def edit(own: dict[str, Tensor]) -> None:
+        newer(own)
+        for end, tensor in tensors.items():
+            own.pop(f"{NAME}.{end}", None)
+            if tensor is not None:
+                own[f"{NAME}.{end}"] = tensor
+
+    return edit
+
+
+def says(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def unmarked(tensors: dict[str, Tensor]) -> None:
+    del tensors[MARK], tensors[f"{NAME}.scale_weight"]
+
+
+LONE = f"unexpected {NAME}.weight: in float8 without a scale that fits it, which this file has for such weights: "
+BAD = f"unexpected {NAME}.weight: in float8 with a scale that is not finite or not above 0: "
+OTHER = f"unexpected {NAME}.weight: in float8, though its comfy_quant says another format: "
+FAULTS |= {
+    "newer, a scale is missing": (planted(weight_scale=None), LONE),
+    "newer, a scale of another shape": (planted(weight_scale=torch.ones(3)), LONE),
+    "no mark, a scale is missing": (unmarked, LONE),
+    "two scales": (
+        lambda tensors: tensors.update({f"{NAME}.weight_scale": torch.ones(())}),
+        f"unexpected {NAME}.weight: in float8 with two scales, scale_weight and weight_scale: ",
+    ),
+    "newer, a weight in float16": (
+        lambda tensors: [newer(tensors), tensors.update({f"{NAME}.weight": tensors[f"{NAME}.weight"].half()})],
+        f"unexpected {NAME}.weight: no float8, though it has a scale for such beside it: ",
+    ),
+    "nvfp4": (planted(comfy_quant=says('{"format": "nvfp4"}')), OTHER),
+    "e5m2, and it is e4m3": (planted(comfy_quant=says('{"format": "float8_e5m2"}')), OTHER),
+    "no format": (planted(comfy_quant=says("[")), OTHER),
+    "a long format": (planted(comfy_quant=torch.zeros(100_000, dtype=torch.uint8)), OTHER),
+} | {
+    f"a scale of {number} in {dtype}": (planted(weight_scale=torch.tensor(number, dtype=dtype)), BAD)
+    for number in (0.0, -1.0, float("nan"), float("inf"))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from nativesd.weights.files.beside import Beside, read_beside
 from nativesd.weights.files.configs import component_config
 from nativesd.weights.files.folder import INDEX, component_file, folder_of, local_weights, located, shards
 from nativesd.weights.formats.container import read_file
-from nativesd.weights.formats.header import Header, TensorInfo, merge_headers
+from nativesd.weights.formats.header import Header, TensorInfo, merge_headers, opened
 from nativesd.weights.formats.scaled import fold
 
 
@@ -75,15 +75,24 @@ def member(name: str, files: list[Path], config: Config | None = None) -> Member
 def from_headers(
     name: str, headers: Mapping[Path, Header], config: Config | None = None, *, local: bool = True
 ) -> Member:
-    """A checkpoint from the headers of its files. Raises WeightsError where two hold the same name."""
+    """A checkpoint from the headers of its files. Raises WeightsError where two hold the same name.
+
+    Of a `local` one the values of scales are looked at, too; raises SourceError where they cannot be read.
+    """
     merged = merge_headers(headers)
     metadata = {key: value for header in headers.values() for key, value in header.metadata.items()}
-    folded = fold({key: info for key, (_, info) in merged.items()})
+    starts = {path: header.data_start for path, header in headers.items()}
+
+    def read(key: str) -> bytes:
+        path, info = merged[key]
+        return _bytes(path, starts[path] + info.start, info.nbytes)
+
+    folded = fold({key: info for key, (_, info) in merged.items()}, read if local else None)
     return Member(
         name=name,
         tensors=folded.tensors,
         files={key: path for key, (path, _) in merged.items()} if local else {},
-        data_starts={path: header.data_start for path, header in headers.items()},
+        data_starts=starts,
         metadata=metadata,
         config=config,
         left_out={key: reason for header in headers.values() for key, reason in header.left_out.items()}
@@ -91,6 +100,16 @@ def from_headers(
         scales=folded.scales,
         stamps={path: header.stamp for path, header in headers.items() if header.stamp is not None},
     )
+
+
+def _bytes(path: Path, start: int, count: int) -> bytes:
+    """Some bytes of a file. Raises SourceError."""
+    with opened(path) as (file, _):
+        file.seek(start)
+        raw = file.read(count)
+    if len(raw) != count:
+        raise SourceError(f"{path} changed while it was read: wait until it is written, then try again")
+    return raw
 
 
 def join(members: Sequence[tuple[str, Member]]) -> Member:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nativesd.weights.formats.scaled import UNSCALED
+from nativesd.weights.formats.scaled import FAULTS
 from nativesd.weights.maps.keymap import BoundMap
 from nativesd.weights.maps.rules import Shape, Source
 
@@ -43,8 +43,8 @@ def unfit(dtype: str) -> str | None:
     """Why numbers of a dtype, as the format names it, are no weights; None where they are."""
     if dtype == "C64":
         return "complex numbers, which no weight has"
-    if dtype in UNSCALED:
-        return "in float8 without its scale_weight, which the file's mark (scaled_fp8) says that it has"
+    if (fault := FAULTS.get(dtype.partition(" ")[2])) is not None:
+        return fault
     return "a quantised weight, whose scale is not known" if dtype in QUANTISED else None
 
 
