@@ -1,4 +1,4 @@
-"""Where the files lie that travel in the package: the weight maps, the embedded model with its LoRA, TAESD."""
+"""Where the files lie that travel in the package: the weight maps, the embedded model and what goes with it, TAESD."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ TINY = Path(__file__).parent / "tiny"
 
 LCM_LORA = TINY / "lcm_lora" / "tiny-lcm.safetensors"
 """With it the embedded model needs four steps and no guidance."""
+
+IP_ADAPTER = TINY / "ip_adapter" / "ip-adapter_tiny.safetensors"
+"""With it a picture says the embedded model what to paint."""
+
+IMAGE_ENCODER = TINY / "ip_adapter" / "image_encoder"
+"""What sees that picture: it lies beside the adapter, where one is published."""
 
 NAMED = {"tiny": TINY, "tiny-lcm": LCM_LORA}
 """What is known by a name instead of a path."""

@@ -121,7 +121,7 @@ NEEDS = {
         nargs=2,
         multiple=True,
         metavar="ADAPTER PICTURE",
-        help="IP-Adapter, and a picture or saved embeddings; repeatable.",
+        help="IP-Adapter (tiny, or a file), and a picture or saved embeddings; repeatable.",
     ),
     click.option("--image-prompt-scale", type=float, multiple=True, help="One per --image-prompt [default: 1]."),
     click.option(

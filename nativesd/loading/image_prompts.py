@@ -18,6 +18,7 @@ from nativesd.models.build import build
 from nativesd.models.clip_vision import VisionEncoder
 from nativesd.models.ip_adapter import IPAdapter
 from nativesd.reading import MAX_JSON
+from nativesd.shipped import IMAGE_ENCODER, IP_ADAPTER
 from nativesd.tuning.memory import memory_explained
 from nativesd.weights.checkpoint import fill
 from nativesd.weights.files.configs import component_config
@@ -32,14 +33,15 @@ ENCODERS = ("image_encoder", "../models/image_encoder", "../sdxl_models/image_en
 
 @memory_explained()
 def load_image_adapter(
-    source: str | Path,
+    source: str | Path = "tiny",
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     maps: str | Path | None = None,
     shortcut: bool | None = None,
 ) -> ImageAdapter:
-    """Load an IP-Adapter: a file, or a folder with one; or on the hub, as "h94/IP-Adapter/models/ip-adapter_sd15.bin".
+    """Load an IP-Adapter: "tiny" (for the embedded model), a file, or a folder with one; or on the hub, as
+    "h94/IP-Adapter/models/ip-adapter_sd15.bin".
 
     shortcut  whether a FaceID plus adapter is of the second version, which its tensors do not say. Default: whether its
               file's name has "v2"
@@ -48,7 +50,7 @@ def load_image_adapter(
     hub.
     """
     placement = find_placement(device, dtype)
-    path, on_hub = locate_weights(source)
+    path, on_hub = (IP_ADAPTER, None) if source == "tiny" else locate_weights(source)
     found = _component(path, IPAdapterConfig, maps)
     if found is None:
         raise SourceError(f"{source} is no IP-Adapter: see its audit")
@@ -60,23 +62,24 @@ def load_image_adapter(
     assert isinstance(module, IPAdapter)
     fill(module, member, component, device=placement.home, dtype=placement.dtype)
     module.loras = nn.ModuleList()  # they are merged into the UNet, from the file
-    return ImageAdapter(path.stem, module.eval(), path, member, on_hub)
+    return ImageAdapter("tiny" if source == "tiny" else path.stem, module.eval(), path, member, on_hub)
 
 
 @memory_explained()
 def load_image_encoder(
-    source: str | Path,
+    source: str | Path = "tiny",
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     maps: str | Path | None = None,
 ) -> ImageEncoder:
-    """Load a CLIP image encoder for IP-Adapters: a file, a folder, or on the hub, as
+    """Load a CLIP image encoder for IP-Adapters: "tiny" (that of the embedded one), a file, a folder, or on the hub, as
     "h94/IP-Adapter/models/image_encoder"; of a whole CLIP its image tower.
 
     The options are those of `load`. Raises SourceError for what cannot be read or has none.
     """
-    placement, path = find_placement(device, dtype), locate_part(source, stem="model")
+    placement = find_placement(device, dtype)
+    path = IMAGE_ENCODER if source == "tiny" else locate_part(source, stem="model")
     found = _component(path, VisionEncoderConfig, maps)
     if found is None:
         raise SourceError(f"{source} has no CLIP image encoder: see its audit")

@@ -124,7 +124,11 @@ class Stream:
                 "or LCM model"
             )
         if config.words is not None:
-            unknown = unknown_words([text for text, _ in now.asked.prompts], {*config.words, *self.pipeline.words})
+            unknown = unknown_words(
+                [text for text, _ in now.asked.prompts],
+                {*config.words, *self.pipeline.words},
+                beside_pictures=bool(now.asked.image_prompts),
+            )
             if unknown:
                 yield f"the embedded model does not know {', '.join(unknown)}"
 

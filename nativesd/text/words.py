@@ -13,6 +13,8 @@ from nativesd.text.syntax import ONE_TEXT, Syntax
 from nativesd.text.tags import take_tags
 
 FILE = TINY / "words.txt"
+SHOWN = "picture"
+"""The word that stands for the subject in a prompt beside a picture of it, in the embedded adapter's training."""
 
 
 @cache
@@ -21,8 +23,14 @@ def taught_words() -> frozenset[str]:
     return frozenset(FILE.read_text(encoding="utf-8").split())
 
 
-def unknown_words(prompts: Sequence[str], known: Collection[str], *, syntax: Syntax = "original") -> list[str]:
-    """The words of prompts that are not among `known`, each once, in their order; a plural or a weight is none."""
+def unknown_words(
+    prompts: Sequence[str], known: Collection[str], *, syntax: Syntax = "original", beside_pictures: bool = False
+) -> list[str]:
+    """The words of prompts that are not among `known`, each once, in their order; a plural or a weight is none.
+
+    Beside pictures as prompts `SHOWN` is known, too.
+    """
+    known = {*known, SHOWN} if beside_pictures else known
     bare = prompts if syntax == "literal" else [take_tags(prompt)[0] for prompt in prompts]
     single = bare if syntax in ONE_TEXT else [text for prompt in bare for text in all_texts(prompt)]
     texts = [piece.text for prompt in single for part in parse_prompt(prompt, syntax=syntax) for piece in part]

@@ -26,14 +26,13 @@ from torch import nn
 import nativesd
 from conftest import Done, Run
 from nativesd.cli.common import main
-from nativesd.config import VisionEncoderConfig
 from nativesd.export import library
 from nativesd.export.graphs import FILE
 from nativesd.export.kept.store import Store
 from nativesd.export.library import Part
 from nativesd.export.sessions import OnnxRunner
 from nativesd.streaming.options import StreamOptions
-from oracles import adapter_of, drawn_adapter, published_manifests, save_adapter, sparse, vision_pair
+from oracles import published_manifests, sparse
 from pipeline.test_pipeline import save_model
 
 BY_NAME = [page.relative_to(ROOT).as_posix() for page in PAGES]
@@ -70,7 +69,6 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         folder / "style.safetensors",
     )
-    save_image_prompts(folder)
     published = published_manifests()
     sparse(published["lora-sd15.kohya"], folder / "published-lora.safetensors")
     sdxl = published["sdxl-base.checkpoint.sgm"]
@@ -80,16 +78,6 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unet["model.diffusion_model.surprise"] = (2, 3)
     sparse(replace(sdxl, shapes=unet), folder / "broken.safetensors")
     return folder
-
-
-def save_image_prompts(folder: Path) -> None:
-    """An IP-Adapter for the embedded model, and an image encoder, with random weights: there are no trained ones."""
-    unet = nativesd.load("tiny", device="cpu").config.unet
-    save_adapter(drawn_adapter(adapter_of(unet, "base"))[1], folder / "adapter.safetensors")
-    encoder = vision_pair(VisionEncoderConfig(64, 2, 1, 128, "quick_gelu", projection=40, image=56))[1]
-    save_file(
-        {key: tensor.contiguous() for key, tensor in encoder.state_dict().items()}, folder / "encoder.safetensors"
-    )
 
 
 class Node(nn.Module):

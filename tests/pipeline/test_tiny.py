@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,17 +47,10 @@ def drawings(background: int, size: int) -> tuple[np.ndarray, list[int]]:
     return pictures, [scene.subject for scene in every]
 
 
-def faithful(pipe: nativesd.Pipeline, **options: Any) -> tuple[float, float]:
+def judged(images: Sequence[Image.Image], asked: Sequence[scenes.Scene]) -> tuple[float, float]:
     """The shares of pictures whose border has the background's colour that was asked for, and of those whose nearest
     drawing is the subject."""
-    asked = unseen_scenes()
-    pictures = []
-    for start in range(0, len(asked), 50):
-        prompts = [scenes.caption(scene) for scene in asked[start : start + 50]]
-        images = pipe(prompts, seed=1000 + start, **options).images
-        pictures += [np.asarray(image, np.float32) / 255 for image in images]
-    made = np.stack(pictures)  # (N, H, W, 3)
-
+    made = np.stack([np.asarray(image, np.float32) / 255 for image in images])  # (N, H, W, 3)
     border = np.concatenate([made[:, 0], made[:, -1], made[:, :, 0], made[:, :, -1]], axis=1)  # (N, pixels, 3)
     colours = np.median(border, axis=1)
     painted = np.linalg.norm(colours[:, None] - PALETTE, axis=-1).argmin(axis=1)
@@ -71,6 +65,15 @@ def faithful(pipe: nativesd.Pipeline, **options: Any) -> tuple[float, float]:
             right += subjects[nearest] == asked[i].subject
     print(f"\nbackground right {backgrounds:.1%}, subject right {right / len(asked):.1%} of {len(asked)}")
     return backgrounds, right / len(asked)
+
+
+def faithful(pipe: nativesd.Pipeline, **options: Any) -> tuple[float, float]:
+    """What is right of the pictures of unseen scenes, as `judged`."""
+    asked, images = unseen_scenes(), list[Image.Image]()
+    for start in range(0, len(asked), 50):
+        prompts = [scenes.caption(scene) for scene in asked[start : start + 50]]
+        images += pipe(prompts, seed=1000 + start, **options).images
+    return judged(images, asked)
 
 
 def test_meaning(pipe: nativesd.Pipeline) -> None:

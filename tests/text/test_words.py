@@ -23,3 +23,5 @@ def test_unknown_words_are_named_once() -> None:
         "astronaut",
     ]
     assert unknown_words(["a BREAK fox"], known, syntax="literal") == ["break"]
+    assert unknown_words(["a picture on red"], known) == ["picture"]
+    assert unknown_words(["a picture on red"], known, beside_pictures=True) == []

@@ -133,7 +133,7 @@ def _shape(tensor: Tensor) -> str:
 class ImagePrompt:
     """A picture as a prompt, by an IP-Adapter.
 
-    adapter      a loaded `ImageAdapter`, or what `load_image_adapter` takes: a file, a folder, a hub id
+    adapter      a loaded `ImageAdapter`, or what `load_image_adapter` takes: "tiny", a file, a folder, a hub id
     picture      one picture or several, or what an image encoder says of them: an `ImageEmbeddings`, or its file
     scale        factor on all that the adapter adds
     start, end   from which and up to which part of the steps it acts

@@ -256,7 +256,12 @@ def unheeded(
     if not edits and asked.image_guidance_scale != Checked.image_guidance_scale:
         yield f"image_guidance_scale is not used: {config.name} does not edit by instruction"
     if config.words is not None:
-        unknown = unknown_words(asked.prompts, {*config.words, *embeddings}, syntax=asked.syntax)
+        unknown = unknown_words(
+            asked.prompts,
+            {*config.words, *embeddings},
+            syntax=asked.syntax,
+            beside_pictures=bool(asked.image_prompts),
+        )
         if unknown:
             yield (
                 f"the embedded model does not know {', '.join(unknown)}: it was taught drawings such as "
