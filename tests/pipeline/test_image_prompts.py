@@ -313,7 +313,7 @@ def test_prompts_of_different_lengths(files: dict[str, Path]) -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"adapter": "sdxl-base"}, r"sdxl-base is an IP-Adapter for another model \(context 80\)"),
-    ({"picture": None}, r"image_prompts needs a picture \(for FaceID an identity\)"),
+    ({"picture": None}, "sd15-base is prompted by a picture: pass one"),
     ({"identity": torch.zeros(64)}, "takes no identity: it is no FaceID adapter"),
     ({"adapter": "sd15-faceid", "picture": None}, "is a FaceID adapter: pass identity=, the 64 numbers"),
     ({"adapter": "sd15-faceid", "identity": torch.zeros(64)}, "sees the identity alone: pass no picture"),

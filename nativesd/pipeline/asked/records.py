@@ -286,7 +286,7 @@ def read_image_prompts(name: str, value: Any) -> list[ImagePrompt]:
             raise UsageError(f"{name} must be nativesd.ImagePrompt(adapter, picture), or several, not {shown(prompt)}")
         if not isinstance(prompt.adapter, ImageAdapter) and not is_path(prompt.adapter):
             raise UsageError(f"the adapter of {name} must be loaded, or a file, not {shown(prompt.adapter)}")
-    read = [
+    return [
         dataclasses.replace(
             prompt,
             scale=real(-MOST_SCALE, MOST_SCALE)(f"the scale of {name}", prompt.scale),
@@ -298,11 +298,6 @@ def read_image_prompts(name: str, value: Any) -> list[ImagePrompt]:
         )
         for prompt in given
     ]
-    if any(prompt.picture is None and prompt.identity is None for prompt in read):
-        raise UsageError(
-            f"{name} needs a picture (for FaceID an identity): pass nativesd.ImagePrompt(adapter, picture)"
-        )
-    return read
 
 
 def read_image_encoder(name: str, value: Any) -> ImageEncoder | str | Path:
