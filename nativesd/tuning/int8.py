@@ -6,10 +6,13 @@ again whenever it is used; where a CPU multiplies 8 bits faster, `fast_int8` has
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nativesd.errors import WeightsError
 from nativesd.models.layers import GEGLU, Attention, ResnetBlock, Upsample
 
 STEPS = 127
@@ -37,11 +40,12 @@ class Int8(nn.Module):
 
     def store(self, weight: Tensor) -> None:
         """Round a weight (O, ...) of any floating-point dtype, and keep it where the layer is, if it is anywhere."""
-        rounded, steps = to_int8(weight.detach())
-        own = self.weight
-        device = weight.device if own.is_meta else own.device
-        self.weight = nn.Parameter(rounded.to(device), requires_grad=False)
-        self.steps = steps.to(device)
+        with torch.inference_mode(mode=False), torch.no_grad():  # of what is made in it, nothing is written to later
+            rounded, steps = to_int8(weight.detach())
+            own = self.weight
+            device = weight.device if own.is_meta else own.device
+            self.weight = nn.Parameter(rounded.to(device), requires_grad=False)
+            self.steps = steps.to(device)
 
     def numbers(self) -> Tensor:
         """The weight (O, ...) that is computed with, in float32."""
@@ -87,7 +91,8 @@ AROUND: dict[type[nn.Module], type[nn.Module]] = {Attention: Int8Attention, GEGL
 def use_int8(module: nn.Module) -> None:
     """Change the linear layers and convolutions within a UNet or ControlNet, in place, filled already or not.
 
-    Small ones stay as they are, and so do those that see the latents.
+    Small ones stay as they are, and so do those that see the latents. From then on `load_state_dict` takes those layers
+    as they are stored alone, and raises WeightsError for other weights before anything is changed.
     """
     for parent in list(module.modules()):
         for name, part in parent.named_children():
@@ -97,6 +102,21 @@ def use_int8(module: nn.Module) -> None:
                     part.after_silu = name in ("conv1", "conv2")
         if type(parent) in AROUND and all(isinstance(part, Int8) for part in parent.children()):
             parent.__class__ = AROUND[type(parent)]
+    for part in module.modules():
+        part.register_load_state_dict_pre_hook(_require_stored)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def _require_stored(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    """Raise WeightsError where a state dict's weights of layers in 8 bits are not in 8 bits with their steps."""
+    for name, part in module.named_modules(prefix=prefix.removesuffix(".")):
+        if isinstance(part, Int8):
+            weight, steps = (f"{name}.{end}".removeprefix(".") for end in ("weight", "steps"))
+            there = {key for key in (weight, steps) if key in state}
+            if there and (len(there) < 2 or state[weight].dtype != torch.int8):
+                raise WeightsError(
+                    f"{weight} is kept in 8 bits with its steps ({steps}), and the state dict has it otherwise: "
+                    "nothing is loaded; load the model without quantize, or a state dict of one in 8 bits"
+                )
 
 
 def _change(part: nn.Module) -> None:

@@ -17,7 +17,7 @@ import nativesd
 from models.test_models import UNETS
 from nativesd.checkpoints.convert import convert
 from nativesd.config import UNetConfig
-from nativesd.errors import NativesdWarning, UsageError
+from nativesd.errors import NativesdWarning, UsageError, WeightsError
 from nativesd.loading import control as loading_control
 from nativesd.loading import modules as loading_modules
 from nativesd.loading.control import load_control
@@ -248,6 +248,38 @@ def test_pictures_and_loras(tmp_path: Path) -> None:
         assert torch.equal(merged[name].flatten(1), rounded.flatten(1) * steps[:, None])
     eight.set_loras([])
     assert all(torch.equal(own, before[name]) for name, own in numbers(eight.unet).items())
+
+
+@pytest.mark.filterwarnings("ignore:the UNet's weights are in 8 bits")
+def test_state_dicts_go_in_and_out_while_a_lora_is_in() -> None:
+    pipe = nativesd.load("tiny", device="cpu", quantize="int8")
+    options = {"steps": 1, "guidance_scale": 1.0, "seed": 0, "sampler": "LCM", "width": 64, "height": 64}
+    own = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    pipe(PROMPT, loras=[LORA], **options)
+    merged = pipe.unet.state_dict()
+    assert not any(tensor.is_inference() for tensor in merged.values())
+    pipe.unet.load_state_dict(merged)
+    pipe.unet.load_state_dict(own)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in pipe.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_float_state_dicts_change_nothing(strict: bool) -> None:
+    network = unet()
+    state = {name: tensor + 1 for name, tensor in network.state_dict().items()}
+    use_int8(network)
+    tune(network, EVERYTHING)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    lone = {name: tensor for name, tensor in before.items() if not name.endswith(".steps")}
+    for other in (state, lone):
+        with pytest.raises(WeightsError, match=r"^\S+\.weight is kept in 8 bits with its steps \(\S+\.steps\), and "):
+            network.load_state_dict(other, strict=strict)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    network.load_state_dict({"conv_in.bias": state["conv_in.bias"]}, strict=False)
+    assert torch.equal(network.conv_in.bias, state["conv_in.bias"])
+    block = next(part for part in network.children() if is_int8(part))
+    with pytest.raises(WeightsError, match="is kept in 8 bits"):
+        block.load_state_dict({name: torch.zeros(tensor.shape) for name, tensor in block.state_dict().items()})
 
 
 @pytest.mark.filterwarnings("ignore:.*of no published form", "ignore:the UNet's weights are in 8 bits")
