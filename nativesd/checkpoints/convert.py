@@ -56,7 +56,7 @@ def convert(
             or "peft" (`loras.change.convert_lora`, which fold_alpha and base are of, too)
     dtype   "f16", "bf16" or "f32" for all floating-point tensors; for the matrices of a .gguf file also "q8_0", "q6_k",
             "q5_k", "q5_0", "q5_1", "q4_k", "q4_0" or "q4_1"; of a .safetensors file also "fp8": the UNet's matrices
-            in scaled float8, as ComfyUI reads it; default: as they are
+            in scaled float8, as ComfyUI reads it; default: as they are, but quantised ones in float32
     unet, vae, text_encoders  sources of components that stand in for its own
     prune   what is left out: "text", "vae"; and "ema" and "duplicates", which always are
     keep    what alone is kept: "unet", "vae", "text"; with "ema" the UNet is the training's average

@@ -29,6 +29,7 @@ from nativesd.text.tokenizer import FILES, ClipTokenizer, pad_token
 from nativesd.weights.files.source import open_source
 from nativesd.weights.formats.blocks import WRITERS
 from nativesd.weights.formats.container import SUFFIXES
+from nativesd.weights.formats.scaled import MARK
 from nativesd.weights.maps.keymap import BoundMap, load_tables
 from nativesd.weights.maps.published import (
     controlnet_json,
@@ -132,6 +133,7 @@ def write_model(
     every = {key: entry for part in tensors.values() for key, entry in part.items()}
     if dtype == FP8:
         every = in_scaled_float8(every, SINGLES["unet"][1])
+        marked |= {MARK, SINGLES["unet"][1] + MARK}  # of a UNet alone, or not
     if dest.suffix == ".gguf":
         write_gguf(out, every, said, QUANTISED.get(dtype or ""))
     elif layout == "ldm":

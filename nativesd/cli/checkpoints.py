@@ -93,7 +93,8 @@ def audit(
 @click.option(
     "--dtype",
     type=click.Choice(["f16", "bf16", "f32", "fp8", "q8_0", "q6_k", "q5_k", "q5_0", "q5_1", "q4_k", "q4_0", "q4_1"]),
-    help="fp8 (scaled, as in ComfyUI) is of .safetensors files, those after it of .gguf files. [default: as stored]",
+    help="fp8 (scaled, as in ComfyUI) is of .safetensors files, those after it of .gguf files. "
+    "[default: as stored, but float32 for what is quantised in SOURCE]",
 )
 @click.option("--unet", help="The UNet of DEST, instead of SOURCE's.")
 @click.option("--vae", help="The VAE of DEST, instead of SOURCE's.")

@@ -79,6 +79,15 @@ def test_what_is_read(scaled: Path) -> None:
     assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
 
 
+@pytest.mark.parametrize("dtype", [None, "fp8"])
+def test_what_is_written_of_scaled_float8(dtype: str | None, scaled: Path, tmp_path: Path) -> None:
+    """Without a dtype it becomes float32, and in float8 again its mark is not said to be left out."""
+    done = convert(scaled, tmp_path / "again.safetensors", layout="ldm", dtype=dtype)
+    found = load_file(done.path)
+    assert (MARK in found) == (dtype == "fp8") == (MARK not in done.ignored)
+    assert found[f"{NAME}.weight"].dtype == (torch.float32 if dtype is None else torch.float8_e4m3fn)
+
+
 def edited(scaled: Path, path: Path, edit: Callable[[dict[str, Tensor]], object]) -> Path:
     tensors = load_file(scaled)
     edit(tensors)
