@@ -890,7 +890,10 @@ def test_what_is_no_lora_at_all(folders: dict[str, Path], tmp_path: Path) -> Non
         ("{", "Expecting property name"),
         ("[]", "not a JSON object"),
         ('{"unet.r": 4}', "no lora_alpha, r and alpha_pattern"),
-        ('{"unet.r": 0, "unet.lora_alpha": 4}', "no lora_alpha, r and alpha_pattern"),
+        ('{"unet.r": 0, "unet.lora_alpha": 4}', "has the rank r = 0, which must be a whole number from 1 on"),
+        ('{"r": 2.5, "lora_alpha": 4}', "has the rank r = 2.5, which must be a whole number from 1 on"),
+        ('{"unet.peft_type": "IA3"}', "has the peft_type 'IA3', of which nothing is read here: LORA, LOHA, LOKR are"),
+        ('{"peft_type": ["LORA"], "r": 4, "lora_alpha": 4}', "has the peft_type .*, of which nothing is read here"),
         ('{"r": 4, "lora_alpha": 4, "alpha_pattern": {"a": "b"}}', "no lora_alpha, r and alpha_pattern"),
         ('{"r": 4, "lora_alpha": 4, "alpha_pattern": {"(a+)+": 2}}', "no module's name"),
     ],
@@ -899,6 +902,14 @@ def test_settings_that_cannot_be(settings: str, message: str, tmp_path: Path) ->
     path = write(GOOD, tmp_path / "lora.safetensors", {"lora_adapter_metadata": settings})
     with pytest.raises(WeightsError, match=message):
         read_lora(path)
+
+
+def test_the_rank_that_peft_takes_where_none_is_given(tmp_path: Path) -> None:
+    path = write(GOOD, tmp_path / "lora.safetensors", {"lora_adapter_metadata": '{"lora_alpha": 4}'})
+    stated = read_lora(path).groups[0].stated
+    assert stated is not None
+    assert stated.rank == peft.LoraConfig().r == 8
+    assert stated.scale("to_q", None) == 0.5
 
 
 def test_settings_in_the_metadata(model: Model, tmp_path: Path) -> None:

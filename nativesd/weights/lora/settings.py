@@ -22,6 +22,12 @@ ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 MOVING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """What init_lora_weights begins with where the base is changed when training begins (peft, tuners/lora/layer.py)."""
+KINDS = ("LORA", "LOHA", "LOKR")
+"""The peft_type of what is read (peft, utils/peft_types.py)."""
+SAYING = {"r", "lora_alpha", "alpha", "alpha_pattern", "peft_type"}
+"""Settings of which one says that there are some."""
+RANK = 8
+"""peft's `r` where none is given (tuners/{lora,loha,lokr}/config.py)."""
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 
@@ -75,7 +81,7 @@ def stated_by(metadata: Mapping[str, str], path: Path) -> dict[str, Stated]:
     for component in ("", *COMPONENTS):
         prefix = f"{component}." if component else ""
         own = {name.removeprefix(prefix): value for name, value in data.items() if name.startswith(prefix)}
-        if "r" in own:
+        if own.keys() & SAYING:
             out[component] = _stated(own, where)
     return out
 
@@ -88,11 +94,19 @@ def _stated(data: Mapping[str, Any], where: str) -> Stated:
             f"{where}: init_lora_weights is {quote(begun)}, which changes the base too: save the adapter anew "
             "with peft's path_initial_model_for_weight_conversion, which makes a LoRA of the base of it"
         )
-    alpha, rank = data.get("lora_alpha", data.get("alpha")), data["r"]
+    kind = data.get("peft_type", "LORA")
+    if kind not in KINDS:
+        raise WeightsError(
+            f"{where} has the peft_type {quote(kind)}, of which nothing is read here: {', '.join(KINDS)} are; train or "
+            "convert it to one of them"
+        )
+    alpha, rank = data.get("lora_alpha", data.get("alpha")), data.get("r", RANK)
     patterns = data.get("alpha_pattern") or {}
     numbers = isinstance(patterns, dict) and all(map(_is_number, (alpha, rank, *patterns.values())))
-    if not numbers or not isinstance(rank, int) or rank < 1:
+    if not numbers:
         raise WeightsError(f"{where} has no lora_alpha, r and alpha_pattern that are numbers")
+    if not isinstance(rank, int) or rank < 1:
+        raise WeightsError(f"{where} has the rank r = {quote(rank)}, which must be a whole number from 1 on")
     if strange := [end for end in patterns if not re.fullmatch(r"\^?[\w.-]+", end)]:
         raise WeightsError(f"{where}: the alpha_pattern {strange[0]!r} is no module's name, so no scale can be told")
     alphas = {end.removeprefix("^"): float(value) for end, value in patterns.items()}
