@@ -11,6 +11,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from nativesd.text.syntax import require_weight
+
 AND = re.compile(r"(?<!\\)\bAND\b")
 WEIGHTED = re.compile(r":\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*$")
 WHEN = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.IGNORECASE)
@@ -18,14 +20,18 @@ SYNTAX = re.compile(r"\\.?|[()\[\]:|]|[^\\()\[\]:|]+", re.DOTALL)
 
 
 def split_and(prompt: str) -> list[tuple[str, float]]:
-    """The prompts that AND combines, each with its weight: "a cat AND a dog :0.5"; as it stands where there is none."""
+    """The prompts that AND combines, each with its weight: "a cat AND a dog :0.5"; as it stands where there is none.
+
+    Raises UsageError for a weight that is too large.
+    """
     parts = AND.split(prompt)
     if len(parts) == 1:
         return [(prompt, 1.0)]
     out = []
     for part in parts:
         weight = WEIGHTED.search(part)
-        out.append((part[: weight.start()].strip(), float(weight[1])) if weight else (part.strip(), 1.0))
+        text = (part[: weight.start()] if weight else part).strip()
+        out.append((text, require_weight(text, float(weight[1])) if weight else 1.0))
     return out
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from nativesd.errors import NativesdWarning, UsageError
 from nativesd.text.comfyui import fill_chunks, weighted_texts
-from nativesd.text.syntax import Syntax
+from nativesd.text.syntax import Syntax, require_weight
 from nativesd.text.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:  # torch is not needed to read a prompt
@@ -118,7 +118,7 @@ def parse_prompt(
         return [(Piece(prompt),)]
     pattern, invoked = _names(embeddings, bare=syntax != "comfyui")
     if syntax == "comfyui":
-        return [tuple(_find_embeddings(starmap(Piece, weighted_texts(prompt)), pattern, invoked))]
+        return [tuple(_find_embeddings(_bounded(list(starmap(Piece, weighted_texts(prompt)))), pattern, invoked))]
     if AND.search(prompt):
         warnings.warn(
             "AND is read as a word here: prompts are combined where a call has them as its prompt",
@@ -128,7 +128,14 @@ def parse_prompt(
     parts = [[Piece(prompt)]] if syntax == "none" else _parse_weights(prompt)
     if syntax == "ignore":
         parts = [[Piece(piece.text) for piece in part] for part in parts]
-    return [tuple(_find_embeddings(part, pattern, invoked)) for part in parts]
+    return [tuple(_find_embeddings(_bounded(part), pattern, invoked)) for part in parts]
+
+
+def _bounded(pieces: list[Piece]) -> list[Piece]:
+    """The pieces. Raises UsageError for a weight that is too large."""
+    for piece in pieces:
+        require_weight(piece.text, piece.weight)
+    return pieces
 
 
 @dataclass
@@ -146,7 +153,7 @@ class _Open:
     """Whether a | stands directly inside."""
 
 
-@np.errstate(over="ignore")  # what is not finite is refused
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused
 def _parse_weights(prompt: str) -> list[list[Piece]]:
     texts: list[str | None] = []  # None: BREAK
     weights = np.ones(len(prompt) + 1)  # more than there are texts
@@ -201,10 +208,7 @@ def _parse_weights(prompt: str) -> list[list[Piece]]:
     # "(" first: A1111's order of multiplication
     for bracket in sorted(opened.values(), key=lambda bracket: bracket.bracket):
         weigh(bracket.first, BRACKET_WEIGHT[bracket.bracket])
-    used = weights[: len(texts)]
-    if not np.isfinite(used).all():
-        raise UsageError("the prompt's weights multiply to more than a number can hold")
-    return _merge(texts, used.tolist())
+    return _merge(texts, weights[: len(texts)].tolist())
 
 
 def _merge(texts: Sequence[str | None], weights: Sequence[float]) -> list[list[Piece]]:

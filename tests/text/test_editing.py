@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from clock import seconds_of
+from nativesd.errors import UsageError
 from nativesd.text.editing import split_and, timeline
 
 
@@ -63,6 +64,13 @@ def test_steps_count_from_zero() -> None:
 )
 def test_prompts_that_are_combined(prompt: str, parts: list[tuple[str, float]]) -> None:
     assert split_and(prompt) == parts
+
+
+def test_a_prompt_that_weighs_too_much() -> None:
+    with pytest.raises(
+        UsageError, match=r"^'a dog' in the prompt gets the weight 1e\+30: weights must be between -1000"
+    ):
+        split_and(f"a cat AND a dog :1{'0' * 30}")
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,8 @@ def test_break_within_brackets() -> None:
         ("(word:1.2.3)", ":1.2.3)"),
         ("(wait:...)", ":...)"),
         ("(" * 9000 + "a", "weights"),
+        (f"a (word:1{'0' * 30})", "'word' in the prompt gets the weight 1e+30: weights must be between -1000 and 1000"),
+        ("((word:-40):30) b", "'word' in the prompt gets the weight -1200: weights"),
         ("a\ud800b", "character 2"),
         ("embedding:nothing", "embedding:nothing"),
     ],
@@ -565,3 +567,15 @@ def test_a_prompt_has_a_length() -> None:
     with pytest.raises(UsageError, match="in the prompt changes between steps") as refused:
         parse_prompt("[" + "a" * 50_000 + ":0.5]")
     assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("number", ["1e30", "-1e30", "1001"])
+def test_a_weight_of_comfyui_that_is_too_large(number: str) -> None:
+    with pytest.raises(
+        UsageError, match=r"^'word' in the prompt gets the weight \S+: weights must be between -1000 and"
+    ):
+        parse_prompt(f"a (word:{number})", syntax="comfyui")
+    [[_, piece]] = parse_prompt("a (word:1e3)", syntax="comfyui")
+    assert piece.weight == 1000
+    for syntax in ("ignore", "none", "literal"):
+        assert parse_prompt("a (word:9999)", syntax=syntax)
