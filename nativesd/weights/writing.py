@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ from nativesd.weights.maps.keymap import BoundMap
 from nativesd.weights.maps.plan import make_plan
 from nativesd.weights.maps.rules import Shape, Source
 
-PIECE = 1 << 17  # numbers that are computed at once: with those that they come of, they stay in the processor's cache
+PIECE = 1 << 18  # numbers that are computed at once: with those that they come of, they stay in the processor's cache
 Flow = Callable[[], Iterator[Tensor]]
-"""Makes a tensor's numbers (n,) in pieces of PIECE (fewer at an end), each good until the next one is asked for."""
+"""Makes a tensor's numbers (n,) in pieces of PIECE (fewer at an end), each good until the one after the next is asked
+for: one is written while the next is made."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether all its numbers are."""
     if tensor.dtype not in SUMMED:
         tensor = tensor.float()
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())  # a sum is the cheaper pass, and may be inf
+    return math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all())  # a sum is cheaper, and may be inf
 
 
 SUMMED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -238,8 +240,14 @@ def write(path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, str])
     raw = header_bytes(placed, metadata)
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for data in _made(entry for _, entry in ordered):
-            file.write(data)
+        with ThreadPoolExecutor(1) as beside:
+            before: Future[int] | None = None
+            for data in _made(entry for _, entry in ordered):
+                if before is not None:  # the piece after the next one takes its memory
+                    before.result()
+                before = beside.submit(file.write, data)
+            if before is not None:
+                before.result()
 
 
 def _made(entries: Iterable[Entry]) -> Iterator[memoryview]:
