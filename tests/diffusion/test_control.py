@@ -185,7 +185,7 @@ def test_t2i_adapter(folders: dict[str, Path]) -> None:
     ours = nativesd.load(folders["sd15"], device="cpu")
     result = ours("a red cat", control=[Control(folders["adapter"], stripes(), 0.7)], seed=5, **OURS)
     _, unheeded = nativesd.options_from(result.save(folders["adapter"].parent / "made.png")[0])
-    assert unheeded == ["Control adapter 0.7: pass it again with its picture (--control)"]
+    assert unheeded == ["ControlNet 0: pass it again: --control adapter PICTURE --control-scale 0.7"]
     compare(ours, result, expected)
     plain = ours("a red cat", seed=5, **OURS)
     assert (plain.latents - result.latents).abs().max() > 0.05
