@@ -25,6 +25,8 @@ NEEDS = {
     "guess_mode": ("control",), "image_encoder": ("image_prompts",), "engines": ("backend",),
 }  # fmt: skip
 """Options that do nothing without one of others; those whose names go on after another's (--hires-steps) need that."""
+PASSED_AGAIN = {"--control": "control", "--image-prompt": "image_prompts"}
+"""What a picture's parameters ask for again, which they name with their settings but do not hold."""
 
 
 @main.command()
@@ -291,6 +293,8 @@ def _repeated(picture: str, options: Mapping[str, Any]) -> dict[str, Any]:
     for name in [name for name in repeated if name in NEEDS and not any(each in options for each in NEEDS[name])]:
         del repeated[name]
         unheeded.append(f"{name} (it needs --{NEEDS[name][0]})")
+    again = [f"pass it again: {word} " for word, name in PASSED_AGAIN.items() if options.get(name)]
+    unheeded = [each for each in unheeded if not any(words in each for words in again)]
     if unheeded:
         say(f"{picture}: not repeated: {', '.join(unheeded)}")
     return repeated

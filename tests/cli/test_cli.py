@@ -301,3 +301,15 @@ def test_loras_are_used_and_merged(run: Run, tmp_path: Path) -> None:
     done = run(*common, "foreign.png", "--lora", "foreign.safetensors")
     assert done.returncode == 3
     assert not (tmp_path / "foreign.png").exists()
+
+
+def test_what_is_passed_again_is_not_asked_for(run: Run, tmp_path: Path) -> None:
+    edges, first = tmp_path / "edges.png", tmp_path / "first.png"
+    Image.new("RGB", (64, 64)).save(edges)
+    control = ("--control", "tiny", str(edges), "--control-scale", "0.5")
+    done = run("generate", "a fox", "--steps", "1", "--seed", "3", *control, "-o", str(first))
+    assert done.returncode == 0, done.stderr
+    for passed in ((), control):
+        done = run("generate", "--from", str(first), *passed, "-o", str(tmp_path / "again.png"))
+        assert done.returncode == 0, done.stderr
+        assert ("pass it again: --control tiny" in done.stderr) is (not passed)
