@@ -10,7 +10,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -475,3 +476,14 @@ def save_adapter(halves: dict[str, dict[str, Tensor]], path: Path) -> Path:
     """The file that such an adapter is published as."""
     save_file({f"{half}.{name}": t for half, tensors in halves.items() for name, t in tensors.items()}, path)
     return path
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """torch computes on one thread meanwhile."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -40,7 +40,7 @@ from nativesd.export.slots import Request, unet_schema
 from nativesd.export.tensorrt.profiles import check_profiles, ready_profile, within
 from nativesd.models.clip_vision import VisionEncoder
 from nativesd.models.unet import ImageContext, UNet
-from oracles import adapter_of, draw, drawn_adapter, save_adapter, vision_pair
+from oracles import adapter_of, draw, drawn_adapter, on_one_thread, save_adapter, vision_pair
 from streaming.clips import clip
 
 CPU = torch.device("cpu")
@@ -48,10 +48,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_one_thread():
+        yield
 
 
 def test_the_schema_is_read_off_the_attentions() -> None:

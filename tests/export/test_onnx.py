@@ -32,7 +32,7 @@ from nativesd.export.sessions import OnnxRunner, OpenVinoRunner
 from nativesd.export.slots import CHUNK, Component, Convention, Request, Schema
 from nativesd.models.build import build
 from nativesd.models.layers import Attention
-from oracles import difference, draw
+from oracles import difference, draw, on_one_thread
 
 onnx = pytest.importorskip("onnx", reason='needs pip install ".[onnx]"')
 ort = pytest.importorskip("onnxruntime", reason='needs pip install ".[onnx]"')
@@ -45,10 +45,8 @@ XL = TextTime(40, 6, 32)
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Everything here is too small to share out; on a busy machine threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_one_thread():
+        yield
 
 
 def unet(

@@ -30,6 +30,7 @@ from nativesd.machine.needs import FAMILIES, Family
 from nativesd.machine.probe import Device, Found
 from nativesd.machine.smoke import BFLOAT16, FLOAT16, FLOAT32, FP8, TF32, Check, SmokeReport
 from nativesd.models.build import build
+from oracles import on_one_thread
 
 CPU = torch.device("cpu")
 
@@ -57,10 +58,8 @@ UNET = smoke.subjects({"sd15": SMALL["sd15"]}, "small")[2]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_one_thread():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -46,6 +46,7 @@ from oracles import (
     draw,
     fits,
     lend,
+    on_one_thread,
     published_controlnet,
     published_manifests,
     run_controlnet,
@@ -62,10 +63,8 @@ DIFFERENT = 10 * TOLERANCE
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Everything here is too small to share out; on a busy machine threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_one_thread():
+        yield
 
 
 def random(*shape: int, seed: int = 3) -> Tensor:

@@ -29,6 +29,7 @@ from oracles import (
     TOLERANCE,
     UNetInputs,
     difference,
+    on_one_thread,
     published_unet,
     random_residuals,
     run_published_decode,
@@ -47,10 +48,8 @@ from oracles import (
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Everything here is too small to share out; on a busy machine threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_one_thread():
+        yield
 
 
 def small(

@@ -32,7 +32,7 @@ from nativesd.models.vae import VAE
 from nativesd.pipeline import acceleration
 from nativesd.pipeline.acceleration import accelerate
 from nativesd.pipeline.asked.arguments import split
-from oracles import draw
+from oracles import draw, on_one_thread
 
 pytest.importorskip("onnxruntime", reason='needs pip install ".[onnx]"')
 
@@ -43,10 +43,8 @@ BOUND = 2  # of 255
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Everything here is too small to share out; on a busy machine threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from nativesd.models.build import build
 from nativesd.models.layers import TransformerBlock
 from nativesd.models.unet import UNet
 from nativesd.tuning.fp8 import Fp8Linear, is_fp8, to_fp8, use_fp8, why_not_fp8
-from oracles import draw
+from oracles import draw, on_one_thread
 
 STEP = 2.0**-4  # half a unit in the last of e4m3's three places, relative
 BFLOAT16 = 2.0**-8
@@ -33,10 +33,8 @@ PROMPT = "a strawberry on a yellow background"
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_one_thread():
+        yield
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

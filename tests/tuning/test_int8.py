@@ -32,7 +32,7 @@ from nativesd.tuning import fast, fast_int8, int8
 from nativesd.tuning.fast_int8 import FastInt8Conv2d, FastInt8Linear, to_rows
 from nativesd.tuning.int8 import Int8, Int8Conv2d, is_int8, to_int8, use_int8
 from nativesd.tuning.tune import EVERYTHING, Tuning, products_of_8_bits, tune, untune
-from oracles import draw
+from oracles import draw, on_one_thread
 
 BFLOAT16 = 2.0**-8
 PROMPT = "a strawberry on a yellow background"
@@ -48,10 +48,8 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """And everything goes through several parts, however small."""
     monkeypatch.setattr(fast, "FEWEST", 64)
     monkeypatch.setattr(fast_int8, "TOKENS", 64)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_one_thread():
+        yield
 
 
 def normal(*shape: int, seed: int = 10) -> Tensor:

@@ -41,7 +41,7 @@ from nativesd.tuning.tune import (
     untune,
     untuned,
 )
-from oracles import TOLERANCE, difference, draw
+from oracles import TOLERANCE, difference, draw, on_one_thread
 
 CPU = torch.device("cpu")
 WORSE = 1.2  # times the plain path's error that the fast one's may be in half precision
@@ -58,10 +58,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(fast, "LARGE", 32 << 10)
     monkeypatch.setattr(fast, "TOKENS", 64)
     monkeypatch.setattr(fast, "CELLS", 64)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_one_thread():
+        yield
 
 
 def normal(*shape: int, seed: int = 10) -> Tensor:
