@@ -127,5 +127,7 @@ def _users(text: str | None) -> dict[str, str]:
         name, colon, password = pair.strip().partition(":")
         if not name or not colon or not password:
             raise click.UsageError("--api-auth must be USER:PASS, or several with commas between them")
+        if name in users:
+            raise click.UsageError(f"--api-auth has two passwords for {name}: keep one of them")
         users[name] = password
     return users

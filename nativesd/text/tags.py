@@ -38,7 +38,9 @@ def _read(match: re.Match[str]) -> Tag:
     for value in match[2].split(":")[1:]:
         key, equals, number = value.rpartition("=")
         if equals:
-            named[key.strip().lower()] = _scale(number, where)
+            if (key := key.strip().lower()) in named:
+                raise UsageError(f"{where} in the prompt has {key}= twice: keep one of them")
+            named[key] = _scale(number, where)
         else:
             positional.append(_scale(number, where))
     if len(positional) > 2 or named.keys() - {"te", "unet"}:

@@ -289,6 +289,7 @@ def test_texts_of_records(folders: dict[str, Path], tmp_path: Path) -> None:
         (7.5, "a number is guidance_scale"), ("pug:3", "there is no 'pug': there are pag"),
         ("pag:scale=much", "pag's scale must be a number"), ("pag:size=3", "it has scale, layers, start, end"),
         ("tcfg:1", "nothing to say"), (PAG(start=2), "between 0 and 1"), (PAG(layers=()), "names of layers"),
+        ("pag:3,scale=4", "pag has scale twice: keep one"), ("freeu:b1=1.1,b2=1.2,b1=1.3", "freeu has b1 twice"),
         ("pag:layers=middle", "no transformer at middle: it has mid, mid.0"),
     ],
 )  # fmt: skip

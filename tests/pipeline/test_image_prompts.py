@@ -355,6 +355,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"layers": {"block_1": 1.0}}, "layers are named by numbers, or by down, mid and up, not by 'block_1'"),
     ({"layers": {"down": {"block_7": 1.0}}}, "layers has 'block_7' in 'down', and this UNet has block_0, block_1"),
     ({"layers": {"down": [1.0, 1.0, 1.0]}}, "layers has 3 factors for 2 transformers of down, block 0"),
+    ({"layers": "0=1 2=0.5 0=2"}, "layers has two factors for number 0: keep one of them"),
+    ({"layers": {3: 1.0, "3": 0.5}}, "layers has two factors for number 3: keep one of them"),
     ({"layers": {"mid": True}}, "a factor of layers must be a number, not True"),
     ({"picture": ImageEmbeddings(torch.zeros(1, 9))}, "an embedding 40 wide .* image embeddings have .* 9 wide"),
     ({"picture": ImageEmbeddings(states=torch.zeros(1, 9, 40))}, "takes a picture's embedding, which the image"),

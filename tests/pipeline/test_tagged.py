@@ -31,6 +31,10 @@ def test_tags_name_files(folder: Path) -> None:
         [("x/Ink.safetensors", 0.5, 0.5)],
     )
     assert tagged_prompts(["a", "b"], [("x", 1, 1), ("y/x", 1, 1)], []) == (["a", "b"], [("x", 1, 1), ("y/x", 1, 1)])
+    assert tagged_prompts(["<lora:z:2> <lora:Z:2>"], [("x", 1, 1), ("y/x", 1, 1), ("z", 1, 1)], []) == (
+        [""],
+        [("x", 1, 1), ("y/x", 1, 1), ("z", 2, 2)],
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,11 +43,13 @@ def test_tags_name_files(folder: Path) -> None:
         (["a <lora:inc:1>"], "names the LoRA inc, which is not here: pass its file .*there is ink"),
         (["a <lora:twice:1>"], "there are several: .*twice.safetensors and .*twice.safetensors"),
         (["a <lora:ink:1>", "b"], "must name the same LoRAs"),
+        (["a <lora:ink:1> <lora:Ink:0.5>"], "names the LoRA Ink twice, with other scales: keep one of them"),
+        (["a <lora:wax:1>"], "names the LoRA wax, and there are several: wax.safetensors and y/wax.safetensors"),
     ],
 )
 def test_what_tags_cannot_name(folder: Path, prompts: list[str], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
-        tagged_prompts(prompts, [], [folder])
+        tagged_prompts(prompts, [("wax.safetensors", 1, 1), ("y/wax.safetensors", 1, 1)], [folder])
 
 
 def test_a_folder_that_is_none() -> None:

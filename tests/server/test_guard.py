@@ -165,6 +165,7 @@ def test_the_command_line_refuses_in_one_sentence(run: Run) -> None:
     for arguments, says in (
         (["--host", "0.0.0.0"], "--api-key"),
         (["--api-auth", "anna"], "USER:PASS"),
+        (["--api-auth", "anna:a,bob:b,anna:c"], "two passwords for anna"),
         (["tiny", "tiny"], "two models"),
         (["--model-dir", "none"], "no folder"),
         (["./missing.safetensors"], "missing.safetensors"),

@@ -26,7 +26,8 @@ def test_tags_are_taken_out(prompt: str, bare: str, tags: tuple[Tag, ...]) -> No
     assert take_tags(prompt) == (bare, tags)
 
 
-@pytest.mark.parametrize("tag", ["<lora:a:much>", "<lora:a:nan>", "<lora:a:1:1:1>", "<lora:a:lbw=ALL>", "<lora:a:>"])
+@pytest.mark.parametrize("tag", ["<lora:a:much>", "<lora:a:nan>", "<lora:a:1:1:1>", "<lora:a:lbw=ALL>", "<lora:a:>",
+                                 "<lora:a:te=1:TE=0.5>"])  # fmt: skip
 def test_what_a_tag_cannot_be(tag: str) -> None:
     with pytest.raises(UsageError, match=f"{tag} in the prompt"):
         take_tags(f"a cat {tag}")

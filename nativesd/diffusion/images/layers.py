@@ -71,7 +71,7 @@ def _place(attention: CrossAttention) -> Place:
 
 def _chosen(places: Sequence[Place], layers: Layers) -> dict[Place, float]:
     if isinstance(layers, str) and "=" in layers:
-        return _numbered(places, dict(_pair(layers, part) for part in layers.split()))
+        return _numbered(places, [_pair(layers, part) for part in layers.split()])
     if isinstance(layers, str):
         table = NAMED.get(ALSO.get(layers, layers))
         if table is None:
@@ -81,14 +81,14 @@ def _chosen(places: Sequence[Place], layers: Layers) -> dict[Place, float]:
                 f"layers={layers!r} is known for UNets of the form of SD1.x or SDXL, with 16 or 11 transformers, and "
                 f"this one has {len(places)}: give factors by layer"
             )
-        return _numbered(places, table[len(places)])
+        return _numbered(places, list(table[len(places)].items()))
     if not isinstance(layers, Mapping) or not layers:
         raise UsageError(
             f"layers must be {', '.join(NAMED)}, or factors by layer such as {{0: 1.0}}, not {layers!r}: what is not "
             "named has a factor of 0"
         )
-    numbers = {_number(key): factor for key, factor in layers.items()}
-    if all(isinstance(key, int) and not isinstance(key, bool) for key in numbers):
+    numbers = [(_number(key), factor) for key, factor in layers.items()]
+    if all(isinstance(key, int) and not isinstance(key, bool) for key, _ in numbers):
         return _numbered(places, numbers)
     if unknown := [key for key in layers if key not in ("down", "mid", "up")]:
         raise UsageError(f"layers are named by numbers, or by down, mid and up, not by {unknown[0]!r}")
@@ -108,7 +108,12 @@ def _number(key: Any) -> Any:
     return int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 9 else key
 
 
-def _numbered(places: Sequence[Place], factors: Mapping[int, float]) -> dict[Place, float]:
+def _numbered(places: Sequence[Place], pairs: Sequence[tuple[int, float]]) -> dict[Place, float]:
+    factors: dict[int, float] = {}
+    for number, factor in pairs:
+        if number in factors:
+            raise UsageError(f"layers has two factors for number {number}: keep one of them")
+        factors[number] = factor
     if wrong := [number for number in factors if not 0 <= number < len(places)]:
         raise UsageError(f"layers has no number {wrong[0]} in this UNet: they are 0 to {len(places) - 1}")
     return {place: _factor(factors.get(number, 0.0)) for number, place in enumerate(places)}

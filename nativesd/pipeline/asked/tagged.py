@@ -20,20 +20,27 @@ def tagged_prompts(
 ) -> tuple[list[str], list[LoraUse]]:
     """The prompts without their tags, and all LoRAs: a tag takes the scale of one that was passed, or adds one.
 
-    Raises UsageError where prompts of one batch name different LoRAs, which are merged for all of it, and for a name
-    that is not found, or twice.
+    Raises UsageError where prompts of one batch name different LoRAs, which are merged for all of it, or one with two
+    scales, and for a name that is not found, or twice.
     """
     bare, tags = zip(*map(take_tags, prompts), strict=True)
     if any(set(other) != set(tags[0]) for other in tags):
         raise UsageError("the prompts of a batch must name the same LoRAs, as these are merged for all of it")
-    uses = {Path(file).stem.lower(): (file, unet, text) for file, unet, text in loras} if tags[0] else {}
-    if not tags[0]:
-        return list(bare), list(loras)
+    named: dict[str, Tag] = {}
     for tag in tags[0]:
-        name = tag.name.lower()
-        file = uses[name][0] if name in uses else _find(tag, folders, [Path(file).stem for file, _, _ in loras])
-        uses[name] = (file, tag.unet, tag.text)
-    return list(bare), list(uses.values())
+        same = named.setdefault(tag.name.lower(), tag)
+        if (same.unet, same.text) != (tag.unet, tag.text):
+            raise UsageError(f"the prompt names the LoRA {tag.name} twice, with other scales: keep one of them")
+    uses = list(loras)
+    for name, tag in named.items():
+        passed = [place for place, (file, _, _) in enumerate(uses) if Path(file).stem.lower() == name]
+        if len(passed) > 1:
+            raise _several(tag, *(uses[place][0] for place in passed))
+        if passed:
+            uses[passed[0]] = (uses[passed[0]][0], tag.unet, tag.text)
+        else:
+            uses.append((_find(tag, folders, [Path(file).stem for file, _, _ in loras]), tag.unet, tag.text))
+    return list(bare), uses
 
 
 def _find(tag: Tag, folders: Sequence[Path], passed: Sequence[str]) -> str:
@@ -45,7 +52,7 @@ def _find(tag: Tag, folders: Sequence[Path], passed: Sequence[str]) -> str:
     files = [file for folder in folders for file in sorted(folder.rglob(f"*{SUFFIX}"))]
     found = [file for file in files if file.stem.lower() == tag.name.lower()]
     if len(found) > 1:
-        raise UsageError(f"the prompt names the LoRA {tag.name}, and there are several: {found[0]} and {found[1]}")
+        raise _several(tag, *found)
     if found:
         return str(found[0])
     close = get_close_matches(tag.name, [*passed, *(file.stem for file in files)], 1)
@@ -53,3 +60,7 @@ def _find(tag: Tag, folders: Sequence[Path], passed: Sequence[str]) -> str:
         f"the prompt names the LoRA {tag.name}, which is not here: pass its file with loras=, or a folder that has "
         f"{tag.name}{SUFFIX} with lora_dirs=" + (f" (there is {close[0]})" if close else "")
     )
+
+
+def _several(tag: Tag, first: str | Path, second: str | Path, *_: str | Path) -> UsageError:
+    return UsageError(f"the prompt names the LoRA {tag.name}, and there are several: {first} and {second}")

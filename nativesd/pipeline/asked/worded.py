@@ -105,6 +105,8 @@ def _settings(name: str, word: str, text: str, kind: type[DataclassInstance]) ->
             field, value = known[0], part
         if field not in known:
             raise UsageError(f"{name}: {word} has no {shown(field)}: it has {', '.join(known) or 'nothing to say'}")
+        if field in values:
+            raise UsageError(f"{name}: {word} has {field} twice: keep one of them")
         values[field] = value.split("+") if field == "layers" else value
     return values
 
