@@ -148,13 +148,15 @@ class Adapted(Diffusion):
     def identity_loras(self, prompts: Sequence[ImagePrompt]) -> list[tuple[str, float, float]]:
         """The LoRAs that come in FaceID adapters, once for each, as `merge` takes them.
 
-        Raises UsageError where prompts of one adapter ask for different scales of its LoRA.
+        Raises UsageError where prompts of one adapter ask for different scales of its LoRA, or it has none.
         """
         scales: dict[str, float] = {}
         for prompt in prompts:
             adapter = prompt.adapter
             assert isinstance(adapter, ImageAdapter)  # `adapted` has loaded it
             if adapter.module.config.lora is None:
+                if prompt.lora_scale != ImagePrompt.lora_scale:
+                    raise UsageError(f"{adapter.name} has no LoRA of its own, which lora_scale is for: leave it out")
                 continue
             key = str(adapter.path.resolve())
             if scales.setdefault(key, prompt.lora_scale) != prompt.lora_scale:

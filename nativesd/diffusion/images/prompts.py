@@ -305,8 +305,10 @@ def _embeddings(prompt: ImagePrompt, adapter: ImageAdapter, encoder: Encoding) -
     """What is known of the pictures, or what the encoder says of them."""
     given = prompt.picture
     if isinstance(given, str | Path) and str(given).lower().endswith(".safetensors"):
-        return ImageEmbeddings.load(given)
+        given = ImageEmbeddings.load(given)
     if isinstance(given, ImageEmbeddings):
+        if prompt.crop != ImagePrompt.crop:
+            raise UsageError(f"{adapter.name}: crop is for pictures, and image embeddings are made of cropped ones")
         return given
     if given is None:
         raise UsageError(f"{adapter.name} is prompted by a picture: pass one, or image embeddings")
