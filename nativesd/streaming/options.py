@@ -15,7 +15,8 @@ from nativesd.errors import UsageError
 from nativesd.pipeline.asked.arguments import LoadOptions, Lora, readers_of, refuse_unknown
 from nativesd.pipeline.asked.elsewhere import ELSEWHERE
 from nativesd.pipeline.asked.readers import flag, is_list, one_of, real, shown, to_whole, whole
-from nativesd.pipeline.asked.records import read_controls, read_image_encoder, read_image_prompts, read_loras
+from nativesd.pipeline.asked.records import read_loras
+from nativesd.pipeline.asked.steering import read_controls, read_image_encoder, read_image_prompts
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.streaming.batch import Residual
 from nativesd.streaming.frames import OUTPUTS, Output

@@ -56,11 +56,8 @@ from nativesd.pipeline.asked.records import (
     Border,
     read_border,
     read_callable,
-    read_control,
     read_folders,
     read_hires,
-    read_image_encoder,
-    read_image_prompts,
     read_latents,
     read_loras,
     read_pictures,
@@ -74,6 +71,7 @@ from nativesd.pipeline.asked.records import (
     read_tiling,
     read_variation,
 )
+from nativesd.pipeline.asked.steering import read_control, read_image_encoder, read_image_prompts
 from nativesd.pipeline.asked.worded import read_guidance, read_savings, read_soft_inpaint
 from nativesd.sampling.names import find_sampler, find_schedule
 from nativesd.sampling.noise import NoiseKind
