@@ -30,7 +30,7 @@ from nativesd.pictures.soft import SoftInpaint
 from nativesd.pipeline.asked.arguments import CallOptions, Checked, LoadOptions, check, readers_of
 from nativesd.pipeline.asked.elsewhere import ELSEWHERE
 from nativesd.pipeline.asked.hires import Hires
-from nativesd.pipeline.asked.inputs import require_picture
+from nativesd.pipeline.asked.inputs import require_together
 from nativesd.pipeline.asked.readers import Reader, flag, is_list, lora_use, shown, text, to_real, to_whole, whole
 from nativesd.pipeline.asked.records import MOST_PICTURES, read_seed, record_of
 from nativesd.reading import parse_json
@@ -131,7 +131,7 @@ class Columns:
         if first + count > SEEDS:
             raise UsageError(f"seeds must be between 0 and 2^64 - 1, not {first + count - 1}")
         options = {**{name: _read(name, value) for name, value in self.defaults.items()}, **options}
-        require_picture(check(prompt, {**options_of(options, pictures), "seed": first}))
+        require_together(check(prompt, {**options_of(options, pictures), "seed": first}))
         return [
             Job(
                 id=name if count == 1 else read_id(f"{name}-{i}"),
@@ -282,6 +282,15 @@ def _several(kind: type[Any]) -> Callable[[str, Any], Any]:
     return lambda name, value: [record_of(kind, name, each) for each in value]
 
 
+def _controls(name: str, value: Any) -> list[Control]:
+    """Controls, each with one picture: rows that are alike are painted together, and a row is one prompt."""
+    controls = [record_of(Control, name, each) for each in value]
+    for control in controls:
+        if isinstance(control.image, list):
+            raise UsageError(f"the picture of a {name} must be one in a row, not a list of {len(control.image)}")
+    return controls
+
+
 NUMBERED: Mapping[str, type[Any]] = {"hires": Hires, "tiles": Tiles}
 """Records, or a number that stands for one."""
 BUILT: Mapping[str, Callable[[str, Any], Any]] = {
@@ -291,7 +300,7 @@ BUILT: Mapping[str, Callable[[str, Any], Any]] = {
     "variation": _one(Variation),
     "sampling": _one(Sampling),
     "soft_inpaint": _one_or_number(SoftInpaint),
-    "control": _several(Control),
+    "control": _controls,
     "regions": _several(Region),
     "image_prompts": _several(ImagePrompt),
 }

@@ -97,8 +97,6 @@ def check_control(control: Control, unet: UNetConfig, size: tuple[int, int], fac
     model = control.model
     assert isinstance(model, ControlModel)  # the pipeline has loaded it
     name, module = model.name, model.module
-    if not 0 <= control.start <= control.end <= 1:
-        raise UsageError(f"{name}: start and end must be 0 <= start <= end <= 1, not {control.start}, {control.end}")
     width, height = size
     if isinstance(module, T2IAdapter):
         cell = module.config.unshuffle

@@ -30,9 +30,10 @@ from nativesd.pipeline.asked.arguments import Checked, check
 ROWS: list[dict[str, Any]] = [
     {"prompt": "a fox, on a hill", "steps": 12, "seed": 7, "caption": "kept"},
     {"prompt": 'a "cat"\nand a dog', "negative_prompt": "red", "guidance_scale": 7.5, "literal": True},
-    {"id": "third", "prompt": "", "hires": {"scale": 1.5, "upscaler": "lanczos"}, "outpaint": [0, 8, 0, 8],
+    {"id": "third", "prompt": "", "outpaint": [0, 8, 0, 8],
      "image": "in.png", "loras": ["a.safetensors", ["b.safetensors", 0.5]]},
-    {"id": "4", "prompt": "ä", "control": [{"model": "tiny", "image": "edges.png", "scale": 0.5}], "width": 64},
+    {"id": "4", "prompt": "ä", "control": [{"model": "tiny", "image": "edges.png", "scale": 0.5}], "width": 64,
+     "hires": {"scale": 1.5, "upscaler": "lanczos"}},
 ]  # fmt: skip
 
 
@@ -84,11 +85,13 @@ def test_formats_say_the_same(suffix: str, tmp_path: Path) -> None:
     assert second.options == {"negative_prompt": "red", "guidance_scale": 7.5, "literal": True}
     assert (third.id, third.seed) == ("third", seed_of("third"))
     checked = asked(third, tmp_path)
-    assert checked.hires is not None
-    assert (checked.hires.scale, checked.hires.upscaler, checked.outpaint) == (1.5, "lanczos", (0, 8, 0, 8))
+    assert checked.outpaint == (0, 8, 0, 8)
     assert checked.loras == [("a.safetensors", 1, 1), ("b.safetensors", 0.5, 0.5)]
     assert checked.image == tmp_path / "in.png"
-    (control,) = asked(fourth, tmp_path).control
+    checked = asked(fourth, tmp_path)
+    assert checked.hires is not None
+    assert (checked.hires.scale, checked.hires.upscaler) == (1.5, "lanczos")
+    (control,) = checked.control
     assert (control.model, control.image, control.scale) == ("tiny", tmp_path / "edges.png", 0.5)
     as_json_lines(tmp_path / "same.jsonl")
     assert [job.parameters for job in read(tmp_path / "same.jsonl")] == [
@@ -99,13 +102,14 @@ def test_formats_say_the_same(suffix: str, tmp_path: Path) -> None:
 def test_parquet(tmp_path: Path) -> None:
     as_parquet(tmp_path / "jobs.parquet")
     as_json_lines(tmp_path / "jobs.jsonl")
-    first, second, third, _ = read(tmp_path / "jobs.parquet")
+    first, second, third, fourth = read(tmp_path / "jobs.parquet")
     assert [first, second] == [
         Job(**{**job.__dict__, "line": row}) for row, job in enumerate(read(tmp_path / "jobs.jsonl")[:2], 1)
     ]
-    checked = asked(third, tmp_path)
-    assert checked.hires is not None
-    assert (checked.hires.scale, checked.outpaint) == (1.5, (0, 8, 0, 8))
+    assert asked(third, tmp_path).outpaint == (0, 8, 0, 8)
+    hires = asked(fourth, tmp_path).hires
+    assert hires is not None
+    assert hires.scale == 1.5
 
 
 def test_a_prompt_a_line(tmp_path: Path) -> None:
@@ -141,6 +145,24 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("jobs.jsonl", '{"prompt": "a", "control": [{"model": "tiny", "image": 3}]}', "line 1: the picture of a control"),
     ("jobs.jsonl", '{"prompt": "a", "control": [{"model": "tiny", "image": [3]}]}', "line 1: the picture of a control"),
     ("jobs.jsonl", '{"prompt": "a", "mask": "m.png"}', "line 1: mask is for a picture to begin from: pass image="),
+    ("jobs.jsonl", '{"prompt": "a", "image_prompts": {"adapter": "face.bin"}}',
+     "line 1: image_prompts: face is prompted by a picture: pass one"),
+    ("jobs.jsonl", '{"prompt": "a", "image_prompts": [{"adapter": "x", "picture": []}]}', "by a picture: pass one"),
+    ("jobs.jsonl", '{"prompt": "a", "image_prompts": [{"adapter": "x", "picture": 3}]}',
+     "line 1: a picture of image_prompts must be"),
+    ("jobs.jsonl", '{"prompt": "a", "image_prompts": [{"adapter": "x", "picture": "x", "start": 0.7, "end": 0.2}]}',
+     "line 1: image_prompts: start and end must be"),
+    ("jobs.jsonl", '{"prompt": "a", "control": [{"model": "x", "image": "x", "start": 0.7, "end": 0.2}]}',
+     "line 1: a control: start and end must be"),
+    ("jobs.jsonl", '{"prompt": "a", "control": [{"model": "tiny", "image": ["x", "y"]}]}',
+     "line 1: the picture of a control must be one in a row, not a list of 2"),
+    ("jobs.jsonl", '{"prompt": "a", "control": [{"model": "tiny", "preprocess": "inpaint"}]}',
+     'line 1: a control with preprocess="inpaint" and no picture is for calls with image= and mask='),
+    *(("jobs.jsonl", f'{{"prompt": "a", "{name}": {value}{image}}}', f"line 1: {name} is for a mask: pass mask= too")
+      for name, value in (("only_masked", 8), ("mask_fill", '"noise"'), ("soft_inpaint", "true"))
+      for image in ("", ', "image": "in.png"')),
+    ("jobs.jsonl", '{"prompt": "a", "hires": 2, "image": "x"}', "line 1: hires makes a picture larger that was made"),
+    ("jobs.jsonl", '{"prompt": "a", "tiles": 512, "tiling": "x"}', "line 1: tiles are windows with borders"),
     ("jobs.jsonl", '{"prompt": "a", "variation": {"seed": 1e99}}', "line 1: seeds must be between"),
     ("jobs.jsonl", '{"prompt": "a <lora:x:y>"}', "line 1: <lora:x:y>"),
     ("jobs.jsonl", '{"prompt": "a", "cfg_scale": 7}',
@@ -303,12 +325,18 @@ EXAMPLES: dict[str, Any] = {
     "variation": {"seed": 3, "strength": 0.5},
 }  # fmt: skip
 """Of every option as a jobs file has it; paths of pictures end in .png."""
+PAINTED = {"image": "in.png", "mask": "hole.png"}
+BESIDE: dict[str, dict[str, str]] = {
+    **{name: {"image": "in.png"} for name in ("mask", "strength", "outpaint")},
+    **dict.fromkeys(("mask_fill", "only_masked", "soft_inpaint"), PAINTED),
+}
+"""What such an option is for."""
 
 
 def test_every_option_is_read_out_of_json_and_of_csv() -> None:
     assert EXAMPLES.keys() == READERS.keys(), "options have come or gone: say here what a jobs file has for them"
     for name, value in EXAMPLES.items():
-        more = {"prompt": "a", **({"image": "in.png"} if name in ("mask", "strength", "outpaint") else {})}
+        more = {"prompt": "a", **BESIDE.get(name, {})}
         (job,) = Columns().jobs(Row(1, {**more, name: value}))
         again = Job.from_json(job.to_json())
         assert (again, again.parameters, again.shape) == (job, job.parameters, job.shape)

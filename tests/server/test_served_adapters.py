@@ -135,7 +135,7 @@ def test_jobs_and_the_catalogue(
         ({"image_prompts": {"adapter": BASE}}, "image_prompts must be a list"),
         ({"image_prompts": [{"adapter": BASE, "strength": 1}]}, "has no field 'strength'"),
         ({"image_prompts": [{"adapter": BASE, "picture": encoded(picture), "scale": "x"}]}, "scale of image_prompts"),
-        ({"image_prompts": [{"adapter": BASE}]}, "image_prompts must have an adapter and a picture"),
+        ({"image_prompts": [{"adapter": BASE}]}, f"image_prompts: {BASE} is prompted by a picture"),
     ):  # fmt: skip
         answer = server.post("/jobs", body | change)
         assert answer.status_code == 422, answer.text

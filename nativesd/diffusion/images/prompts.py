@@ -187,10 +187,6 @@ def prepare(prompt: ImagePrompt, unet: UNetConfig, encoder: Encoding) -> Prepare
     adapter = prompt.adapter
     assert isinstance(adapter, ImageAdapter)  # the pipeline has loaded it
     check_family(adapter, unet)
-    if not 0 <= prompt.start <= prompt.end <= 1:
-        raise UsageError(
-            f"{adapter.name}: start and end must be 0 <= start <= end <= 1, not {prompt.start}, {prompt.end}"
-        )
     factors = layer_scales(unet, prompt.layers, prompt.weight_type)
     tokens, negative = _tokens(prompt, adapter, encoder)
     masks = _masks(prompt, adapter, len(tokens))
@@ -313,8 +309,6 @@ def _embeddings(prompt: ImagePrompt, adapter: ImageAdapter, encoder: Encoding) -
     if given is None:
         raise UsageError(f"{adapter.name} is prompted by a picture: pass one, or image embeddings")
     pictures = [read_image(each) for each in one_or_several(given)]
-    if not pictures:
-        raise UsageError(f"{adapter.name} is prompted by a picture: pass one, or image embeddings, not an empty list")
     with encoder(adapter) as by:
         check_encoder(adapter, by)
         return encode_pictures(by, pictures, prompt.crop, states=adapter.module.config.kind != "base")

@@ -67,12 +67,31 @@ class Inputs:
         return images.paste(picture, painted, mask) if box is None else put_back(picture, painted, mask, box)
 
 
-def require_picture(asked: Checked) -> None:
-    """Raise UsageError for what is of a picture to begin from, where there is none."""
+def require_together(asked: Checked) -> None:
+    """Raise UsageError for options that lack another one, or do not go with one, whatever the model is."""
     given = {"mask": asked.mask, "outpaint": asked.outpaint, "strength": asked.strength}
     needing = [name for name, value in given.items() if value is not None]
-    if needing and asked.image is None:
+    if needing and asked.image is None and asked.latents is None:
         raise UsageError(f"{needing[0]} is for a picture to begin from: pass image= too")
+    masked = asked.mask is not None or asked.outpaint is not None
+    if asked.mask is None and asked.only_masked is not None:
+        raise UsageError("only_masked is for a mask: pass mask= too")
+    if not masked and asked.mask_fill != Checked.mask_fill:
+        raise UsageError("mask_fill is for a mask: pass mask= too")
+    if not masked and asked.soft_inpaint is not None:
+        raise UsageError("soft_inpaint is for a mask: pass mask= too")
+    if asked.only_masked is not None and asked.outpaint is not None:
+        raise UsageError("only_masked repaints a part of a picture: pass no outpaint with it")
+    if asked.image is not None and asked.hires is not None:
+        raise UsageError("hires makes a picture larger that was made from a prompt: pass no image with it")
+    if not masked and any(each.image is None for each in asked.control):
+        raise UsageError('a control with preprocess="inpaint" and no picture is for calls with image= and mask=')
+    if asked.tiles is not None and asked.tiling is not None:
+        raise UsageError("tiles are windows with borders, and tiling has none: pass one of the two")
+    if asked.tiles is not None and asked.regions:
+        raise UsageError("regions are parts of the whole picture, which tiles do not show: pass one of the two")
+    if asked.tiles is not None and any(each.mask is not None for each in asked.image_prompts):
+        raise UsageError("an image prompt's mask is of the whole picture, which tiles do not show: pass one of the two")
 
 
 def require_combined(config: PipelineConfig, asked: Checked, sampler: Sampler) -> None:
@@ -97,6 +116,7 @@ def require_combined(config: PipelineConfig, asked: Checked, sampler: Sampler) -
 
 def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
     """The picture to begin from and its mask, brought to one size. Raises UsageError for what cannot be."""
+    require_together(asked)
     width, height, image, mask, outpaint = asked.width, asked.height, asked.image, asked.mask, asked.outpaint
     factor, channels = config.vae.factor, config.unet.in_channels
     for pixels in (width, height):
@@ -106,12 +126,6 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
             )
     if asked.sdxl is not None and config.unet.added is None:
         raise UsageError(f"sdxl is for SDXL's UNets, and {config.name} has none: leave it out")
-    if asked.tiles is not None and asked.tiling is not None:
-        raise UsageError("tiles are windows with borders, and tiling has none: pass one of the two")
-    if asked.tiles is not None and asked.regions:
-        raise UsageError("regions are parts of the whole picture, which tiles do not show: pass one of the two")
-    if asked.tiles is not None and any(each.mask is not None for each in asked.image_prompts):
-        raise UsageError("an image prompt's mask is of the whole picture, which tiles do not show: pass one of the two")
     if asked.tiles is not None and asked.tiles.size < config.smallest:
         raise UsageError(f"{config.name} needs tiles of {config.smallest} pixels and more, not of {asked.tiles.size}")
     for saving in asked.savings:
@@ -121,7 +135,6 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
             )
     if asked.latents is not None:
         return _size_of_latents(config, asked, asked.latents)
-    require_picture(asked)
     if image is None:
         if channels != PLAIN:
             kind = {INPAINTING: "image= and mask= (inpainting)", EDITING: "image= (a picture to edit)"}
@@ -130,20 +143,12 @@ def read_inputs(config: PipelineConfig, asked: Checked) -> Inputs:
                 f"{'pass ' + kind[channels] if channels in kind else 'such models are not supported'}"
             )
         return Inputs(width or config.size, height or config.size)
-    if asked.hires is not None:
-        raise UsageError("hires makes a picture larger that was made from a prompt: pass no image with it")
     if channels not in (PLAIN, INPAINTING, EDITING):
         raise UsageError(f"{config.name} takes {channels} input channels: such models are not supported")
     if channels == INPAINTING and mask is None and outpaint is None:
         raise UsageError(f"{config.name} is an inpainting model: pass mask= with image=")
     if channels == EDITING and (mask is not None or outpaint is not None):
         raise UsageError(f"{config.name} edits whole pictures by instruction: it takes no mask")
-    if mask is None and asked.only_masked is not None:
-        raise UsageError("only_masked is for a mask: pass mask= too")
-    if mask is None and outpaint is None and asked.mask_fill != "original":
-        raise UsageError("mask_fill is for a mask: pass mask= too")
-    if mask is None and outpaint is None and asked.soft_inpaint is not None:
-        raise UsageError("soft_inpaint is for a mask: pass mask= too")
     if asked.only_masked is not None:
         return _part(config, asked, asked.only_masked)
     notes = []
@@ -176,8 +181,8 @@ def inpainting(control: Control, inputs: Inputs) -> Control:
     """A control that is given no picture but says "inpaint": it is steered by the call's, with a hole at its mask."""
     if control.preprocess != "inpaint" or control.image is not None:
         return control
-    if inputs.picture is None or inputs.mask is None:
-        raise UsageError('a control with preprocess="inpaint" and no picture is for calls with image= and mask=')
+    assert inputs.picture is not None  # `require_together` has seen to it
+    assert inputs.mask is not None
     holed = inputs.picture.convert("RGBA")
     holed.putalpha(inputs.mask.point(lambda value: 0 if value > 127 else 255))
     return replace(control, image=holed)
@@ -205,8 +210,6 @@ def _part(config: PipelineConfig, asked: Checked, padding: int) -> Inputs:
     """The part of a picture around its mask, at a size of its own."""
     assert asked.image is not None
     assert asked.mask is not None
-    if asked.outpaint is not None:
-        raise UsageError("only_masked repaints a part of a picture: pass no outpaint with it")
     picture = images.read_image(asked.image)
     mask, note = masks.read_mask(asked.mask)
     mask = masks.blur(images.fit(mask, *picture.size).image, asked.mask_blur)

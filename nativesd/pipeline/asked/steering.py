@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from nativesd.diffusion.control import Control, ControlModel
 from nativesd.diffusion.images.layers import WeightType
-from nativesd.diffusion.images.prompts import ImageAdapter, ImageEncoder, ImagePrompt
+from nativesd.diffusion.images.prompts import ImageAdapter, ImageEmbeddings, ImageEncoder, ImagePrompt
 from nativesd.errors import UsageError
 from nativesd.pictures.clip import Crop
 from nativesd.pipeline.asked.readers import is_list, is_path, one_of, real, shown
@@ -44,31 +44,31 @@ def read_controls(name: str, value: Any) -> list[Control]:
             raise UsageError(f"the model of a {name} must be loaded, or a file, not {shown(control.model)}")
         if control.image is not None:
             read_picture(f"the picture of a {name}", control.image)
-    return [
-        dataclasses.replace(
-            control,
-            scale=real(-MOST_SCALE, MOST_SCALE)(f"the scale of a {name}", control.scale),
-            start=real(0, 1)(f"the start of a {name}", control.start),
-            end=real(0, 1)(f"the end of a {name}", control.end),
-        )
-        for control in given
-    ]
+    return [dataclasses.replace(control, **_acting(f"a {name}", control)) for control in given]
 
 
 def read_image_prompts(name: str, value: Any) -> list[ImagePrompt]:
-    """One image prompt or several, each with its numbers in range."""
+    """One image prompt or several, each with something to see and its numbers in range."""
     given = list(value) if is_list(value) else [value]
     for prompt in given:
         if not isinstance(prompt, ImagePrompt):
             raise UsageError(f"{name} must be nativesd.ImagePrompt(adapter, picture), or several, not {shown(prompt)}")
         if not isinstance(prompt.adapter, ImageAdapter) and not is_path(prompt.adapter):
             raise UsageError(f"the adapter of {name} must be loaded, or a file, not {shown(prompt.adapter)}")
+        stem = Path(str(getattr(prompt.adapter, "name", prompt.adapter))).stem
+        needed = f"{name}: {stem} is prompted by a picture: pass one, or image embeddings"
+        if prompt.picture is None and prompt.identity is None:
+            raise UsageError(f"{needed}, or to a FaceID adapter identity=")
+        if isinstance(prompt.picture, list | tuple) and not prompt.picture:
+            raise UsageError(f"{needed}, not an empty list")
+        if not isinstance(prompt.picture, ImageEmbeddings | None):
+            read_pictures(f"a picture of {name}", prompt.picture)
+        if prompt.mask is not None:
+            read_pictures(f"a mask of {name}", prompt.mask)
     return [
         dataclasses.replace(
             prompt,
-            scale=real(-MOST_SCALE, MOST_SCALE)(f"the scale of {name}", prompt.scale),
-            start=real(0, 1)(f"the start of {name}", prompt.start),
-            end=real(0, 1)(f"the end of {name}", prompt.end),
+            **_acting(name, prompt),
             weight_type=one_of(*get_args(WeightType))(f"the weight_type of {name}", prompt.weight_type),
             crop=one_of(*get_args(Crop))(f"the crop of {name}", prompt.crop),
             lora_scale=real(-MOST_SCALE, MOST_SCALE)(f"the lora_scale of {name}", prompt.lora_scale),
@@ -82,3 +82,12 @@ def read_image_encoder(name: str, value: Any) -> ImageEncoder | str | Path:
     if not isinstance(value, ImageEncoder | str | Path):
         raise UsageError(f"{name} must be a file, a folder, or nativesd.load_image_encoder(...), not {shown(value)}")
     return value
+
+
+def _acting(name: str, given: Control | ImagePrompt) -> dict[str, float]:
+    """How strongly and when it acts."""
+    scale = real(-MOST_SCALE, MOST_SCALE)(f"the scale of {name}", given.scale)
+    start, end = (real(0, 1)(f"the {end} of {name}", getattr(given, end)) for end in ("start", "end"))
+    if start > end:
+        raise UsageError(f"{name}: start and end must be 0 <= start <= end <= 1, not {start}, {end}")
+    return {"scale": scale, "start": start, "end": end}

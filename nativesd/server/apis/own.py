@@ -156,8 +156,6 @@ def named_image_prompts(given: Mapping[str, Any], context: Context, intake: Inta
     out["image_prompts"] = []
     for value in listed("image_prompts", prompts):
         prompt = record_of(ImagePrompt, "image_prompts", value)
-        if prompt.picture is None and prompt.identity is None:
-            raise UsageError("image_prompts must have an adapter and a picture")
         pictures = {
             name: _pictures(f"image_prompts.{name}", each, intake)
             for name in ("picture", "mask")

@@ -10,6 +10,7 @@ from PIL import Image
 
 from nativesd.errors import UsageError
 from nativesd.pipeline.asked.arguments import Checked, check
+from nativesd.pipeline.asked.inputs import require_together
 from nativesd.pipeline.upscaling import UpscaleModel
 from nativesd.server.jobs.job import Made
 from nativesd.server.jobs.turn import Turn
@@ -71,6 +72,7 @@ def require_bounded(order: Order, limits: Limits, size: int | None, names: Mappi
     for call in order.calls:
         try:
             asked = check(call.prompt, dict(call.options))  # type: ignore[arg-type]  # its errors say what is no option
+            require_together(asked)
         except UsageError as error:
             name, _, rest = str(error).partition(" ")
             raise UsageError(f"{says.get(name, name)} {rest}") from None
