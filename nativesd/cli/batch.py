@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nativesd.cli.common import MODEL_HELP, RUNNING, SAVING, Size, embedding_files, main, print_tables, say
-from nativesd.cli.help import section
+from nativesd.cli.help import does_nothing, section
 from nativesd.errors import UsageError
 from nativesd.pipeline.asked.readers import lora_use
 
@@ -122,7 +122,7 @@ def batch(
     if address is not None and shard is not None:
         raise click.UsageError("--ray shares out the rows itself: leave --shard out")
     if address is None and workers is not None:
-        raise click.UsageError("--workers does nothing without --ray")
+        raise does_nothing("--workers", "--ray")
     part = read_shard(shard)
     options = {name: value for name, value in given.items() if value not in (None, ())}
     if shard == "auto" and "device" not in options and (device := _own_device()) is not None:

@@ -11,7 +11,7 @@ import click
 
 from nativesd.cli.common import MODEL_HELP, RUNNING, SAVING, Border, Size, embedding_files, main, say, tell
 from nativesd.cli.given import for_python, said_by
-from nativesd.cli.help import flag, section, with_flags
+from nativesd.cli.help import does_nothing, flags_of, section, with_flags
 from nativesd.text.syntax import Emphasis
 
 if TYPE_CHECKING:
@@ -302,10 +302,10 @@ def _repeated(picture: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _require_needed(context: click.Context, given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Refuse what was given where it does nothing, for want of another option."""
-    flags = {param.name: flag(param) for param in context.command.params if isinstance(param, click.Option)}
+    flags = flags_of(context)
     for name in given:
         needed = NEEDS.get(name, ("hires",) if name.startswith("hires_") else ())
         kept = [each for each in needed if options.get(each) not in (None, "torch", "cudagraphs")]
         if needed and not kept:
-            others = " or ".join("a --backend that keeps graphs" if n == "backend" else flags[n] for n in needed)
-            raise click.UsageError(f"{flags[name]} does nothing without {others}")
+            others = ("a --backend that keeps graphs" if each == "backend" else flags[each] for each in needed)
+            raise does_nothing(flags[name], *others)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.table import Table
 
 from nativesd.cli.common import ENGINES_HELP, MODEL_HELP, Size, main, print_tables, say, size_text
+from nativesd.cli.help import does_nothing, flags_of
 from nativesd.pipeline.asked.readers import lora_use
 
 if TYPE_CHECKING:
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
 
 COMPONENTS = ["text_encoder", "unet", "controlnet", "vae_encoder", "vae_decoder", "image_encoder", "ip_adapter"]
 NAMES = ["nativesd", "comfyui", "streamdiffusion"]
+CHANGE: dict[str, tuple[str, ...]] = {
+    "control": ("controlnet",), "image_encoder": ("image_encoder",), "image_adapters": ("ip_adapter", "unet"),
+    "loras": ("unet", "text_encoder"), "chunks": ("unet", "controlnet"), "slots": ("unet", "controlnet"),
+    **dict.fromkeys(("no_slots", "image_prompts", "names", "groups", "image_tokens"), ("unet",)),
+}  # fmt: skip
+"""The components that an option changes; of an adapter a FaceID's LoRA is merged into the UNet."""
+MADE_OF = {"controlnet": "control", "image_encoder": "image_encoder", "ip_adapter": "image_adapters"}
+"""The options that name what is exported as such a component."""
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -62,7 +72,10 @@ def _common(command: Command) -> Command:
 @click.option("--image-tokens", type=int, help="With --static: tokens of each image prompt [default: 16].")
 @click.option("--opset", type=int, help="[default: 23; of the VAE and of --image-encoder and --image-adapter 21]")
 @click.option("--names", type=click.Choice(NAMES), default=NAMES[0], help="Whose the UNet's inputs and outputs have.")
+@click.pass_context
 def export_onnx(
+    context: click.Context,
+    /,
     source: str,
     dest: Path,
     static: tuple[int, int] | None,
@@ -80,8 +93,11 @@ def export_onnx(
 
     told = {"batch": batch, "chunks": chunks, "groups": groups, "image_tokens": image_tokens}
     counts = {name: number for name, number in told.items() if number is not None}
+    _refuse_idle(context)
     if given["image_prompts"] is False and (groups or image_tokens):
         raise click.UsageError("--groups and --image-tokens are of image prompts: leave out --no-image-prompts")
+    if given["names"] != NAMES[0] and (groups or image_tokens):
+        raise click.UsageError(f"--groups and --image-tokens are of image prompts: leave out --names {given['names']}")
     if counts and static is None:
         raise click.UsageError(f"--{next(iter(counts)).replace('_', '-')} is of one size: pass --static too")
     size = None if static is None else Static(*static, **counts)
@@ -103,8 +119,12 @@ def export_onnx(
 @click.option("--dtype", default="float16", show_default=True, help="float16, bfloat16 or float32.")
 @click.option("--weight-streaming", is_flag=True, help="The weights may stay in main memory.")
 @click.option("--again", is_flag=True, help="Build in place of an engine that is there.")
-def export_tensorrt(source: str, no_slots: bool, no_check: bool, slots: int | None, **given: Any) -> None:
+@click.pass_context
+def export_tensorrt(
+    context: click.Context, /, source: str, no_slots: bool, no_check: bool, slots: int | None, **given: Any
+) -> None:
     """See the command's help."""
+    _refuse_idle(context)
     if slots is not None:
         given["profiles"] = [_streamed(profile, slots) for profile in given["profiles"] or ("dynamic",)]
     from nativesd.checkpoints.export import export_tensorrt as run_export
@@ -194,6 +214,23 @@ def _takes(entry: Entry) -> str:
     slots = [each for each in inputs if isinstance(each, dict)] if isinstance(inputs, list) else []
     words = {"control": "without_control", "image prompts": "without_image_prompts"}
     return ", ".join(what for what, mark in words.items() if any(mark in slot for slot in slots))
+
+
+def _refuse_idle(context: click.Context) -> None:
+    """Refuse what was given where it changes nothing of the components that are exported, or of how."""
+    given = {name: value for name, value in context.params.items()
+             if context.get_parameter_source(name) is not ParameterSource.DEFAULT}  # fmt: skip
+    flags, components = flags_of(context), given.get("components", COMPONENTS)
+    for name in given:
+        changed = CHANGE.get(name, components)
+        if not set(changed) & set(components):
+            raise does_nothing(flags[name], *(f"--component {component}" for component in changed))
+    lacking = [component for component in components if component in MADE_OF and MADE_OF[component] not in given]
+    if "components" in given and len(lacking) < len(components):  # of nothing at all the exporters say more
+        for component in lacking:
+            raise does_nothing(f"--component {component}", flags[MADE_OF[component]])
+    if "tolerance" in given and "no_check" in given:
+        raise click.UsageError("--tolerance is of the check: leave out --no-check")
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:

@@ -90,3 +90,13 @@ def with_flags(message: str, params: Sequence[click.Parameter]) -> str:
 def flag(param: click.Option) -> str:
     """The option's name on the command line: the first long one."""
     return next((name for name in param.opts if name.startswith("--")), param.opts[0])
+
+
+def flags_of(context: click.Context) -> dict[str | None, str]:
+    """The names on the command line of a command's options, by those of the function's arguments."""
+    return {param.name: flag(param) for param in context.command.params if isinstance(param, click.Option)}
+
+
+def does_nothing(option: str, *others: str) -> click.UsageError:
+    """What is raised of an option that was given where it changes nothing, for want of one of others."""
+    return click.UsageError(f"{option} does nothing without {' or '.join(others)}")

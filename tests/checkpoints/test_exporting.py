@@ -176,18 +176,45 @@ def test_a_static_file_from_the_command_line(run: Run, tmp_path: Path) -> None:
     assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [1, 4, 12, 16]
 
 
+UNET = ["onnx", "tiny", "out", "--component", "unet"]
+VAE = ["onnx", "tiny", "out", "--component", "vae_decoder", "--component", "vae_encoder"]
 MISTAKES = {
     "dest exists": (["onnx", "tiny", "."], 2, "exists"),
     "no such dtype": (["onnx", "tiny", "out", "--dtype", "int3"], 2, "int3"),
     "an odd size": (["onnx", "tiny", "out", "--static", "63x64"], 2, "multiples of 4,"),
     "no control": (["onnx", "tiny", "out", "--component", "controlnet"], 2, "nothing to export"),
+    "no control beside the UNet": (
+        [*UNET, "--component", "controlnet"], 2, "--component controlnet does nothing without --control"
+    ),
+    "no adapter beside the UNet": (
+        [*UNET, "--component", "ip_adapter"], 2, "--component ip_adapter does nothing without --image-adapter"
+    ),
+    "a control beside the UNet": (
+        [*UNET, "--control", "tiny"], 2, "--control does nothing without --component controlnet"
+    ),
+    "an encoder beside the UNet": (
+        [*UNET, "--image-encoder", "x"], 2, "--image-encoder does nothing without --component image_encoder"
+    ),
+    **{
+        f"{option[0]} of a VAE": ([*VAE, "--static", "64x64", *option], 2, f"{option[0]} does nothing without --comp")
+        for option in (["--no-slots"], ["--image-prompts"], ["--names", "comfyui"], ["--lora", "x.safetensors"],
+                       ["--chunks", "1"], ["--groups", "1"], ["--image-tokens", "4"], ["--image-adapter", "x"])
+    },
+    "slots of a VAE": (
+        ["tensorrt", "tiny", "--for", "sm120", "--component", "vae_decoder", "--stream", "2"], 2,
+        "--stream does nothing without --component unet or --component controlnet",
+    ),
+    "a tolerance of nothing": ([*UNET, "--no-check", "--tolerance", "1"], 2, "leave out --no-check"),
+    "image prompts of comfyui": (
+        [*UNET, "--static", "64x64", "--groups", "2", "--names", "comfyui"], 2, "leave out --names comfyui"
+    ),
     "an old opset": (["onnx", "tiny", "out", "--component", "vae_decoder", "--opset", "9"], 2, "18 is the lowest"),
     "a new opset": (["onnx", "tiny", "out", "--component", "vae_decoder", "--opset", "26"], 2, "25 the highest"),
     "no card": (["tensorrt", "tiny", "--for", "blackwell"], 2, "'blackwell' is not a compute capability"),
     "no model": (["onnx", "nowhere.safetensors", "out"], 3, "nowhere.safetensors"),
     "no GPU": (["tensorrt", "tiny"], 2, "--for sm120"),
     "no profile": (["tensorrt", "tiny", "--for", "sm120", "--profile", "big"], 2, "'big' is not a profile"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MISTAKES)
