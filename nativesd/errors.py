@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -15,6 +16,8 @@ class NativesdError(Exception):
     """Base of every error that nativesd raises on purpose. `exit_code` is what the command line ends with."""
 
     exit_code = 3
+    of_file = False
+    """Whether it is of what a file says, and so in the file's names: see `said_in`."""
 
 
 class Interrupted(NativesdError):  # noqa: N818  # it is no mistake
@@ -60,6 +63,18 @@ class NetworkError(NativesdError):
     """The hub could not be reached, or does not have what was asked for."""
 
     exit_code = 4
+
+
+@contextmanager
+def said_in(where: str) -> Iterator[None]:
+    """What is raised meanwhile is of what the file `where` says: its message begins with that, and is in its names."""
+    try:
+        yield
+    except NativesdError as error:
+        message = str(error)
+        error.args = (message if message.startswith(where) else f"{where}: {message}", *error.args[1:])
+        error.of_file = True
+        raise
 
 
 def printable(text: str) -> str:

@@ -94,6 +94,7 @@ class Columns:
                 raise UsageError(
                     f"{quote(name)} cannot be kept as it is: it is an option here; rename the column to pass it through"
                 )
+        check("", options_of({name: _read(name, value) for name, value in self.defaults.items()}, {}))
 
     def jobs(self, row: Row) -> list[Job]:
         """The jobs of a row: one, or `num_images` with ids and seeds that count up. Raises UsageError."""
@@ -174,11 +175,6 @@ def said(loading: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     found = {name: loading[name] for name in LOADING if name in loading} | more
     found = {name: value for name, value in found.items() if value not in (None, (), [])}
     return {name: list(map(str, each)) if is_list(each) else str(each) for name, each in found.items()}
-
-
-def check_defaults(defaults: Mapping[str, Any]) -> None:
-    """Raise UsageError for options for rows that do not state them, as JSON has them, that no row could have."""
-    check("", options_of({name: _read(name, value) for name, value in defaults.items()}, {}))
 
 
 def options_of(options: Mapping[str, Any], pictures: Mapping[str, Any], folder: Path = HERE) -> CallOptions:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nativesd.batch.columns import OWN, READERS, Columns, check_defaults, said
+from nativesd.batch.columns import OWN, READERS, Columns, said
 from nativesd.batch.files import Row
 from nativesd.batch.jobs import Job, canonical
 from nativesd.batch.results import Outcome
@@ -55,7 +55,6 @@ class Painter:
         defaults = {name: _told(value) for name, value in asked.items() if value is not None}
         for name, value in defaults.items():
             _require_default(name, value)
-        check_defaults(defaults)
         self._columns = Columns(
             model=model,
             loading=said(loading, refiner=refiner, embeddings=embeddings),

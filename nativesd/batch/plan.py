@@ -15,7 +15,7 @@ from typing import Any
 from nativesd.batch.columns import Columns
 from nativesd.batch.files import at, read_rows
 from nativesd.batch.jobs import Job, canonical
-from nativesd.errors import NativesdError, SourceError, UsageError, quote
+from nativesd.errors import NativesdError, SourceError, UsageError, quote, said_in
 
 TABLES = """
 CREATE TABLE ids (id TEXT PRIMARY KEY, line INTEGER) WITHOUT ROWID;
@@ -53,12 +53,13 @@ class Plan:
         plan = cls()
         try:
             plan._tables.execute("BEGIN")
-            for row in read_rows(path):
-                try:
-                    for job in columns.jobs(row):
-                        plan._add(job, path, shard)
-                except UsageError as error:
-                    raise SourceError(f"{at(path, row.line)}: {error}") from None
+            with said_in(str(path)):
+                for row in read_rows(path):
+                    try:
+                        for job in columns.jobs(row):
+                            plan._add(job, path, shard)
+                    except UsageError as error:
+                        raise SourceError(f"{at(path, row.line)}: {error}") from None
             plan._tables.execute("COMMIT")
         except BaseException:
             plan._tables.close()

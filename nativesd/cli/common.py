@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nativesd.cli.help import Group, with_flags
+from nativesd.cli.help import Group, as_flags
 from nativesd.errors import NativesdError, NativesdWarning, printable
 from nativesd.version import __version__
 
@@ -202,4 +202,4 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object, *
     if not issubclass(category, NativesdWarning) and not sys.warnoptions:
         return
     context = click.get_current_context(silent=True)
-    say(f"warning: {with_flags(str(message), [] if context is None else context.command.params)}")
+    say(f"warning: {message if context is None else as_flags(str(message), context)}")

@@ -11,7 +11,7 @@ import click
 
 from nativesd.cli.common import MODEL_HELP, RUNNING, SAVING, Border, Size, embedding_files, main, say, tell
 from nativesd.cli.given import for_python, said_by
-from nativesd.cli.help import does_nothing, flags_of, section, with_flags
+from nativesd.cli.help import as_flags, does_nothing, flags_of, section
 from nativesd.text.syntax import Emphasis
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def generate(
         asked["on_step"] = on_step
         result = pipeline(text, **asked)
     for note in result.parameters["notes"]:
-        say(with_flags(note, context.command.params))
+        say(as_flags(note, context))
     if verbose:
         for what, reason in result.parameters["inferred"].items():
             tell(f"{what}: {reason}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -11,6 +11,8 @@ import click
 from nativesd.errors import NativesdError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+FROM_FILE = "nativesd.from_file"
+"""Of a context's `meta`."""
 
 
 class Command(click.Command):
@@ -33,7 +35,8 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except NativesdError as error:
-            error.args = (with_flags(str(error), self.params), *error.args[1:])
+            if not error.of_file:
+                error.args = (as_flags(str(error), ctx), *error.args[1:])
             raise
 
 
@@ -85,6 +88,17 @@ def with_flags(message: str, params: Sequence[click.Parameter]) -> str:
     subject = r"(?<![\w.-])(?P<name>[a-z]\w*)(?:\.(?P<field>\w+))?"
     message = re.sub(rf"{subject}(?=(?: and \w+)? must be\b)", named, message)
     return re.sub(rf"^{subject}(?= (?:is|are|makes|does)\b)", named, message)
+
+
+def as_flags(message: str, context: click.Context) -> str:
+    """`with_flags` of a running command, but for the options that a file said: `from_file`."""
+    others = context.meta.get(FROM_FILE, ())
+    return with_flags(message, [param for param in context.command.params if param.name not in others])
+
+
+def from_file(context: click.Context, names: Iterable[str]) -> None:
+    """Have messages call options by their names in Python, as they were not given on the command line but in a file."""
+    context.meta[FROM_FILE] = frozenset(names)
 
 
 def flag(param: click.Option) -> str:

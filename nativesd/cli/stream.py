@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nativesd.cli.common import MODEL_HELP, RUNNING, Size, main, say
-from nativesd.cli.help import section, with_flags
+from nativesd.cli.help import as_flags, from_file, section
 from nativesd.pipeline.asked.readers import lora_use
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def stream(
     if prompt is not None:
         asked.pop("prompts", None)
         asked["prompt"] = prompt
+    from_file(context, asked.keys() - options.keys() - {"prompt"})
     if output is not None:
         check_output(output)
     with ExitStack() as stack:
@@ -138,7 +139,7 @@ def stream(
         with listening():
             made = stack.enter_context(nativesd.stream(asked.pop("prompt", None), model, **asked | options))
         for note in made.notes:
-            say(with_flags(note, context.command.params))
+            say(as_flags(note, context))
         rate = fps or (FPS if opened is None else opened.fps)
         sink = None if output is None else stack.enter_context(open_sink(output, rate))
         incoming: Iterable[Image.Image | None] = repeat(None) if opened is None else opened.frames

@@ -11,10 +11,11 @@ from typing import Any
 from nativesd.diffusion.control import Control
 from nativesd.diffusion.images.layers import PUBLISHED
 from nativesd.diffusion.images.prompts import ImagePrompt
-from nativesd.errors import SourceError, UsageError, install_line, quote
+from nativesd.errors import SourceError, UsageError, install_line, quote, said_in
 from nativesd.reading import read_bounded
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.streaming.ladder import timesteps_of_indices
+from nativesd.streaming.options import check_option
 from nativesd.streaming.similar import Similar
 
 MAX_BYTES = 1 << 20
@@ -38,15 +39,16 @@ def read_settings(path: str | Path) -> Settings:
         import yaml
     except ImportError as error:
         raise UsageError(f"settings in YAML need PyYAML: {install_line('stream')}") from error
-    raw = read_bounded(Path(path), MAX_BYTES, "file of settings")
-    try:
-        data = yaml.safe_load(raw)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        first = str(error).partition("\n")[0]
-        raise SourceError(f"{path} is no YAML that can be read: {first}") from error
-    if not isinstance(data, dict):
-        raise SourceError(f"{path} is no settings: it must have names with values")
-    return _Reader(str(path), data).settings()
+    with said_in(str(path)):
+        raw = read_bounded(Path(path), MAX_BYTES, "file of settings")
+        try:
+            data = yaml.safe_load(raw)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            first = str(error).partition("\n")[0]
+            raise SourceError(f"{path} is no YAML that can be read: {first}") from error
+        if not isinstance(data, dict):
+            raise SourceError(f"{path} is no settings: it must have names with values")
+        return _Reader(str(path), data).settings()
 
 
 def _same(name: str) -> Callable[[Settings, Any], None]:
@@ -98,8 +100,13 @@ class _Reader:
         for name, value in self.data.items():
             if name not in self.known:
                 raise self._unknown(name, self.known)
-            if value is not None:
-                self.known[name](out, value)
+            if value is None:
+                continue
+            before = dict(out.stream)
+            self.known[name](out, value)
+            for option, asked in out.stream.items():
+                if asked is not before.get(option):
+                    check_option(option, asked, name.removesuffix("s") if option == "control" else name)
         return out
 
     def _unknown(self, name: str, known: Collection[str], where: str = "") -> UsageError:
@@ -107,7 +114,7 @@ class _Reader:
         return self._wrong(where + name, "is no setting" + (f": did you mean {close[0]}?" if close else ""))
 
     def _wrong(self, name: str, why: str) -> UsageError:
-        return UsageError(f"{self.path}: {name} {why}")
+        return UsageError(f"{name} {why}")
 
     def _only(self, name: str, wanted: Any, why: str) -> Callable[[Settings, Any], None]:
         def check(_: Settings, value: Any) -> None:

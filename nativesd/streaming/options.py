@@ -14,7 +14,7 @@ from nativesd.diffusion.images.prompts import ImageEncoder, ImagePrompt
 from nativesd.errors import UsageError
 from nativesd.pipeline.asked.arguments import LoadOptions, Lora, readers_of, refuse_unknown
 from nativesd.pipeline.asked.elsewhere import ELSEWHERE
-from nativesd.pipeline.asked.readers import flag, is_list, one_of, real, shown, to_whole, whole
+from nativesd.pipeline.asked.readers import Reader, flag, is_list, one_of, real, shown, to_whole, whole
 from nativesd.pipeline.asked.records import read_loras
 from nativesd.pipeline.asked.steering import read_controls, read_image_encoder, read_image_prompts
 from nativesd.sampling.published import SchedulerConfig
@@ -104,6 +104,10 @@ def _seed(name: str, value: Any) -> int:
     return number
 
 
+ONE: Mapping[str, tuple[str, Reader]] = {"prompt": ("prompts", _text), "seed": ("seeds", _seed)}
+"""Options that say one, where others say several with their weights."""
+
+
 def _weighted_seeds(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     return tuple((_seed(name, seed), weight) for seed, weight in _weighted(name, value, "seed"))
 
@@ -182,6 +186,12 @@ class Asked:
         return make_ladder(config, timesteps_of_strength(config, steps, strength))
 
 
+def check_option(name: str, value: Any, called: str) -> None:
+    """Raise UsageError for a value that an option of a stream cannot have; the message calls the option `called`."""
+    read = ONE[name][1] if name in ONE else readers_of(Asked)[name]
+    read(called, value)
+
+
 def check_stream(options: Mapping[str, Any]) -> Asked:
     """What is asked of a new stream. Raises UsageError for what cannot be, naming the argument."""
     refuse_unknown(options, ["prompt", *StreamOptions.__annotations__], ELSEWHERE_TOO)
@@ -199,7 +209,7 @@ def check_update(asked: Asked, options: Mapping[str, Any]) -> Asked:
 
 def _replace(asked: Asked, options: Mapping[str, Any]) -> Asked:
     given = {name: value for name, value in options.items() if value is not None}
-    for one, several, read in (("prompt", "prompts", _text), ("seed", "seeds", _seed)):
+    for one, (several, read) in ONE.items():
         if one in given:
             if several in given:
                 raise UsageError(f"pass {one} or {several}, not both")

@@ -436,6 +436,12 @@ def test_bad_files_are_refused_before_the_first_picture(run: Command, jobs: Path
         assert not (tmp_path / "out").exists()
 
 
+def test_messages_tell_a_rows_words_from_the_command_lines(run: Command, tmp_path: Path) -> None:
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "a fox", "steps": 0}\n')
+    assert "jobs.jsonl, line 1: steps must be" in run("batch", "jobs.jsonl", "out", "--check").stderr
+    assert "nativesd: --steps must be" in run("batch", "jobs.jsonl", "out", "--check", "--steps", "0").stderr
+
+
 def test_progress_where_there_is_no_terminal(
     run: Command, stub: Stub, jobs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

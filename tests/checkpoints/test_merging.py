@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -451,11 +452,14 @@ def test_sources_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> Non
         ('sources = ["a", "b"]\nalpah = 1', "unknown field 'alpah'"),
         ('sources = ["a", "b"]\nalpha = nan', "alpha = nan must be a number"),
         ("sources = [", "is not TOML"),
+        ('sources = ["a", "b"]\nmethod = "sum"\nweights = [1.0]', "weights must be 2 numbers"),
         ('method = "sum"', "lacks the field 'sources'"),
     ],
 )
-def test_a_recipe_that_cannot_be(text: str, message: str, tmp_path: Path) -> None:
+def test_a_recipe_that_cannot_be(text: str, message: str, tmp_path: Path, run: Run) -> None:
     (tmp_path / "r.toml").write_text(text)
+    told = run("merge", "--recipe", "r.toml", "out.safetensors").stderr
+    assert re.match(f"nativesd: r.toml.* {message}", told), told
     with pytest.raises(NativesdError, match=message):
         nativesd.merge(None, tmp_path / "out.safetensors", recipe=tmp_path / "r.toml")
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import nativesd
+from conftest import Run
 from nativesd.errors import NativesdError, SourceError, UsageError
 from nativesd.streaming.config import Settings, read_settings
 
@@ -155,6 +156,14 @@ def test_ip_adapters(tmp_path: Path) -> None:
             "must have one image_encoder_path",
         ),
         ("t_index_list: x\nnum_inference_steps: 4", "must be whole numbers"),
+        ("t_index_list: x", "config.yaml: t_index_list must be whole numbers"),
+        ("cfg_type: odd", "config.yaml: cfg_type must be self or"),
+        ("do_add_noise: 3", "config.yaml: do_add_noise must be True or False"),
+        ("seed: x", "config.yaml: seed must be a whole number"),
+        ("prompt: 3", "config.yaml: prompt must be a text"),
+        ("seed_blending: [[1, -1]]", "config.yaml: a weight of seed_blending must be"),
+        ("controlnets: [{model_id: x, conditioning_scale: y}]", "config.yaml: the scale of a controlnet must be"),
+        ("ipadapters: [{ipadapter_model_path: x, style_image: y, scale: z}]", "the scale of ipadapters must be"),
         ("prompt_blending: {prompts: []}", "must be pairs, or have prompt_list"),
         ("lora_dict: [a]", "files with their scales"),
         ("- a", "is no settings"),
@@ -168,3 +177,28 @@ def test_what_is_refused(tmp_path: Path, text: str, words: str) -> None:
         read(tmp_path, text)
     assert isinstance(caught.value, UsageError | SourceError)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "words"),
+    [
+        (
+            "ipadapters: [{ipadapter_model_path: x, style_image: y, is_faceid: true}]",
+            [],
+            "pass image_prompts= in Python",
+        ),
+        ("guidance_scale: x", [], "config.yaml: guidance_scale must be a number"),
+        ("dtype: int3", [], "dtype must be"),
+        ("dtype: fp16", ["--dtype", "int3"], "--dtype must be"),
+        ("delta: 2", ["--steps", "0"], "--steps must be"),
+        ("steps: 2", ["--steps", "0"], "config.yaml: steps is no setting"),
+    ],
+)
+def test_the_command_line_tells_whose_words_were_wrong(
+    text: str, options: list[str], words: str, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"model_id: tiny\n{text}", encoding="utf-8")
+    done = run("stream", "--config", "config.yaml", "--frames", "1", "--device", "cpu", *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert ("--" in words) == ("--" in done.stderr)

@@ -13,7 +13,7 @@ from typing import Any
 from nativesd.checkpoints.layouts import DTYPES, LAYOUTS
 from nativesd.checkpoints.merging.blocks import parse_blocks
 from nativesd.checkpoints.merging.methods import METHODS, How, Method
-from nativesd.errors import SourceError, UsageError, quote
+from nativesd.errors import SourceError, UsageError, quote, said_in
 from nativesd.pipeline.asked.readers import Reader, is_list, is_path, real, whole
 from nativesd.pipeline.asked.readers import shown as shown_value
 from nativesd.pipeline.asked.readers import text as a_text
@@ -242,11 +242,12 @@ def read_recipe(path: Path) -> Recipe:
 
     Raises SourceError for what cannot be read, UsageError for what cannot be.
     """
-    data = _from_toml(path) if path.suffix.lower() == ".toml" else _from_checkpoint(path)
-    if unknown := set(data) - {each.name for each in SCHEMA}:
-        raise UsageError(f"{path}: unknown field {quote(sorted(unknown)[0])}")
-    read = read_fields(data, SCHEMA, str(path), UsageError)
-    recipe = recipe_of(**{each.name: read[each.name] for each in fields(Recipe)})
+    with said_in(str(path)):
+        data = _from_toml(path) if path.suffix.lower() == ".toml" else _from_checkpoint(path)
+        if unknown := set(data) - {each.name for each in SCHEMA}:
+            raise UsageError(f"unknown field {quote(sorted(unknown)[0])}")
+        read = read_fields(data, SCHEMA, str(path), UsageError)
+        recipe = recipe_of(**{each.name: read[each.name] for each in fields(Recipe)})
 
     def found(name: str) -> str:
         beside = path.parent / name
