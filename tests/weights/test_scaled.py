@@ -16,6 +16,7 @@ from nativesd.checkpoints.convert import convert
 from nativesd.errors import UsageError, WeightsError
 from nativesd.weights.files.source import open_source
 from nativesd.weights.files.tensors import read_tensor
+from nativesd.weights.formats import scaled as formats
 
 UNET = "model.diffusion_model."
 MARK = f"{UNET}scaled_fp8"
@@ -129,6 +130,47 @@ def test_float8_without_scales_is_read_as_it_is(plain: Path, tmp_path: Path) -> 
     assert read_tensor(member, f"{NAME}.weight").dtype == torch.float8_e4m3fn
 
 
+def a_row_of_zeros(tensors: dict[str, Tensor]) -> None:
+    """The second row, and its scale; of float8's two zeros both."""
+    newer(tensors)
+    tensors[f"{NAME}.weight"].view(torch.uint8)[1] = torch.tensor([0, 128]).repeat(
+        tensors[f"{NAME}.weight"].shape[1] // 2
+    )
+    tensors[f"{NAME}.weight_scale"][1] = 0
+
+
+def a_layer_of_zeros(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{NAME}.weight"].view(torch.uint8).zero_()
+    tensors[f"{NAME}.scale_weight"].zero_()
+
+
+@pytest.mark.parametrize("edit", [a_row_of_zeros, a_layer_of_zeros])
+def test_a_scale_of_0_is_of_zeros(
+    edit: Callable[[dict[str, Tensor]], object], scaled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As quantisers write it, who divide by the largest number: 0 times 0 is 0."""
+    path = edited(scaled, tmp_path / "zeros.safetensors", edit)
+    assert nativesd.audit(path).ok
+    [member], [before] = open_source(path), open_source(scaled)
+    found, wanted = (read_tensor(each, f"{NAME}.weight") for each in (member, before))
+    rows = [1] if edit is a_row_of_zeros else list(range(len(wanted)))
+    wanted[rows] = 0
+    assert torch.equal(found, wanted)
+    monkeypatch.setattr(formats, "MAX_ZEROS", 100)  # a file may say any size
+    assert not nativesd.audit(path).ok
+
+
+def a_zero_too_many(tensors: dict[str, Tensor]) -> None:
+    """The scale of the second row is 0, and its last number is another."""
+    a_row_of_zeros(tensors)
+    tensors[f"{NAME}.weight"].view(torch.uint8)[1, -1] = 1
+
+
+def of_another_row(tensors: dict[str, Tensor]) -> None:
+    a_row_of_zeros(tensors)
+    tensors[f"{NAME}.weight_scale"][:2] = tensors[f"{NAME}.weight_scale"][:2].flip(0)
+
+
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "a scale is missing": (
         lambda tensors: tensors.pop(f"{NAME}.scale_weight"),
@@ -170,7 +212,7 @@ def unmarked(tensors: dict[str, Tensor]) -> None:
 
 
 LONE = f"unexpected {NAME}.weight: in float8 without a scale that fits it, which this file has for such weights: "
-BAD = f"unexpected {NAME}.weight: in float8 with a scale that is not finite or not above 0: "
+BAD = f"unexpected {NAME}.weight: in float8 with a scale that is not finite, below 0, or 0 of other numbers than 0: "
 OTHER = f"unexpected {NAME}.weight: in float8, though its comfy_quant says another format: "
 FAULTS |= {
     "newer, a scale is missing": (planted(weight_scale=None), LONE),
@@ -187,6 +229,8 @@ FAULTS |= {
     "nvfp4": (planted(comfy_quant=says('{"format": "nvfp4"}')), OTHER),
     "e5m2, and it is e4m3": (planted(comfy_quant=says('{"format": "float8_e5m2"}')), OTHER),
     "no format": (planted(comfy_quant=says("[")), OTHER),
+    "a scale of 0 with one other number": (a_zero_too_many, BAD),
+    "a scale of 0 of another row": (of_another_row, BAD),
     "a long format": (planted(comfy_quant=torch.zeros(100_000, dtype=torch.uint8)), OTHER),
 } | {
     f"a scale of {number} in {dtype}": (planted(weight_scale=torch.tensor(number, dtype=dtype)), BAD)

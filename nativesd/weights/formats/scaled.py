@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from nativesd.errors import SourceError
@@ -29,7 +29,7 @@ OTHER_FORMAT, NOT_SCALED = "of another format", "with a scale"
 FAULTS = {
     NO_SCALE: f"in float8 without a scale that fits it, which this file has for such weights: {AGAIN}",
     TWO_SCALES: f"in float8 with two scales, scale_weight and weight_scale: {AGAIN}",
-    BAD_SCALE: f"in float8 with a scale that is not finite or not above 0: {AGAIN}",
+    BAD_SCALE: f"in float8 with a scale that is not finite, below 0, or 0 of other numbers than 0: {AGAIN}",
     OTHER_FORMAT: f"in float8, though its comfy_quant says another format: {AGAIN}",
     NOT_SCALED: f"no float8, though it has a scale for such beside it: {AGAIN}",
 }
@@ -109,6 +109,10 @@ def fold(tensors: Mapping[str, TensorInfo], read: Callable[[str], bytes] | None 
 NUMBERS = {"F32": "f", "F16": "e", "BF16": ""}
 """The dtypes that scales have, as `struct` calls them."""
 PLAIN = (*NUMBERS, "F64")
+ZEROS = b"\x00\x80"
+"""The bytes that are 0 and -0 in float8, of either kind."""
+MAX_ZEROS = 1 << 28
+"""Bytes of a weight that are looked through for other numbers than 0; the largest matrix of SDXL has 2^24."""
 MAX_STATED = 1000
 """Bytes of a comfy_quant; ComfyUI's have less than 100."""
 
@@ -130,7 +134,21 @@ def _fault(tensors: Mapping[str, TensorInfo], layer: str, scale: str, read: Call
     if not kind:  # bfloat16 is the upper half of float32
         raw, kind = b"".join(b"\0\0" + raw[i : i + 2] for i in range(0, len(raw), 2)), "f"
     numbers = struct.unpack(f"<{len(raw) // struct.calcsize(kind)}{kind}", raw)
-    return "" if all(math.isfinite(number) and number > 0 for number in numbers) else BAD_SCALE
+    if not all(math.isfinite(number) and number >= 0 for number in numbers):
+        return BAD_SCALE
+    zeros = [row for row, number in enumerate(numbers) if number == 0]
+    return BAD_SCALE if zeros and not _zero(read, layer, tensors[layer + WEIGHT], len(numbers), zeros) else ""
+
+
+def _zero(read: Callable[[str], bytes], layer: str, weight: TensorInfo, scales: int, rows: Sequence[int]) -> bool:
+    """Whether a weight has nothing but zeros where its scale is 0, as quantisers write it of a layer of zeros.
+
+    scales  how many the weight has: of all of it, or of every row
+    """
+    if weight.nbytes > MAX_ZEROS:
+        return False
+    raw, size = read(layer + WEIGHT), weight.nbytes // scales
+    return not any(raw[row * size : (row + 1) * size].strip(ZEROS) for row in rows)
 
 
 def _format(raw: bytes) -> object:
