@@ -45,7 +45,11 @@ def test_units_of_a1111(
     assert api.controlnet_model_list() == ["tiny", PLUS, BASE]
     assert "ip-adapter_clip_sd15" in api.controlnet_module_list()
     kinds = server.get("/controlnet/control_types").json()["control_types"]
-    assert (kinds["IP-Adapter"]["default_model"], kinds["All"]["model_list"]) == (PLUS, ["None", "tiny"])
+    assert (kinds["IP-Adapter"]["default_model"], kinds["Canny"]["model_list"]) == (PLUS, ["None", "tiny"])
+    assert kinds["All"] == {
+        "module_list": api.controlnet_module_list(), "model_list": ["None", "tiny", PLUS, BASE],
+        "default_option": "none", "default_model": "None",
+    }  # fmt: skip
     unit = webuiapi.ControlNetUnit(image=picture, module="ip-adapter_clip_sd15", model=f"{BASE} [6a3f6166]", weight=0.7,
                                    guidance_end=0.6)  # fmt: skip
     found = api.txt2img(**HERE, controlnet_units=[unit])

@@ -24,6 +24,7 @@ from nativesd.pictures.preprocess import canny
 from nativesd.pipeline.asked.readers import flag, real, shown, whole
 from nativesd.server.apis.sd.style import answered
 from nativesd.server.context import Context, context_of
+from nativesd.server.jobs.shelf import Catalogue
 from nativesd.server.wire.answers import answering, json_answer
 from nativesd.server.wire.bodies import Intake, data_of, read_object
 from nativesd.server.wire.fields import listed, mapping, words
@@ -72,35 +73,43 @@ async def version(_request: Request) -> Response:
 @answering(answered)
 async def model_list(request: Request) -> Response:
     """ControlNets, T2I-Adapters and IP-Adapters by name."""
-    catalogue = context_of(request).catalogue
-    return json_answer({"model_list": [*catalogue.controls, *catalogue.image_adapters]})
+    return json_answer({"model_list": _models(context_of(request).catalogue)})
 
 
 @answering(answered)
 async def module_list(request: Request) -> Response:
     """Preprocessors; those of IP-Adapters where there are such."""
-    names = [*MODULES, *(IMAGE_MODULES if context_of(request).catalogue.image_adapters else ())]
+    names = _modules(context_of(request).catalogue)
     return json_answer({"module_list": names, "module_detail": {name: {"sliders": []} for name in names}})
 
 
 @answering(answered)
 async def control_types(request: Request) -> Response:
-    """Preprocessors and models that go together: all ControlNets, and all IP-Adapters."""
+    """Preprocessors and models that go together: all that there are, all ControlNets, and all IP-Adapters."""
     catalogue = context_of(request).catalogue
+    controls, adapters = list(catalogue.controls), list(catalogue.image_adapters)
     types = {
-        "All": _control_type(MODULES, list(catalogue.controls), "none"),
-        "Canny": _control_type(MODULES, list(catalogue.controls), "canny"),
+        "All": _control_type(_modules(catalogue), _models(catalogue), "none", "None"),
+        "Canny": _control_type(MODULES, controls, "canny", *controls[:1]),
     }
-    if catalogue.image_adapters:
-        types["IP-Adapter"] = _control_type(IMAGE_MODULES, list(catalogue.image_adapters), AUTO)
+    if adapters:
+        types["IP-Adapter"] = _control_type(IMAGE_MODULES, adapters, AUTO, adapters[0])
     return json_answer({"control_types": types})
 
 
-def _control_type(modules: Sequence[str], models: Sequence[str], default: str) -> dict[str, Any]:
+def _control_type(modules: Sequence[str], models: Sequence[str], default: str, model: str = "None") -> dict[str, Any]:
     return {
         "module_list": list(modules), "model_list": ["None", *models], "default_option": default,
-        "default_model": models[0] if models else "None",
+        "default_model": model,
     }  # fmt: skip
+
+
+def _models(catalogue: Catalogue) -> list[str]:
+    return [*catalogue.controls, *catalogue.image_adapters]
+
+
+def _modules(catalogue: Catalogue) -> list[str]:
+    return [*MODULES, *(IMAGE_MODULES if catalogue.image_adapters else ())]
 
 
 @answering(answered)
