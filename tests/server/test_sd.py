@@ -73,6 +73,11 @@ def test_hires_and_settings(api: webuiapi.WebUIApi, pipe: nativesd.Pipeline) -> 
     hires = nativesd.Hires(1.5, 0.6, 2, "lanczos")
     same(made.image, pipe(prompt, **OURS, hires=hires, clip_skip=2, noise="cuda", emphasis="no norm"))
     assert made.image.size == (96, 96)
+    comfy = api.txt2img(**HERE, batch_size=2, override_settings={"randn_source": "ComfyUI"})
+    wanted = pipe(PROMPT, **OURS, noise="comfyui", num_images=2)
+    for number, found in enumerate(comfy.images):
+        same(found, wanted, number)
+    assert "RNG: ComfyUI" in comfy.info["infotexts"][0]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +216,10 @@ def test_what_is_not_heeded_is_named(server: Running) -> None:
         ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"model": "tiny"}]}}}, 422, "image"),
         ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"model": "x", "image": "aa"}]}}}, 422, "image"),
         ("txt2img", {"override_settings": {"sd_model_checkpoint": "/etc/passwd"}}, 422, "model"),
+        ("txt2img", {"override_settings": {"randn_source": "TPU"}}, 422, "CPU, GPU, NV or ComfyUI"),
+        ("txt2img", {"override_settings": {"randn_source": 5}}, 422, "randn_source"),
+        ("options", {"randn_source": "TPU"}, 422, "CPU, GPU, NV or ComfyUI"),
+        ("options", {"randn_source": ["NV"]}, 422, "randn_source"),
         ("txt2img", {"prompt": "a <lora:none:1>"}, 422, "none"),
         ("txt2img", {"refiner_checkpoint": "x"}, 422, "model"),
         ("img2img", {}, 404, "Init image"),

@@ -19,6 +19,7 @@ from starlette.routing import Route
 from nativesd.errors import UsageError
 from nativesd.pictures.infotext import schedule_named
 from nativesd.pictures.programs.a1111 import automatic_schedule
+from nativesd.pictures.programs.values import noise
 from nativesd.pipeline.asked.hires import UPSCALERS, Hires
 from nativesd.pipeline.asked.readers import read_emphasis, whole
 from nativesd.sampling.names import find_sampler, find_schedule
@@ -34,6 +35,7 @@ from nativesd.server.jobs.job import Job
 from nativesd.server.jobs.order import Call, Order, Part
 from nativesd.server.wire.answers import Refusal, answering, json_answer, require_done
 from nativesd.server.wire.bodies import data_of, read_object
+from nativesd.server.wire.fields import words
 from nativesd.server.wire.waiting import wait_for
 
 NAMES = {"num_images": "batch_size times n_iter"}
@@ -158,9 +160,7 @@ def _from_settings(
                 skip = whole(1, 12)(name, value)
                 options |= {"clip_skip": skip} if skip > 1 else {}
             case "randn_source":
-                if value not in ("CPU", "GPU", "NV"):
-                    raise UsageError(f"randn_source must be CPU, GPU or NV, not {value!r}")
-                options |= {} if value == "CPU" else {"noise": "cuda"}
+                options["noise"] = noise(name, words(name, value))
             case "emphasis":
                 options["emphasis"] = read_emphasis(name, value)
             case "eta_noise_seed_delta":

@@ -10,12 +10,14 @@ from starlette.routing import Route
 
 from nativesd.errors import UsageError
 from nativesd.pictures.infotext import EMPHASIS
+from nativesd.pictures.programs.values import noise
 from nativesd.pipeline.asked.readers import read_emphasis, whole
 from nativesd.server.apis.sd.style import answered
 from nativesd.server.context import Context, context_of
 from nativesd.server.jobs.job import Job
 from nativesd.server.wire.answers import answering, json_answer, require_done
 from nativesd.server.wire.bodies import read_object
+from nativesd.server.wire.fields import words
 from nativesd.server.wire.waiting import wait_for
 
 DEFAULTS: dict[str, Any] = {
@@ -68,8 +70,7 @@ def _read(body: dict[str, Any]) -> dict[str, Any]:
     if (delta := body.get("eta_noise_seed_delta")) is not None:
         changed["eta_noise_seed_delta"] = whole(0, 1 << 32)("eta_noise_seed_delta", delta)
     if (source := body.get("randn_source")) is not None:
-        if source not in ("CPU", "GPU", "NV"):
-            raise UsageError(f"randn_source must be CPU, GPU or NV, not {source!r}")
+        noise("randn_source", words("randn_source", source))
         changed["randn_source"] = source
     if (emphasis := body.get("emphasis")) is not None:
         changed["emphasis"] = EMPHASIS[read_emphasis("emphasis", emphasis)]
