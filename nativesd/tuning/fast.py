@@ -9,6 +9,7 @@ devices take the plain path, and so do gradients.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from threading import RLock
 from typing import Any
@@ -158,7 +159,7 @@ class FastPixelAttention(PixelAttention):
     attend = attend
 
 
-class Packed(nn.Module):
+class Packed(nn.Module, ABC):
     """A layer whose `weight` oneDNN need not reorder into new memory at every call.
 
     It is packed at the first call. From then on the parameter is a single NaN (0 in 8 bits) in its shape, which cannot
@@ -166,9 +167,9 @@ class Packed(nn.Module):
     then, with its own values, and packed again at the next call, which another thread must not make meanwhile.
     """
 
+    @abstractmethod
     def reorder(self, weight: Tensor, parts: int) -> tuple[Tensor, ...]:
         """`weight` in oneDNN's order: one for inputs of any size."""
-        raise NotImplementedError
 
     def restore(self, packed: tuple[Tensor, ...]) -> Tensor:
         """The weight that `reorder` was given."""

@@ -457,6 +457,14 @@ def test_how_weights_are_packed_does_not_hang_on_the_first_input() -> None:
     assert torch.equal(*orders)
 
 
+def test_what_cannot_be_packed_is_no_layer() -> None:
+    class Unordered(fast.Packed, nn.Linear):
+        pass
+
+    with pytest.raises(TypeError, match="abstract method"):
+        Unordered(2, 2)  # type: ignore[abstract]
+
+
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 def test_threads_share_what_is_packed(kind: str, dtype: torch.dtype) -> None:
     layer, _, x = packed_layer(kind, dtype)
