@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,10 +40,21 @@ def read_settings(path: str | Path) -> Settings:
         import yaml
     except ImportError as error:
         raise UsageError(f"settings in YAML need PyYAML: {install_line('stream')}") from error
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a name that stands twice, as YAML does (1.2.2, 3.2.1.1); of such PyYAML takes the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+            counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            for name, count in counts.most_common(1):
+                if count > 1:
+                    raise yaml.MarkedYAMLError(problem=f"it names {quote(name)} twice", problem_mark=node.start_mark)
+            return super().construct_mapping(node, deep)
+
     with said_in(str(path)):
         raw = read_bounded(Path(path), MAX_BYTES, "file of settings")
         try:
-            data = yaml.safe_load(raw)
+            data = yaml.load(raw, Loader)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             first = str(error).partition("\n")[0]
             raise SourceError(f"{path} is no YAML that can be read: {first}") from error

@@ -168,6 +168,8 @@ def test_ip_adapters(tmp_path: Path) -> None:
         ("lora_dict: [a]", "files with their scales"),
         ("- a", "is no settings"),
         ("a: [", "is no YAML"),
+        ("delta: 1\nprompt: a\ndelta: 2", "config.yaml is no YAML that can be read: it names 'delta' twice"),
+        ("lora_dict: {a: 1, b: 1, a: 0.5}", "it names 'a' twice"),
         ("a: !!python/object/apply:os.system [true]", "is no YAML"),
         ("[" * 3000, "is no YAML"),
     ],
