@@ -496,6 +496,14 @@ def test_nothing_but_an_error_of_ours_comes_of_nonsense(data: st.DataObject) -> 
     assert said == set(nonsense)
 
 
+@pytest.mark.parametrize("stem", SMALL)
+def test_tensors_without_numbers_tell_no_sizes(stem: str) -> None:
+    shapes = MANIFESTS[stem].shapes
+    for axis in range(2):
+        empty = {key: tuple(0 if a == axis else n for a, n in enumerate(shape)) for key, shape in shapes.items()}
+        assert not run(empty)[1].ok
+
+
 def test_a_whole_unet_is_a_table_of_under_100_lines() -> None:
     for path in TABLES.glob("*.*.toml"):
         lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]

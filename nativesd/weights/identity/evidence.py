@@ -41,9 +41,11 @@ def present(parameters: Parameters, pattern: str, needed: int) -> set[tuple[int,
 
 
 def shapes_of(parameters: Parameters, pattern: str, rank: int) -> list[Shape]:
-    """The shapes of that rank of all parameters whose name the pattern matches."""
+    """The shapes of that rank of all parameters whose name the pattern matches; not those without numbers, which tell
+    nothing."""
     compiled = re.compile(pattern)
-    return [shape for name, shape in parameters.items() if len(shape) == rank and compiled.fullmatch(name)]
+    named = (shape for name, shape in parameters.items() if compiled.fullmatch(name))
+    return [shape for shape in named if len(shape) == rank and 0 not in shape]
 
 
 def count(indices: Iterable[int]) -> int:
