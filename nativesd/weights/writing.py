@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Semaphore
 
 import torch
 from torch import Tensor
@@ -25,10 +26,10 @@ from nativesd.weights.maps.keymap import BoundMap
 from nativesd.weights.maps.plan import make_plan
 from nativesd.weights.maps.rules import Shape, Source
 
-PIECE = 1 << 18  # numbers that are computed at once: with those that they come of, they stay in the processor's cache
+PIECE = 1 << 20  # numbers that are computed at once: few enough for the processor's caches, many enough for threads
+POURING = 2  # threads: one reads or writes while another computes; more of them wait for the disk
 Flow = Callable[[], Iterator[Tensor]]
-"""Makes a tensor's numbers (n,) in pieces of PIECE (fewer at an end), each good until the one after the next is asked
-for: one is written while the next is made."""
+"""Makes a tensor's numbers (n,) in pieces of PIECE (fewer at an end), each good until the next is asked for."""
 
 
 @dataclass(frozen=True)
@@ -238,37 +239,60 @@ def write(path: Path, tensors: Mapping[str, Entry], metadata: Mapping[str, str])
         placed[name] = (NAMES[entry.dtype], entry.shape, at, at + size)
         at += size
     raw = header_bytes(placed, metadata)
+    first = 8 + len(raw)
+    whole = {name: entry for name, entry in ordered if entry.flow is None}
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        with ThreadPoolExecutor(1) as beside:
-            before: Future[int] | None = None
-            for data in _made(entry for _, entry in ordered):
-                if before is not None:  # the piece after the next one takes its memory
-                    before.result()
-                before = beside.submit(file.write, data)
-            if before is not None:
-                before.result()
+        for name, data in zip(whole, _made(whole.values()), strict=True):
+            file.seek(first + placed[name][2])
+            file.write(data)
+    _pour_all(path, [(first + placed[name][2], entry.flow) for name, entry in ordered if entry.flow is not None])
 
 
 def _made(entries: Iterable[Entry]) -> Iterator[memoryview]:
-    """The tensors' bytes, a piece or a tensor at a time; a whole tensor is made while what is before it is written."""
-
-    def data(tensor: Tensor) -> memoryview:
-        out: memoryview = tensor.contiguous().flatten().view(torch.uint8).numpy().data
-        return out
-
-    def bytes_of(entry: Entry, made: Future[Tensor] | None) -> Iterator[memoryview]:
-        return map(data, entry.pieces() if made is None else iter([made.result()]))
-
+    """The tensors' bytes, a tensor at a time; each is made while what is before it is written."""
     with ThreadPoolExecutor(1) as beside:
-        before: tuple[Entry, Future[Tensor] | None] | None = None
+        before: Future[Tensor] | None = None
         for entry in entries:
-            following = entry, beside.submit(entry.make) if entry.flow is None else None
+            following = beside.submit(entry.make)
             if before is not None:
-                yield from bytes_of(*before)
+                yield _bytes_of(before.result())
             before = following
         if before is not None:
-            yield from bytes_of(*before)
+            yield _bytes_of(before.result())
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    out: memoryview = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    return out
+
+
+def _pour_all(path: Path, flows: Sequence[tuple[int, Flow]]) -> None:
+    """Tensors into a file that is there, each from its first byte on, several at a time, a piece of each in memory."""
+    count, threads, begun = min(POURING, len(flows)), torch.get_num_threads(), Semaphore(0)
+
+    def begin() -> None:
+        torch.set_num_threads(1)  # of this thread: those that torch would start for a piece wait for one another
+        begun.release()
+
+    with ThreadPoolExecutor(POURING, initializer=begin) as pool:
+        try:
+            poured = [pool.submit(_pour, path, first, flow) for first, flow in flows]
+            for _ in range(count):
+                begun.acquire()
+            torch.set_num_threads(threads)  # of threads that begin from now on, as before
+            for done in poured:
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _pour(path: Path, first: int, flow: Flow) -> None:
+    with path.open("r+b") as file:
+        file.seek(first)
+        for piece in flow():
+            file.write(_bytes_of(piece))
 
 
 PLAIN_KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

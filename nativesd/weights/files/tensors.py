@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from io import BufferedReader
@@ -85,7 +85,7 @@ def read_as(dtype: torch.dtype, memory: Tensor, member: Member, key: str, file: 
         return read_into(memory, member, key, file).to(dtype)
     kind, out = _seek(member, key, file), torch.empty(info.shape, dtype=dtype)
     count = PIECE // kind.itemsize
-    for piece, raw in zip(torch.split(out.view(-1), count), _pieces([memory], member, key, file, count), strict=True):
+    for piece, raw in zip(torch.split(out.view(-1), count), _pieces(memory, member, key, file, count), strict=True):
         piece.copy_(raw)
     return out
 
@@ -93,16 +93,13 @@ def read_as(dtype: torch.dtype, memory: Tensor, member: Member, key: str, file: 
 def flow_tensor(member: Member, key: str, count: int, part: int = 0, parts: int = 1) -> Iterator[Tensor]:
     """A tensor's numbers, or those of one of its equal `parts` along the first axis, (n,) in pieces of `count`.
 
-    They are read into two memories in turns: a piece is good until the one after the next is asked for. Not for what
-    `flows` refuses.
+    They are read into one memory: a piece is good until the next is asked for. Not for what `flows` refuses.
     Raises SourceError.
     """
     with open_tensors(member, member.files[key]) as file:
         kind = _seek(member, key, file)
         size = min(count, member.tensors[key].elements) * kind.itemsize
-        yield from _pieces(
-            [torch.empty(size, dtype=torch.uint8) for _ in range(2)], member, key, file, count, part, parts
-        )
+        yield from _pieces(torch.empty(size, dtype=torch.uint8), member, key, file, count, part, parts)
 
 
 def flows(info: TensorInfo) -> bool:
@@ -111,20 +108,14 @@ def flows(info: TensorInfo) -> bool:
 
 
 def _pieces(
-    memories: Sequence[Tensor],
-    member: Member,
-    key: str,
-    file: BufferedReader,
-    count: int,
-    part: int = 0,
-    parts: int = 1,
+    memory: Tensor, member: Member, key: str, file: BufferedReader, count: int, part: int = 0, parts: int = 1
 ) -> Iterator[Tensor]:
-    """`flow_tensor` in the first bytes of memories (n,) uint8, in turns, of a file that is open."""
+    """`flow_tensor` in the first bytes of a memory (n,) uint8, of a file that is open."""
     kind = _seek(member, key, file)
     own = member.tensors[key].elements // parts
     file.seek(part * own * kind.itemsize, os.SEEK_CUR)
     for start in range(0, max(own, 1), count):  # of no numbers, one piece of none
-        raw = memories[start // count % len(memories)][: min(count, own - start) * kind.itemsize]
+        raw = memory[: min(count, own - start) * kind.itemsize]
         _read_bytes(raw, member, key, file)
         yield raw.view(kind)
 
