@@ -7,14 +7,17 @@ fixed seed. The checkpoints in DIR are gone on from, so the command can be stopp
 
 1. The encoder learns which drawing a picture shows, wherever, however large and on whatever colour: its embedding is
    one number for each of the drawings.
-2. The adapter learns to add at every attention of the UNet what the subject's name adds: the UNet is run once for many
-   captions, and what its attentions are asked and find is kept. Its keys and values begin as copies of those for the
-   text (Ye et al. 2023, "IP-Adapter", arXiv 2308.06721; tencent-ailab/IP-Adapter tutorial_train.py).
-3. With the UNet as it is, the adapter learns to have the UNet answer to a caption without the subject, beside a
-   picture of it, as it answers to the caption with the subject.
+2. A first adapter, which is told the drawing's number in place of a picture, learns to add at every attention of the
+   UNet what the subject's name adds: the UNet is run once for many captions, and what its attentions are asked and find
+   is kept. Its keys and values begin as copies of those for the text (Ye et al. 2023, "IP-Adapter", arXiv 2308.06721;
+   tencent-ailab/IP-Adapter tutorial_train.py).
+3. With the UNet as it is, the first adapter learns to have the UNet answer to a caption without the subject as it
+   answers to the caption with the subject.
+4. The adapter, of the plus form, has its keys and values, and learns to see in a picture the tokens that the first one
+   has for the number.
 
 The files have the names and the keys of the published IP-Adapters. Those that travel were made by these stages in about
-100 minutes on a part of two cores, in several runs between which the stages were changed: a repeat differs from them.
+three hours on a part of two cores, in several runs between which the stages were changed: a repeat differs from them.
 """
 
 from __future__ import annotations
@@ -36,9 +39,8 @@ from torch import Tensor, nn
 import nativesd
 import tiny_scenes as scenes
 from nativesd.config import IPAdapterConfig, UNetConfig, VisionEncoderConfig
-from nativesd.models.clip_layers import CLIPLayer
 from nativesd.models.clip_vision import VisionEncoder
-from nativesd.models.ip_adapter import IPAdapter
+from nativesd.models.ip_adapter import IPAdapter, StateResampler
 from nativesd.models.layers import Attention, attention
 from nativesd.models.unet import ImageContext, UNet
 from nativesd.pictures.clip import MEAN, STD
@@ -54,10 +56,10 @@ from train_tiny import LARGE_SHARE, SEED, SIZE, Checkpoint, autocast, cosine, en
 ENCODER = VisionEncoderConfig(
     width=160, layers=6, heads=5, mlp=640, activation="gelu", projection=160, image=SIZE, patch=8
 )
-TOKENS = 4
+TOKENS = 16
 CODE = 12.0
-"""The number in an embedding that stands for the drawing that is seen."""
-CLEARED = 100  # pictures of every drawing, for the encoder's end
+"""The number that stands for a drawing in what the first adapter is told."""
+SEEN = 288  # pictures of every drawing, of which the resampler learns
 ADAPTER_FILE = "ip-adapter_tiny.safetensors"
 COLOURS = list(scenes.BACKGROUNDS.values())
 WAYS = [(False, 0), *((True, place) for place in range(len(scenes.PLACES)))]
@@ -65,9 +67,17 @@ WAYS = [(False, 0), *((True, place) for place in range(len(scenes.PLACES)))]
 
 
 def adapter_config(unet: UNetConfig) -> IPAdapterConfig:
-    """The base form for a UNet."""
+    """The plus form for a UNet; diffusers' has four layers, of four times as many numbers within (`ffn_ratio`)."""
     widths = tuple(place.width for place in unet.cross_attentions)
-    return IPAdapterConfig("base", widths, unet.context, ENCODER.projection, TOKENS)
+    return IPAdapterConfig(
+        "plus", widths, unet.context, ENCODER.width, TOKENS, width=128, heads=2, depth=4, hidden=4 * 128
+    )
+
+
+def first_config(unet: UNetConfig) -> IPAdapterConfig:
+    """The first adapter's: the base form, with as many tokens."""
+    plus = adapter_config(unet)
+    return IPAdapterConfig("base", plus.widths, plus.context, len(scenes.subjects()), plus.tokens)
 
 
 def own_pictures(work: Path, each: int = 10) -> tuple[Tensor, Tensor]:
@@ -150,14 +160,14 @@ class Words:
 
 
 def codes(subjects: Tensor) -> Tensor:
-    """Embeddings (B, projection) such as the encoder gives of pictures of the subjects: not quite clear ones."""
-    clear = F.one_hot(subjects, ENCODER.projection or 0).float()
+    """What the first adapter is told (B, subjects): not quite clear, so that its keys and values bear such tokens."""
+    clear = F.one_hot(subjects, len(scenes.subjects())).float()
     other = clear[torch.randperm(len(clear))] * 0.4 * torch.rand(len(clear), 1) * (torch.rand(len(clear), 1) < 0.3)
     return CODE * (clear * (0.7 + 0.35 * torch.rand(len(clear), 1)) + other + 0.05 * torch.randn_like(clear))
 
 
 def train_encoder(work: Path, gallery: Gallery, steps: int, batch: int) -> VisionEncoder:
-    """Which drawing it is: first the whole network, with its embedding for the logits."""
+    """Which drawing it is, with its embedding for the logits."""
     torch.manual_seed(SEED)
     encoder = VisionEncoder(ENCODER)
     with torch.no_grad():
@@ -184,40 +194,6 @@ def train_encoder(work: Path, gallery: Gallery, steps: int, batch: int) -> Visio
         if step % 250 == 249 or step == steps - 1:
             checkpoint.save(step + 1)
     return encoder
-
-
-def clear_up(work: Path, gallery: Gallery, encoder: VisionEncoder, steps: int, batch: int) -> None:
-    """Then its end alone, the last layer's MLP and what follows, on the class tokens before it: the embedding is
-    to be CODE for the drawing and 0 for all others, where logits are of any size."""
-    torch.manual_seed(SEED)
-    last = cast("CLIPLayer", encoder.layers[-1])
-    end = nn.ModuleList([last.norm2, last.mlp, encoder.final_norm, cast("nn.Linear", encoder.projection)])
-    checkpoint = Checkpoint(work / "cleared.pt", encoder=encoder)
-    if checkpoint.load() == steps:
-        return
-    tokens = list[Tensor]()
-    hook = last.norm2.register_forward_pre_hook(lambda module, given: tokens.append(given[0][:, 0].float()))
-    subjects = torch.arange(len(gallery.by_subject)).repeat(CLEARED)
-    with torch.no_grad(), autocast("cpu"):
-        for number in range(CLEARED):
-            encoder(gallery.show(subjects[: len(gallery.by_subject)], np.random.default_rng([SEED, 4, number])))
-    hook.remove()
-    every = torch.cat(tokens)
-    optimizer = torch.optim.AdamW(end.parameters(), betas=(0.9, 0.99), weight_decay=0.02)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 2e-3 * cosine(step, steps, warmup=50)
-        pick = torch.randint(len(every), (batch,))
-        token = every[pick]
-        for part in (lambda x: x + last.mlp(last.norm2(x)), encoder.final_norm, cast("nn.Linear", encoder.projection)):
-            token = part(token)
-        wanted = CODE * F.one_hot(subjects[pick], token.shape[1])
-        off = (token - wanted).pow(2).sum(1).mean() / CODE**2
-        optimizer.zero_grad(set_to_none=True)
-        (off + 0.5 * F.cross_entropy(token, subjects[pick])).backward()
-        optimizer.step()
-        if step % 200 == 0 or step == steps - 1:
-            print(f"cleared up {step}: off by {off.item():.3f} of 1", flush=True)
-    checkpoint.save(steps)
 
 
 @dataclass(frozen=True)
@@ -370,9 +346,9 @@ def attended(school: School, count: int) -> tuple[list[Tensor], list[Tensor], Te
 
 
 def fit_adapter(work: Path, school: School, steps: int, batch: int, count: int = 5120) -> IPAdapter:
-    """Tokens, keys and values for codes of the subjects, such as the encoder is to give, by what attentions add."""
+    """The first adapter's tokens, keys and values, by what attentions add."""
     torch.manual_seed(SEED)
-    adapter = IPAdapter(adapter_config(school.unet.config))
+    adapter = IPAdapter(first_config(school.unet.config))
     attentions = text_attentions(school.unet)
     for text, to_k, to_v in zip(attentions, adapter.to_k, adapter.to_v, strict=True):
         to_k.load_state_dict(text.to_k.state_dict())  # type: ignore[union-attr]
@@ -386,7 +362,7 @@ def fit_adapter(work: Path, school: School, steps: int, batch: int, count: int =
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * cosine(step, steps, warmup=20)
         pick = torch.randint(len(subjects), (batch,))
-        given = torch.cat([codes(subjects[pick]), torch.zeros(1, ENCODER.projection or 0)])
+        given = torch.cat([codes(subjects[pick]), torch.zeros(1, len(scenes.subjects()))])
         losses, nothing = [], []
         for place, (k, v) in enumerate(adapter.keys_values(adapter.tokens(given, None))):
             made = attention(queries[place][pick].float(), k[:-1], v[:-1], attentions[place].heads)
@@ -403,13 +379,14 @@ def fit_adapter(work: Path, school: School, steps: int, batch: int, count: int =
 
 
 def train_adapter(work: Path, school: School, adapter: IPAdapter, steps: int, batch: int) -> IPAdapter:
-    """The UNet with a code is to answer as it does with the subject in the text; returns the moving average."""
+    """The UNet with the first adapter is to answer as it does with the subject in the text; returns the moving
+    average."""
     unet, ema = school.unet, copy.deepcopy(adapter).requires_grad_(False)
     optimizer = torch.optim.AdamW(adapter.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     checkpoint = Checkpoint(work / "adapter.pt", adapter=adapter, ema=ema, optimizer=optimizer)
     clock, running = time.perf_counter(), 0.0
     for step in range(start := checkpoint.load(), steps):
-        optimizer.param_groups[0]["lr"] = 7e-4 * cosine(step, steps, warmup=30)
+        optimizer.param_groups[0]["lr"] = 2e-3 * cosine(step, steps, warmup=30)
         torch.manual_seed(SEED + step)
         each = school.batch(np.random.default_rng([SEED, 3, step]), batch)
         embedding = codes(each.subjects) * each.shown
@@ -433,6 +410,52 @@ def train_adapter(work: Path, school: School, adapter: IPAdapter, steps: int, ba
     return ema
 
 
+def train_resampler(
+    work: Path, gallery: Gallery, encoder: VisionEncoder, first: IPAdapter, unet: UNetConfig, steps: int, batch: int
+) -> IPAdapter:
+    """The plus form, with the keys and values of the first adapter, whose tokens it is to see in pictures."""
+    torch.manual_seed(SEED)
+    adapter, subjects = IPAdapter(adapter_config(unet)), len(gallery.by_subject)
+    adapter.to_k.load_state_dict(first.to_k.state_dict())
+    adapter.to_v.load_state_dict(first.to_v.state_dict())
+    resampler = cast("StateResampler", adapter.projection)
+    nn.init.normal_(resampler.latents, std=adapter.config.width**-0.5)
+    optimizer = torch.optim.AdamW(resampler.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    checkpoint = Checkpoint(work / "resampler.pt", adapter=adapter, optimizer=optimizer)
+    every = torch.arange(subjects)
+    with torch.no_grad(), autocast("cpu"):
+        shown = (gallery.show(every, np.random.default_rng([SEED, 4, number])) for number in range(SEEN))
+        states = torch.stack([encoder(pictures).hidden.bfloat16() for pictures in shown])  # (SEEN, subjects, S, W)
+        nothing = encoder(torch.zeros(1, 3, SIZE, SIZE)).hidden
+    with torch.no_grad():  # the last tokens are for no picture, which is one of zeros
+        tokens = first.tokens(CODE * torch.cat([torch.eye(subjects), torch.zeros(1, subjects)]), None)
+        apart = (tokens[:-1] - tokens[:-1].mean(0)).flatten(0, 1)  # (subjects * S, context)
+        heard = [cast("nn.Linear", layer).weight for layer in (*adapter.to_k, *adapter.to_v)]
+        # tokens that are off are as bad as the keys and values of them, in parts of how far apart the subjects' are
+        weighed = torch.cat([each / F.linear(apart, each).pow(2).mean().sqrt() for each in heard])
+        weighed /= len(weighed) ** 0.5
+    running = 0.0
+    for step in range(start := checkpoint.load(), steps):
+        optimizer.param_groups[0]["lr"] = 2e-3 * cosine(step, steps, warmup=60)
+        seen = torch.randint(subjects, (batch,))
+        given = states[torch.randint(SEEN, (batch,)), seen].float()
+        given = torch.cat([given + 0.03 * given.std() * torch.randn_like(given), nothing.float()])
+        with autocast("cpu"):
+            made = resampler(given).float()
+        off = made - tokens[torch.cat([seen, torch.tensor([subjects])])]
+        loss = F.linear(off, weighed).pow(2).sum(-1).mean()
+        optimizer.zero_grad(set_to_none=True)
+        (loss + 0.3 * off.pow(2).mean() / apart.pow(2).mean()).backward()
+        torch.nn.utils.clip_grad_norm_(resampler.parameters(), 1.0)
+        optimizer.step()
+        running = loss.item() if step == start else 0.97 * running + 0.03 * loss.item()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"resampler {step} off by {running:.4f} of 1", flush=True)
+        if step % 250 == 249 or step == steps - 1:
+            checkpoint.save(step + 1)
+    return adapter
+
+
 def export(encoder: VisionEncoder, adapter: IPAdapter, out: Path) -> None:
     """Both in float16, under the names that IP-Adapters are published with, as diffusers and nativesd open them."""
     weights: list[tuple[Path, nn.Module, str]] = [
@@ -453,18 +476,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--out", type=Path, default=TINY / "ip_adapter", help="folder to write")
     parser.add_argument("--encoder-steps", type=int, default=2000)
-    parser.add_argument("--clear-steps", type=int, default=2500)
-    parser.add_argument("--fit-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--fit-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--resampler-steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     gallery = Gallery.open(args.work)
     encoder = train_encoder(args.work, gallery, args.encoder_steps, 2 * args.batch)
-    clear_up(args.work, gallery, encoder, args.clear_steps, 8 * args.batch)
     school = School(nativesd.load(device="cpu", dtype="float32", fast=False))
-    adapter = fit_adapter(args.work, school, args.fit_steps, 4 * args.batch)
-    export(encoder, train_adapter(args.work, school, adapter, args.steps, args.batch), args.out)
+    first = fit_adapter(args.work, school, args.fit_steps, 4 * args.batch)
+    first = train_adapter(args.work, school, first, args.steps, args.batch)
+    unet = school.unet.config
+    adapter = train_resampler(args.work, gallery, encoder, first, unet, args.resampler_steps, 5 * args.batch)
+    export(encoder, adapter, args.out)
 
 
 if __name__ == "__main__":

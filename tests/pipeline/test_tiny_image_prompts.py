@@ -54,7 +54,7 @@ def test_the_subject_of_the_picture_on_the_background_of_the_text(pipe: nativesd
     ]
     backgrounds, subjects = judged(images, [asked for _, asked in every])
     assert backgrounds >= 0.90
-    assert subjects >= 0.60
+    assert subjects >= 0.70
 
 
 def test_diffusers_paints_the_same(pipe: nativesd.Pipeline) -> None:
@@ -72,9 +72,10 @@ def test_diffusers_paints_the_same(pipe: nativesd.Pipeline) -> None:
 
 
 def test_no_picture_leaves_the_text_alone(pipe: nativesd.Pipeline) -> None:
-    """Zeros, which the negative prompt is shown, change what the text says far less than a picture does."""
+    """A picture of zeros, which the negative prompt is shown, changes what the text says far less than others do."""
     prompt = "a strawberry on a yellow background"
-    zeros = nativesd.ImageEmbeddings(embedding=torch.zeros(1, 160))
+    states = pipe.encode_image(drawn(scenes.Scene(52, 7)), "tiny").negative_states
+    zeros = nativesd.ImageEmbeddings(states=states, negative_states=states)
     alone = pipe(prompt, seed=3, **QUICK).latents  # type: ignore[arg-type]
     nothing, fox = (
         (pipe(prompt, image_prompts=ImagePrompt("tiny", shown), seed=3, **QUICK).latents - alone).abs().mean()  # type: ignore[arg-type]
