@@ -16,12 +16,12 @@ from nativesd.config import TinyVAEConfig
 from nativesd.destination import fresh
 from nativesd.errors import UsageError
 from nativesd.models.build import expected
+from nativesd.weights.entries import Entry, stored_parameters
 from nativesd.weights.files.source import open_source
 from nativesd.weights.identity.identify import identify_all
 from nativesd.weights.lora.settings import has_adapters
 from nativesd.weights.maps.keymap import load_tables
 from nativesd.weights.model import Model, Part
-from nativesd.weights.writing import Entry, stored_parameters
 
 
 @dataclass(frozen=True)

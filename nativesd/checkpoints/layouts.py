@@ -26,6 +26,7 @@ from nativesd.destination import copy_file
 from nativesd.errors import NativesdWarning, SourceError, UsageError, WeightsError
 from nativesd.models.build import expected
 from nativesd.text.tokenizer import FILES, ClipTokenizer, pad_token
+from nativesd.weights.entries import Entry, in_scaled_float8, laid_out
 from nativesd.weights.files.source import open_source
 from nativesd.weights.formats.blocks import WRITERS
 from nativesd.weights.formats.container import SUFFIXES
@@ -42,7 +43,7 @@ from nativesd.weights.maps.published import (
     vision_json,
 )
 from nativesd.weights.model import Model, identify_known
-from nativesd.weights.writing import Entry, in_scaled_float8, laid_out, write, write_gguf
+from nativesd.weights.writing import write, write_gguf
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 LAYOUTS = ("diffusers", "ldm")

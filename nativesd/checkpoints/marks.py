@@ -9,13 +9,13 @@ import torch
 from nativesd.config import SD_VAE, SDXL_VAE, Config, TextEncoderConfig, UNetConfig, VAEConfig
 from nativesd.sampling.published import SchedulerConfig
 from nativesd.sampling.schedule import trained_sigmas
+from nativesd.weights.entries import Entry
 from nativesd.weights.files.source import Member
 from nativesd.weights.identity.describe import unet_config
 from nativesd.weights.identity.identify import Component
 from nativesd.weights.identity.stated import EDM_LATENTS, EDM_V, few_steps, prediction
 from nativesd.weights.maps.published import edm_json, scheduler_json
 from nativesd.weights.model import Model
-from nativesd.weights.writing import Entry
 
 ARCHITECTURES = {
     "sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-768-v", "sdxl": "stable-diffusion-xl-v1-base",

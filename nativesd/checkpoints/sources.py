@@ -11,6 +11,7 @@ from typing import NamedTuple
 from nativesd.config import IPAdapterConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from nativesd.errors import NativesdWarning, UsageError, WeightsError
 from nativesd.models.build import expected
+from nativesd.weights.entries import Entry, stored_parameters
 from nativesd.weights.files.locate import locate, locate_model
 from nativesd.weights.files.source import open_source
 from nativesd.weights.identity.describe import unet_family
@@ -18,7 +19,6 @@ from nativesd.weights.identity.identify import Component
 from nativesd.weights.maps.keymap import KeyMap
 from nativesd.weights.maps.parameters import plain
 from nativesd.weights.model import Model, Part, choose, identify, identify_known
-from nativesd.weights.writing import Entry, stored_parameters
 
 
 class Opened(NamedTuple):

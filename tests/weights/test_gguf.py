@@ -24,11 +24,12 @@ import nativesd
 from nativesd.checkpoints.convert import convert
 from nativesd.checkpoints.layouts import QUANTISED
 from nativesd.errors import SourceError, UsageError, WeightsError
+from nativesd.weights.entries import Entry
 from nativesd.weights.files.source import open_source
 from nativesd.weights.files.tensors import read_tensor
 from nativesd.weights.formats.blocks import INSTEAD, WRITERS, dequantise, quantise
 from nativesd.weights.formats.gguf import BLOCKS, FILE_TYPES, TYPES, read_gguf
-from nativesd.weights.writing import Entry, write_gguf
+from nativesd.weights.writing import write_gguf
 
 Array = NDArray[np.generic]
 

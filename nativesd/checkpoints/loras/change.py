@@ -26,10 +26,10 @@ from nativesd.destination import fresh
 from nativesd.errors import UsageError, WeightsError
 from nativesd.pipeline.asked.readers import real
 from nativesd.pipeline.asked.records import MOST_SCALE
+from nativesd.weights.entries import cast_finite
 from nativesd.weights.formats.container import SUFFIXES
 from nativesd.weights.lora.file import LoraFile, read_lora
 from nativesd.weights.maps.keymap import KeyMap, load_tables
-from nativesd.weights.writing import cast_finite
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from nativesd.destination import fresh
 from nativesd.errors import UsageError, WeightsError
 from nativesd.models.build import expected
 from nativesd.pipeline.asked.readers import real, whole
+from nativesd.weights.entries import cast_finite
 from nativesd.weights.lora.place import Place
 from nativesd.weights.maps.keymap import load_tables
-from nativesd.weights.writing import cast_finite
 
 LAYERS = re.compile(
     r"(down|mid|up)\b.*(attentions|resnets|downsample|upsample).*\.weight|layers\.\d+\.(attn|mlp)\..*\.weight"

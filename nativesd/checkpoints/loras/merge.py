@@ -18,6 +18,7 @@ from nativesd.errors import UsageError, WeightsError
 from nativesd.models.build import expected
 from nativesd.text.tokenizer import FILES
 from nativesd.weights.checkpoint import apply, revert
+from nativesd.weights.entries import Entry, as_it_is, cast_finite, stored_dtype
 from nativesd.weights.files.locate import locate_model
 from nativesd.weights.files.source import Member, components, open_source
 from nativesd.weights.files.tensors import read_tensor
@@ -29,7 +30,7 @@ from nativesd.weights.maps.keymap import KeyMap, load_tables
 from nativesd.weights.maps.plan import make_plan
 from nativesd.weights.maps.rules import Source
 from nativesd.weights.model import identify_known
-from nativesd.weights.writing import Entry, as_it_is, cast_finite, stored_dtype, write
+from nativesd.weights.writing import write
 
 AVERAGE = "model_ema."
 """What the training averages in ldm's checkpoints begin with: without the LoRA they would be another model."""

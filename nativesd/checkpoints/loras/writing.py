@@ -23,12 +23,13 @@ from torch import Tensor
 from nativesd.checkpoints.loras.naming import Named, Piece, Setting
 from nativesd.errors import NativesdWarning, WeightsError
 from nativesd.version import __version__
+from nativesd.weights.entries import Entry
 from nativesd.weights.files.hashes import SHORT, between, training_start
 from nativesd.weights.files.tensors import NAMES, read_tensor
 from nativesd.weights.formats.header import TensorInfo
 from nativesd.weights.lora.file import LoraFile
 from nativesd.weights.lora.settings import ADAPTERS, CONFIG, METADATA
-from nativesd.weights.writing import Entry, write
+from nativesd.weights.writing import write
 
 VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 """family -> kohya's ss_base_model_version (sd-scripts, library/model_util.py and sdxl_model_util.py)"""

@@ -19,9 +19,9 @@ from nativesd.config import UNetConfig
 from nativesd.destination import fresh
 from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.models.build import expected
+from nativesd.weights.entries import Entry, each, is_finite, stored_parameters
 from nativesd.weights.files.locate import locate_part
 from nativesd.weights.maps.keymap import KeyMap, load_tables
-from nativesd.weights.writing import Entry, each, is_finite, stored_parameters
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ from nativesd.models.ip_adapter import IPAdapter
 from nativesd.pictures.clip import Crop, clip_pixels
 from nativesd.pictures.images import ImageSource, read_image
 from nativesd.pictures.masks import read_mask
+from nativesd.weights.entries import Entry
 from nativesd.weights.files.source import Member, open_source
 from nativesd.weights.files.tensors import read_tensor
 from nativesd.weights.identity.adapters import EMBEDDINGS, VISION_ENCODERS
 from nativesd.weights.identity.identify import CONTEXTS
-from nativesd.weights.writing import Entry, write
+from nativesd.weights.writing import write
 
 PARTS = ("embedding", "states", "negative_states")
 UNIT = 1.01
