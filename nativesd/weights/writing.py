@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import Semaphore
+from threading import Barrier, BrokenBarrierError
 
 import torch
 from torch import Tensor
@@ -63,22 +64,23 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def _pour_all(path: Path, flows: Sequence[tuple[int, Flow]]) -> None:
     """Tensors into a file that is there, each from its first byte on, several at a time, a piece of each in memory."""
-    count, threads, begun = min(POURING, len(flows)), torch.get_num_threads(), Semaphore(0)
+    threads, begun = torch.get_num_threads(), Barrier(min(POURING, len(flows)) + 1)
 
     def begin() -> None:
         torch.set_num_threads(1)  # of this thread: those that torch would start for a piece wait for one another
-        begun.release()
+        with suppress(BrokenBarrierError):
+            begun.wait()  # the pool begins a thread only while none is idle, so none does anything before all are there
 
     with ThreadPoolExecutor(POURING, initializer=begin) as pool:
         try:
             poured = [pool.submit(_pour, path, first, flow) for first, flow in flows]
-            for _ in range(count):
-                begun.acquire()
+            begun.wait()
             torch.set_num_threads(threads)  # of threads that begin from now on, as before
             for done in poured:
                 done.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            begun.abort()
             raise
 
 
