@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +20,8 @@ from nativesd.streaming.options import check_option
 from nativesd.streaming.similar import Similar
 
 MAX_BYTES = 1 << 20
+MERGE = "tag:yaml.org,2002:merge"
+"""Of the name `<<`, by which a mapping has all that others have."""
 BACKENDS = {"none": "torch", "xformers": "torch", "tensorrt": "tensorrt"}
 PASSED = {"passthrough", "none", "external", ""}
 """Preprocessors of theirs that do nothing."""
@@ -44,12 +46,15 @@ def read_settings(path: str | Path) -> Settings:
     class Loader(yaml.SafeLoader):
         """Refuses a name that stands twice, as YAML does (1.2.2, 3.2.1.1); of such PyYAML takes the last."""
 
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-            counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)  # what `<<` merges is not in it yet, and may be overridden
+            counts = Counter(
+                key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE
+            )
             for name, count in counts.most_common(1):
                 if count > 1:
                     raise yaml.MarkedYAMLError(problem=f"it names {quote(name)} twice", problem_mark=node.start_mark)
-            return super().construct_mapping(node, deep)
+            return node
 
     with said_in(str(path)):
         raw = read_bounded(Path(path), MAX_BYTES, "file of settings")

@@ -9,6 +9,7 @@ import pytest
 
 import nativesd
 from conftest import Run
+from nativesd.diffusion.control import Control
 from nativesd.errors import NativesdError, SourceError, UsageError
 from nativesd.streaming.config import Settings, read_settings
 
@@ -179,6 +180,19 @@ def test_what_is_refused(tmp_path: Path, text: str, words: str) -> None:
         read(tmp_path, text)
     assert isinstance(caught.value, UsageError | SourceError)
     assert words in str(caught.value)
+
+
+def test_a_name_that_is_merged_may_be_said_again(tmp_path: Path) -> None:
+    """Also where what merges it is merged itself before it is read, and where two are merged."""
+    settings = read(
+        tmp_path,
+        """
+        controlnets:
+          - &edges {<<: &all {model_id: edges, conditioning_scale: 1, control_guidance_end: 0.9}, conditioning_scale: 2}
+        controlnet_config: {<<: *edges, <<: {preprocessor: canny}, conditioning_scale: 0.7}
+        """,
+    )
+    assert settings.stream["control"] == [Control("edges", scale=0.7, end=0.9, preprocess="canny")]
 
 
 @pytest.mark.parametrize(
