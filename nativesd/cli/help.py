@@ -107,8 +107,15 @@ def flag(param: click.Option) -> str:
 
 
 def flags_of(context: click.Context) -> dict[str | None, str]:
-    """The names on the command line of a command's options, by those of the function's arguments."""
-    return {param.name: flag(param) for param in context.command.params if isinstance(param, click.Option)}
+    """The names on the command line of a command's options, by those of the function's arguments; of an option that has
+    two, such as --no-image-prompts, the one that was given."""
+    options = [param for param in context.command.params if isinstance(param, click.Option)]
+    return {
+        param.name: param.secondary_opts[0]
+        if param.secondary_opts and context.params.get(param.name or "") is False
+        else flag(param)
+        for param in options
+    }
 
 
 def does_nothing(option: str, *others: str) -> click.UsageError:

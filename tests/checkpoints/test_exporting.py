@@ -197,8 +197,9 @@ MISTAKES = {
     ),
     **{
         f"{option[0]} of a VAE": ([*VAE, "--static", "64x64", *option], 2, f"{option[0]} does nothing without --comp")
-        for option in (["--no-slots"], ["--image-prompts"], ["--names", "comfyui"], ["--lora", "x.safetensors"],
-                       ["--chunks", "1"], ["--groups", "1"], ["--image-tokens", "4"], ["--image-adapter", "x"])
+        for option in (["--no-slots"], ["--image-prompts"], ["--no-image-prompts"], ["--names", "comfyui"],
+                       ["--lora", "x.safetensors"], ["--chunks", "1"], ["--groups", "1"], ["--image-tokens", "4"],
+                       ["--image-adapter", "x"])
     },
     "slots of a VAE": (
         ["tensorrt", "tiny", "--for", "sm120", "--component", "vae_decoder", "--stream", "2"], 2,
