@@ -25,10 +25,15 @@ def take_tags(prompt: str) -> tuple[str, tuple[Tag, ...]]:
 
     `<lora:name>`, `<lora:name:scale>`, `<lora:name:text:unet>`, or by name, `<lora:name:te=0.5:unet=0.8>`: the scale of
     the text encoders comes first, and is the UNet's too where that is not given (A1111's
-    extensions-builtin/Lora/extra_networks_lora.py). Raises UsageError for a scale that is no number, and what else such
-    a tag may have.
+    extensions-builtin/Lora/extra_networks_lora.py). Raises UsageError for a scale that is no number, what else such a
+    tag may have, and two tags that give one LoRA other scales.
     """
     tags = tuple(_read(match) for match in TAG.finditer(prompt))
+    first: dict[str, Tag] = {}
+    for tag in tags:
+        same = first.setdefault(tag.name.lower(), tag)
+        if (same.unet, same.text) != (tag.unet, tag.text):
+            raise UsageError(f"the prompt names the LoRA {tag.name} twice, with other scales: keep one of them")
     return (TAG.sub("", prompt).strip() if tags else prompt), tags
 
 

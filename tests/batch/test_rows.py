@@ -165,6 +165,7 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("jobs.jsonl", '{"prompt": "a", "tiles": 512, "tiling": "x"}', "line 1: tiles are windows with borders"),
     ("jobs.jsonl", '{"prompt": "a", "variation": {"seed": 1e99}}', "line 1: seeds must be between"),
     ("jobs.jsonl", '{"prompt": "a <lora:x:y>"}', "line 1: <lora:x:y>"),
+    ("jobs.jsonl", '{"prompt": "a <lora:x:1> <lora:X:2>"}', "line 1: the prompt names the LoRA X twice, with other"),
     ("jobs.jsonl", '{"prompt": "a", "cfg_scale": 7}',
      "line 1: there is no column 'cfg_scale': here it is guidance_scale"),
     ("jobs.jsonl", '{"prompt": "a", "vae": "x"}', "line 1: 'vae' is of a whole run, not of a row"),

@@ -20,19 +20,14 @@ def tagged_prompts(
 ) -> tuple[list[str], list[LoraUse]]:
     """The prompts without their tags, and all LoRAs: a tag takes the scale of one that was passed, or adds one.
 
-    Raises UsageError where prompts of one batch name different LoRAs, which are merged for all of it, or one with two
-    scales, and for a name that is not found, or twice.
+    Raises UsageError where prompts of one batch name different LoRAs, which are merged for all of it, for a name that
+    is not found, or twice, and what `take_tags` raises.
     """
     bare, tags = zip(*map(take_tags, prompts), strict=True)
     if any(set(other) != set(tags[0]) for other in tags):
         raise UsageError("the prompts of a batch must name the same LoRAs, as these are merged for all of it")
-    named: dict[str, Tag] = {}
-    for tag in tags[0]:
-        same = named.setdefault(tag.name.lower(), tag)
-        if (same.unet, same.text) != (tag.unet, tag.text):
-            raise UsageError(f"the prompt names the LoRA {tag.name} twice, with other scales: keep one of them")
     uses = list(loras)
-    for name, tag in named.items():
+    for name, tag in {tag.name.lower(): tag for tag in tags[0]}.items():
         passed = [place for place, (file, _, _) in enumerate(uses) if Path(file).stem.lower() == name]
         if len(passed) > 1:
             raise _several(tag, *(uses[place][0] for place in passed))
