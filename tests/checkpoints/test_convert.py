@@ -36,7 +36,7 @@ from nativesd.config import (
 from nativesd.errors import SourceError, UsageError, WeightsError
 from nativesd.models.build import build
 from nativesd.shipped import TINY
-from nativesd.weights import writing
+from nativesd.weights import entries
 from nativesd.weights.checkpoint import unmap
 from nativesd.weights.formats.header import read_header
 from nativesd.weights.maps.keymap import load_table
@@ -140,7 +140,7 @@ def test_there_and_back_is_bit_exact(
     original = load_file(folder.with_name("model.safetensors"))
     del original["betas"], original["model_ema.decay"]
     assert same(load_file(back), original)
-    monkeypatch.setattr(writing, "PIECE", 1000)
+    monkeypatch.setattr(entries, "PIECE", 1000)
     nativesd.convert(back, tmp_path / "again", layout="diffusers")
     assert same(read_folder(tmp_path / "again"), read_folder(folder))
 

@@ -28,7 +28,7 @@ from nativesd.cli import workshop
 from nativesd.config import SD15_UNET, SDXL_UNET
 from nativesd.errors import NativesdError, SourceError, UsageError, WeightsError
 from nativesd.models.build import expected
-from nativesd.weights import writing
+from nativesd.weights import entries
 from nativesd.weights.formats.header import read_header
 from oracles import published_manifests, sparse
 
@@ -106,7 +106,7 @@ def test_piece_by_piece_is_the_whole(
     """Memory that is used again holds nothing of the piece before it, and pieces of all models meet."""
     names = [LAYOUTS[name] for name in FORMULAS[method][0]]
     whole = merged(folder, tmp_path / "whole.safetensors", *names, method=method)
-    monkeypatch.setattr(writing, "PIECE", 1024)
+    monkeypatch.setattr(entries, "PIECE", 1024)
     pieces = merged(folder, tmp_path / "pieces.safetensors", *names, method=method)
     assert max(tensor.numel() for tensor in whole.values()) > 10 * 1024
     assert whole.keys() == pieces.keys()
