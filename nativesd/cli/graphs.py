@@ -218,8 +218,11 @@ def _takes(entry: Entry) -> str:
 
 def _refuse_idle(context: click.Context) -> None:
     """Refuse what was given where it changes nothing of the components that are exported, or of how."""
-    given = {name: value for name, value in context.params.items()
-             if context.get_parameter_source(name) is not ParameterSource.DEFAULT}  # fmt: skip
+    given = {
+        param.name: value for param in context.command.params
+        if context.get_parameter_source(param.name or "") is not ParameterSource.DEFAULT
+        and (value := context.params[param.name or ""]) != param.default
+    }  # fmt: skip
     flags, components = flags_of(context), given.get("components", COMPONENTS)
     for name in given:
         changed = CHANGE.get(name, components)

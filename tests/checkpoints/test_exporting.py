@@ -210,6 +210,7 @@ MISTAKES = {
         [*UNET, "--static", "64x64", "--groups", "2", "--names", "comfyui"], 2, "leave out --names comfyui"
     ),
     "an old opset": (["onnx", "tiny", "out", "--component", "vae_decoder", "--opset", "9"], 2, "18 is the lowest"),
+    "a default that is said": ([*VAE, "--names", "nativesd", "--opset", "9"], 2, "18 is the lowest"),
     "a new opset": (["onnx", "tiny", "out", "--component", "vae_decoder", "--opset", "26"], 2, "25 the highest"),
     "no card": (["tensorrt", "tiny", "--for", "blackwell"], 2, "'blackwell' is not a compute capability"),
     "no model": (["onnx", "nowhere.safetensors", "out"], 3, "nowhere.safetensors"),
